@@ -1,0 +1,99 @@
+# What a checkout can do with only Python 3.11+, git and make. `make help` lists it.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Runs, since a pyenv shim or a Windows stub can be on the path with nothing behind it.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; \
+  done)
+# Two: a test spends its time tracing and compiling, which keeps about one core busy, and holds
+# 1 to 2 GB. WORKERS=0 runs in one process, for a debugger.
+WORKERS ?= 2
+# What the slow tests compare with and read, beyond [dev].
+SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
+
+.PHONY: help demo demo-devices test slow test-lower lint format clean
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.puna  ## train the quickstart model, evaluate it, let it write (CPU, minutes)
+	$(BIN)/puna train --config=tiny --workdir=runs/demo
+	$(BIN)/puna eval --config=tiny --checkpoint=runs/demo
+	$(BIN)/puna generate --checkpoint=runs/demo --prompt="def fibonacci(n):" --max_tokens=64
+
+demo-devices: export JAX_PLATFORMS = cpu
+demo-devices: export XLA_FLAGS = --xla_force_host_platform_device_count=8
+demo-devices: $(VENV)/.puna  ## the same training, a few steps, on eight simulated devices
+	$(BIN)/puna train --config=tiny --workdir=runs/demo-devices \
+	  --config.mesh.fsdp=4 --config.mesh.tensor=2 --config.train.steps=10
+
+test: $(VENV)/.dev  ## the fast tests
+	$(PYTEST) -m "not slow"
+
+slow: $(VENV)/.slow  ## the slow tests; installs torch to compare with (SLOW_EXTRAS=... chooses)
+	$(PYTEST) -m slow
+
+test-lower: .venv-lower/.dev  ## the fast tests on the oldest versions that setup.py allows
+	.venv-lower/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+lint: $(VENV)/.dev  ## ruff (rules and layout) and basedpyright (types)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(VENV)/.dev  ## put imports and layout in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what these targets made, the demo runs included
+	rm -rf .venv .venv-lower .cache build dist *.egg-info runs/demo runs/demo-devices
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# A virtual environment; ensurepip is looked for first, since without it venv leaves half of one.
+%/bin/python:
+	@python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	  echo "puna needs Python 3.11 or newer and found none: add PYTHON=/path/to/python3" >&2; exit 1; \
+	elif ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  echo "puna needs Python 3.11 or newer: PYTHON=$$python is not that" >&2; exit 1; \
+	elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "$$python cannot make virtual environments: install its venv package" \
+	    "(Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; \
+	fi; \
+	echo "making $* with $$python"; "$$python" -m venv $*
+
+# The oldest versions have wheels for the oldest Python only.
+.venv-lower/bin/python: PYTHON = python3.11
+
+# Stamps: what is installed follows setup.py, and a second call does nothing.
+$(VENV)/.puna: setup.py pyproject.toml | $(BIN)/python
+	@echo "installing puna into $(VENV) (minutes the first time)"
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
+	@echo "installing puna and its tools into $(VENV) (minutes the first time)"
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.puna
+
+$(VENV)/.slow: setup.py pyproject.toml | $(BIN)/python
+	@echo "installing puna, its tools and $(SLOW_EXTRAS) into $(VENV)"
+	$(PIP) -e '.[dev,$(SLOW_EXTRAS)]'
+	@touch $@ $(VENV)/.puna $(VENV)/.dev
+
+# `name>=bound` of setup.py as `name==bound`: pip must install exactly the bounds, or fail.
+.cache/lower.txt: setup.py
+	@mkdir -p .cache
+	grep -oE '"[A-Za-z0-9_-]+(\[[a-z0-9]+\])?[>=]=[0-9.]+"' setup.py \
+	  | sed -E 's/"([^"[>=]+)(\[.*\])?[>=]=(.*)"/\1==\3/' | sort -u > $@
+
+.venv-lower/.dev: .cache/lower.txt pyproject.toml | .venv-lower/bin/python
+	.venv-lower/bin/python -m pip install -q --disable-pip-version-check \
+	  -e '.[dev,llama,gguf,images,notebooks]' -c .cache/lower.txt
+	@touch $@

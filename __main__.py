@@ -1,0 +1,191 @@
+"""The command line: `puna COMMAND --flags`, also `python -m puna`.
+
+The only place that wires the layers together.
+"""
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+from absl import flags
+
+from .configs import errors, find, get_config, names, schema
+
+COMMANDS = {
+    "train": "train a model; the same command goes on after an interruption",
+    "eval": "loss, perplexity and bits per byte on held-out text",
+    "generate": "continue a prompt",
+}
+
+
+def train(config, workdir, evaluators=None):
+    """Train with in-training evaluation on `data.validation`; see `puna.train.loop.train`."""
+    from .eval.perplexity import evaluate_loss
+    from .train import loop
+
+    if evaluators is None and config["data"]["validation"]:
+        evaluators = {"validation": evaluate_loss}
+    return loop.train(config, workdir, evaluators)
+
+
+def _train(args):
+    workdir = _required(args, "workdir")
+    train(args.config, workdir)
+    results = json.loads((pathlib.Path(workdir) / "results.json").read_text())
+    _summary(results)
+    print(f"checkpoints, metrics.jsonl, loss.png and results.json are in {workdir}")
+
+
+def _eval(args):
+    from .eval.evaluate import evaluate
+
+    checkpoint = pathlib.Path(_required(args, "checkpoint"))
+    results = evaluate(args.config, checkpoint)
+    workdir = pathlib.Path(args.workdir or checkpoint / "eval")
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _summary(results)
+    print(f"results.json is in {workdir}")
+
+
+def _generate(args):
+    from .models import generate
+    from .models.tokenizer import load_tokenizer
+    from .models.weights import load
+
+    path = _required(args, "checkpoint")
+    model, params = load(path, dtype=args.dtype)
+    pieces = generate.stream(
+        model, params, load_tokenizer(path), _required(args, "prompt"), max_tokens=args.max_tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        seed=args.seed, stop=tuple(args.stop),
+    )  # fmt: skip
+    print(args.prompt, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _required(args, name: str):
+    value = getattr(args, name)
+    if value in (None, ""):
+        raise errors.UserError(f"--{name} is needed; --help shows the flags")
+    return value
+
+
+def _summary(results: dict) -> None:
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"  {name:<{width}}  {f'{value:,.5g}' if isinstance(value, float) else value}")
+
+
+def _flags(command: str) -> flags.FlagValues:
+    """The flags of a command."""
+    args = flags.FlagValues()
+    text = {"flag_values": args}
+    flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
+    if command in ("train", "eval"):
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file(
+            "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT", **text
+        )
+        flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
+    if command in ("eval", "generate"):
+        flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
+    if command == "generate":
+        flags.DEFINE_string("prompt", None, "text to continue", **text)
+        flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
+        flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token", **text)
+        flags.DEFINE_integer("top_k", 0, "sample from the k likeliest; 0 = all", **text)
+        flags.DEFINE_float("top_p", 1.0, "sample from the likeliest of this mass", **text)
+        flags.DEFINE_float("min_p", 0.0, "least probability / the largest", **text)
+        flags.DEFINE_integer("seed", 0, "of the sampling", **text)
+        flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
+        flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
+    return args
+
+
+def _prepare(arguments: list[str]) -> list[str]:
+    """Check --config.KEY=VALUE against the schema and turn --config=NAME into a file.
+
+    `config_flags` would do the first with a traceback and knows no names.
+    """
+    kinds = {name: kind for name, kind, *_ in schema.keys()}
+    out = []
+    for i, argument in enumerate(arguments):
+        if match := re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL):
+            name, value = match.groups()
+            if name not in kinds:
+                raise errors.ConfigError(schema.explain_unknown(name))
+            if value is None:
+                value = arguments[i + 1] if i + 1 < len(arguments) else ""
+            _check_value(name, value, kinds[name])
+        elif match := re.fullmatch(r"--?config=(.*)", argument):
+            get_config(match[1])
+            path, variant = find(match[1])
+            argument = f"--config={path}" + ("" if variant is None else f":{variant}")
+        out.append(argument)
+    return out
+
+
+def _check_value(name, value, kind):
+    try:
+        if kind is bool and value.lower() not in ("true", "false", "1", "0"):
+            raise ValueError
+        if kind in (int, float):
+            kind(value)
+    except ValueError:
+        raise errors.ConfigError(f"{name}={value!r} must be of type {kind.__name__}") from None
+
+
+def _usage() -> str:
+    lines = ["usage: puna COMMAND --flags     (puna COMMAND --help shows them)", ""]
+    return "\n".join(lines + [f"  {name:<10} {text}" for name, text in COMMANDS.items()])
+
+
+def _run(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return
+    command, *rest = argv
+    if command not in COMMANDS:
+        raise errors.UserError(f"{command} is not a command; one of {', '.join(COMMANDS)}")
+    args = _flags(command)
+    try:
+        left = args(["puna", *_prepare(rest)])[1:]
+    except flags.Error as e:
+        raise errors.UserError(f"{' '.join(str(e).split())}; --help shows the flags") from None
+    if args.help:
+        print(f"puna {command}: {COMMANDS[command]}\n{args.main_module_help() or args.get_help()}")
+        if "config" in args:
+            print("\nkeys (--config.KEY=VALUE), default, meaning:")
+            for name, _, default, doc in schema.keys():
+                print(f"  {name} = {default!r}: {doc}")
+        return
+    if left:
+        raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
+    if "config" in args:
+        _required(args, "config")
+        schema.from_dict(args.config)
+    {"train": _train, "eval": _eval, "generate": _generate}[command](args)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit status 2."""
+    try:
+        _run(sys.argv[1:])
+    except (errors.UserError, OSError) as e:
+        print("puna: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.stderr.flush()
+        # Threads that still read or save must not keep a failed command alive.
+        os._exit(2)
+    except KeyboardInterrupt:
+        print("puna: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

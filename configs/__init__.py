@@ -1,0 +1,62 @@
+"""What to run: `get_config("llama3:8b")` gives a locked ConfigDict; `schema` holds every key."""
+
+import importlib.util
+import pathlib
+from typing import TYPE_CHECKING
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import ml_collections
+
+_FOLDER = pathlib.Path(__file__).parent
+_NOT_EXPERIMENTS = {"__init__", "base", "errors", "schema"}
+
+
+def names() -> list[str]:
+    """The packaged experiments."""
+    return sorted(p.stem for p in _FOLDER.glob("*.py") if p.stem not in _NOT_EXPERIMENTS)
+
+
+def find(name: str) -> tuple[pathlib.Path, str | None]:
+    """The config file and variant that `NAME_OR_FILE[:VARIANT]` means.
+
+    Raises:
+      ConfigError: there is no such packaged experiment or file.
+    """
+    stem, colon, variant = name.partition(":")
+    if stem in names():
+        return _FOLDER / f"{stem}.py", variant if colon else None
+    if stem.endswith(".py") and pathlib.Path(stem).is_file():
+        return pathlib.Path(stem), variant if colon else None
+    raise ConfigError(f"--config={name} must be one of {', '.join(names())}, or a config file (.py)")
+
+
+def get_config(name: str) -> "ml_collections.ConfigDict":
+    """Load an experiment, as `--config=NAME` does.
+
+    Args:
+      name: a packaged experiment or the path of a config file, with an optional `:variant`.
+
+    Returns:
+      A locked `ConfigDict`: values can be changed, keys cannot be added.
+
+    Raises:
+      ConfigError: the name, the variant or a value is wrong.
+    """
+    import ml_collections
+
+    path, variant = find(name)
+    spec = importlib.util.spec_from_file_location(f"puna_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if variant is None else module.get_config(variant)
+    except ConfigError:
+        raise
+    except Exception as e:
+        raise ConfigError(f"--config={name}: {type(e).__name__}: {str(e).splitlines()[0]}") from e
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"--config={name}: get_config() must return a ConfigDict")
+    return config.lock()

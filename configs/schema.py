@@ -1,0 +1,415 @@
+"""Every configuration key: its type, default, meaning and rule. Nothing else defines one.
+
+A configuration is a `ConfigDict` at the edge (files, command line) and this frozen
+`Config` inside; `from_dict` is the only door between the two. A key that is unknown, of
+the wrong type or against its rule stops there with one line, see `ConfigError`.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from .errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a single value must satisfy: `text` completes the sentence "key=value must ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low) -> Rule:
+    return Rule(f"be at least {low}", lambda v: v >= low)
+
+
+def more_than(low) -> Rule:
+    return Rule(f"be more than {low}", lambda v: v > low)
+
+
+def between(low, high) -> Rule:
+    return Rule(f"lie between {low} and {high}", lambda v: low <= v <= high)
+
+
+def one_of(*names: str) -> Rule:
+    return Rule("be one of " + ", ".join(names), lambda v: v in names)
+
+
+POSITIVE = at_least(1)
+EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
+NOT_EMPTY = Rule("not be empty", lambda v: bool(v.strip()))
+AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v: v == -1 or v >= 1)
+DTYPE = one_of("float32", "bfloat16")
+
+
+def key(default, doc: str, rule: Rule | None = None):
+    """Declare one configuration key."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule})
+
+
+def section(cls):
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The image encoder of Llama 4; `num_layers=0` leaves it out."""
+
+    num_layers: int = key(0, "layers of the encoder; 0 = text only", at_least(0))
+    embed_dim: int = key(1408, "width of the encoder", POSITIVE)
+    num_heads: int = key(16, "attention heads", POSITIVE)
+    mlp_dim: int = key(5632, "hidden width of the encoder's MLP", POSITIVE)
+    image_size: int = key(336, "side of a square tile, pixels", POSITIVE)
+    patch_size: int = key(14, "side of a square patch, pixels", POSITIVE)
+    adapter_dim: int = key(4096, "width of the adapter after the pixel shuffle", POSITIVE)
+    max_tiles: int = key(16, "most tiles an image is cut into, the global tile apart", POSITIVE)
+    token_id: int = key(200092, "id of the token that a patch embedding replaces", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioConfig:
+    """The log-mel encoder (ours; no public Llama 4 audio weights exist); `num_layers=0` omits it."""
+
+    num_layers: int = key(0, "layers of the encoder; 0 = no audio", at_least(0))
+    embed_dim: int = key(512, "width of the encoder", POSITIVE)
+    num_heads: int = key(8, "attention heads", POSITIVE)
+    mlp_dim: int = key(2048, "hidden width of the encoder's MLP", POSITIVE)
+    num_mels: int = key(80, "mel bands of a frame; frames are 10 ms apart", POSITIVE)
+    frames_per_token: int = key(8, "log-mel frames stacked into one token", POSITIVE)
+    max_tokens: int = key(375, "most audio tokens of one clip", POSITIVE)
+    token_id: int = key(200093, "id of the token that an audio embedding replaces", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The architecture. A difference between Llamas is data here, never another class."""
+
+    vocab_size: int = key(8192, "rows of the embedding", POSITIVE)
+    embed_dim: int = key(256, "width of the residual stream", POSITIVE)
+    num_layers: int = key(6, "decoder layers", POSITIVE)
+    num_heads: int = key(8, "query heads", POSITIVE)
+    num_kv_heads: int = key(4, "key and value heads; divides num_heads", POSITIVE)
+    head_dim: int = key(32, "width of a head", EVEN)
+    mlp_dim: int = key(704, "hidden width of a dense SwiGLU", POSITIVE)
+    norm_eps: float = key(1e-5, "epsilon of every RMSNorm", more_than(0))
+    tie_embeddings: bool = key(False, "output projection = embedding")
+    max_positions: int = key(8192, "longest context the model is meant for, tokens", POSITIVE)
+
+    rope_theta: float = key(500000.0, "base of the rotary frequencies", more_than(0))
+    rope_scaling_factor: float = key(1.0, "Llama 3.1 frequency scaling; 1 = none", at_least(1.0))
+    rope_low_freq_factor: float = key(1.0, "start of the scaled band", more_than(0))
+    rope_high_freq_factor: float = key(4.0, "end of the scaled band", more_than(0))
+    rope_original_positions: int = key(8192, "context before scaling, tokens", POSITIVE)
+    nope_interval: int = key(0, "every n-th layer has no RoPE and sees all; 0 = none", at_least(0))
+    chunk_size: int = key(0, "RoPE layers attend within chunks of n; 0 = all", at_least(0))
+    temperature_scale: float = key(0.0, "query temperature of NoPE layers; 0 = off", at_least(0))
+    temperature_floor: int = key(8192, "positions per temperature step", POSITIVE)
+    qk_norm: bool = key(False, "weightless RMSNorm of q and k after RoPE")
+
+    moe_interval: int = key(0, "every n-th layer is mixture-of-experts; 0 = dense", at_least(0))
+    num_experts: int = key(0, "routed experts of an MoE layer", at_least(0))
+    experts_per_token: int = key(1, "routed experts a token goes to", POSITIVE)
+    expert_dim: int = key(0, "hidden width of an expert, routed or shared", at_least(0))
+    shared_expert: bool = key(True, "one more expert that every token goes to")
+    router: str = key("sigmoid", "score", one_of("sigmoid", "softmax", "expert_choice"))
+    capacity_factor: float = key(0.0, "rows an expert takes / even share; 0 = all", at_least(0))
+    load_balance_weight: float = key(0.0, "weight of the load-balancing loss", at_least(0))
+    router_z_weight: float = key(0.0, "weight of the router z-loss", at_least(0))
+    bias_update_rate: float = key(0.0, "step of loss-free bias balancing; 0 = off", at_least(0))
+
+    compute_dtype: str = key("bfloat16", "matmul operands and activations", DTYPE)
+    param_dtype: str = key("float32", "stored parameters", DTYPE)
+    remat: str = key("none", "what the backward pass recomputes", one_of("none", "dots", "full"))
+
+    vision: VisionConfig = section(VisionConfig)
+    audio: AudioConfig = section(AudioConfig)
+
+    @property
+    def period(self) -> int:
+        """Layers after which the pattern of NoPE and MoE layers repeats: one scan body."""
+        return math.lcm(self.nope_interval or 1, self.moe_interval or 1)
+
+    def uses_rope(self, layer: int) -> bool:
+        return not self.nope_interval or (layer + 1) % self.nope_interval != 0
+
+    def is_moe(self, layer: int) -> bool:
+        return bool(self.moe_interval) and (layer + 1) % self.moe_interval == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read: sources are `tfds:NAME[:SPLIT]`, a file or a glob, comma separated.
+
+    `WEIGHT*` before a source makes a mixture: `3*tfds:python_source:train,1*notes/*.jsonl`.
+    """
+
+    train: str = key("tfds:python_source:train", "training sources", NOT_EMPTY)
+    validation: str = key("tfds:python_source:validation", "held-out sources; empty = none")
+    seq_len: int = key(512, "tokens of a row", at_least(2))
+    text_key: str = key("text", "field of a record that holds its text", NOT_EMPTY)
+    tokenizer: str = key("bytes", "bytes, train (a BPE on the training data), or a path", NOT_EMPTY)
+    tokenizer_vocab: int = key(8192, "vocabulary of a BPE trained here", POSITIVE)
+    data_dir: str = key("", "where TFDS keeps its data sets; empty = its default")
+    workers: int = key(0, "reader processes; 0 = a thread", between(0, 128))
+    shuffle: bool = key(True, "shuffle the training documents, anew each epoch")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = key("adamw", "update rule", one_of("adamw", "adafactor", "muon"))
+    learning_rate: float = key(1e-3, "peak of the schedule", more_than(0))
+    schedule: str = key(
+        "cosine", "shape after warm-up", one_of("constant", "cosine", "linear", "wsd")
+    )
+    warmup_steps: int = key(100, "steps of linear warm-up", at_least(0))
+    decay_fraction: float = key(0.2, "share of the steps that wsd decays in", between(0, 1))
+    final_fraction: float = key(0.1, "last learning rate / peak", between(0, 1))
+    b1: float = key(0.9, "decay of the first moment, or Muon's momentum", between(0, 0.9999))
+    b2: float = key(0.95, "decay of the second moment", between(0, 0.99999))
+    eps: float = key(1e-8, "added to the root of the second moment", more_than(0))
+    weight_decay: float = key(0.1, "decoupled decay of matrices, not of norms", at_least(0))
+    clip_norm: float = key(1.0, "largest global norm of the gradient; 0 = no clipping", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = key(1000, "optimizer updates", POSITIVE)
+    batch_size: int = key(16, "rows of the global batch", POSITIVE)
+    microbatches: int = key(1, "parts the batch is split into, one after another", POSITIVE)
+    seed: int = key(0, "of the parameters and of the data order", between(0, 2**31 - 1))
+    z_loss: float = key(0.0, "weight of log(Z)^2 in the loss", at_least(0))
+    loss_chunk: int = key(1024, "tokens whose logits exist at one time, a device", POSITIVE)
+    log_every: int = key(10, "steps between logged steps", POSITIVE)
+    save_every: int = key(500, "steps between checkpoints, the last step apart", POSITIVE)
+    keep: int = key(2, "newest checkpoints kept", POSITIVE)
+    eval_every: int = key(500, "steps between evaluations; 0 = only at the end", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; their product is the number of devices."""
+
+    data: int = key(-1, "replicas that split the batch", AXIS_SIZE)
+    fsdp: int = key(1, "split of batch, parameters and optimizer state", AXIS_SIZE)
+    expert: int = key(1, "split of batch and of the experts", AXIS_SIZE)
+    tensor: int = key(1, "split of heads, MLP width and vocabulary", AXIS_SIZE)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    batch_size: int = key(16, "rows of a batch", POSITIVE)
+    max_rows: int = key(0, "rows evaluated; 0 = the whole split", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    train: TrainConfig = section(TrainConfig)
+    mesh: MeshConfig = section(MeshConfig)
+    eval: EvalConfig = section(EvalConfig)
+
+
+def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Any:
+    """Build and check the frozen configuration `cls` from nested mappings.
+
+    Args:
+      values: a `ConfigDict` or plain nested dict; a key left out takes its default.
+      cls: the section to build, `Config` for a whole experiment.
+      prefix: where `values` stands in the whole, for messages.
+
+    Raises:
+      ConfigError: one line naming the key, its value, the rule and, where close, the fix.
+    """
+    config = _build(values, cls, prefix)
+    if isinstance(config, Config):
+        check(config)
+    elif isinstance(config, ModelConfig):
+        check_model(config)
+    return config
+
+
+def to_dict(config) -> dict:
+    """The nested plain dict of a configuration, as it is saved."""
+    return dataclasses.asdict(config)
+
+
+def keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, type, Any, str]]:
+    """Every key under `cls` as (dotted name, type, default, meaning)."""
+    types = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from keys(types[field.name], f"{prefix}{field.name}.")
+        else:
+            doc = field.metadata["doc"]
+            if rule := field.metadata["rule"]:
+                doc = f"{doc} (must {rule.text})"
+            yield f"{prefix}{field.name}", types[field.name], field.default, doc
+
+
+def explain_unknown(name: str) -> str:
+    """The one-line message for a dotted key that does not exist."""
+    known = [k for k, *_ in keys()]
+    sections = {k.rsplit(".", i)[0] for k in known for i in (1, 2) if k.count(".") >= i}
+    if name in sections:
+        return f"{name} is a section, not a key; name a key in it, such as {name}.{_first(name)}"
+    last = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, 1, 0.75)
+    close = close or [k for k in known if k.rsplit(".", 1)[-1] == last]
+    close = close or difflib.get_close_matches(name, known, 1, 0.5)
+    hint = f"did you mean {close[0]}?" if close else "the README lists the keys"
+    return f"{name} is not a key; {hint}"
+
+
+def _first(section_name: str) -> str:
+    return next(k for k, *_ in keys() if k.startswith(section_name + "."))[len(section_name) + 1 :]
+
+
+def _build(values, cls, prefix):
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise ConfigError(
+            f"{prefix.rstrip('.') or 'the configuration'}={values!r} must be a section of keys"
+        )
+    types = typing.get_type_hints(cls)
+    for name in values:
+        if name not in types:
+            raise ConfigError(explain_unknown(f"{prefix}{name}"))
+    made = {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        name, value, kind = f"{prefix}{field.name}", values[field.name], types[field.name]
+        if dataclasses.is_dataclass(kind):
+            made[field.name] = _build(value, kind, f"{name}.")
+        else:
+            made[field.name] = _value(name, value, kind, field.metadata["rule"])
+    return cls(**made)
+
+
+def _value(name, value, kind, rule):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}, not "
+                          f"{type(value).__name__}")  # fmt: skip
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be a finite number")
+    if kind is int and abs(value) > 2**53:
+        raise ConfigError(f"{name}={value!r} must be less than 2**53")
+    if rule and not rule.holds(value):
+        raise ConfigError(f"{name}={value!r} must {rule.text}")
+    return value
+
+
+def _multiple(name_a, a, name_b, b):
+    if a % b:
+        raise ConfigError(f"{name_a}={a} must be a multiple of {name_b}={b}")
+
+
+def check_model(m: ModelConfig) -> None:
+    """Raise `ConfigError` for an architecture whose keys contradict each other."""
+    _multiple("model.num_heads", m.num_heads, "model.num_kv_heads", m.num_kv_heads)
+    if m.rope_high_freq_factor < m.rope_low_freq_factor:
+        raise ConfigError(
+            f"model.rope_high_freq_factor={m.rope_high_freq_factor} must be at least "
+            f"model.rope_low_freq_factor={m.rope_low_freq_factor}"
+        )
+    if m.temperature_scale and not m.nope_interval:
+        raise ConfigError(
+            f"model.temperature_scale={m.temperature_scale} acts on NoPE layers only and must be 0 "
+            "where model.nope_interval=0"
+        )
+    if m.moe_interval:
+        _check_experts(m)
+    elif m.num_experts:
+        raise ConfigError(
+            f"model.num_experts={m.num_experts} must be 0 where model.moe_interval=0; "
+            "set model.moe_interval=1 to make every layer mixture-of-experts"
+        )
+    if m.vision.num_layers:
+        v = m.vision
+        _multiple("model.vision.embed_dim", v.embed_dim, "model.vision.num_heads", v.num_heads)
+        if v.embed_dim // v.num_heads % 4:
+            raise ConfigError(
+                f"model.vision.embed_dim={v.embed_dim} / model.vision.num_heads={v.num_heads} = "
+                f"{v.embed_dim // v.num_heads} must be a multiple of 4 for the 2-D RoPE"
+            )
+        # The pixel shuffle joins 2 x 2 patches.
+        _multiple("model.vision.image_size", v.image_size, "2 * model.vision.patch_size",
+                  2 * v.patch_size)  # fmt: skip
+        _below_vocab("model.vision.token_id", v.token_id, m)
+    if m.audio.num_layers:
+        a = m.audio
+        _multiple("model.audio.embed_dim", a.embed_dim, "2 * model.audio.num_heads",
+                  2 * a.num_heads)  # fmt: skip
+        _below_vocab("model.audio.token_id", a.token_id, m)
+        if m.vision.num_layers and a.token_id == m.vision.token_id:
+            raise ConfigError(
+                f"model.audio.token_id={a.token_id} must differ from model.vision.token_id"
+            )
+
+
+def _below_vocab(name, value, m):
+    if value >= m.vocab_size:
+        raise ConfigError(f"{name}={value} must be below model.vocab_size={m.vocab_size}")
+
+
+def _check_experts(m):
+    if m.moe_interval > m.num_layers:
+        raise ConfigError(
+            f"model.moe_interval={m.moe_interval} must be at most model.num_layers={m.num_layers}, "
+            "or no layer has experts"
+        )
+    for name in ("num_experts", "expert_dim"):
+        if not getattr(m, name):
+            raise ConfigError(
+                f"model.{name}=0 must be at least 1 where model.moe_interval={m.moe_interval}"
+            )
+    if m.experts_per_token > m.num_experts:
+        raise ConfigError(
+            f"model.experts_per_token={m.experts_per_token} must be at most "
+            f"model.num_experts={m.num_experts}"
+        )
+    if m.router == "expert_choice":
+        for name in ("load_balance_weight", "bias_update_rate"):
+            if getattr(m, name):
+                raise ConfigError(
+                    f"model.{name}={getattr(m, name)} must be 0 where model.router=expert_choice, "
+                    "whose load is even by construction"
+                )
+
+
+def check(c: Config) -> None:
+    """Raise `ConfigError` for keys that contradict each other."""
+    check_model(c.model)
+    if c.data.seq_len > c.model.max_positions:
+        raise ConfigError(
+            f"data.seq_len={c.data.seq_len} must be at most "
+            f"model.max_positions={c.model.max_positions}"
+        )
+    if c.data.tokenizer == "train" and c.data.tokenizer_vocab > c.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_vocab={c.data.tokenizer_vocab} must be at most "
+            f"model.vocab_size={c.model.vocab_size}"
+        )
+    _multiple("train.batch_size", c.train.batch_size, "train.microbatches", c.train.microbatches)
+    if c.optimizer.warmup_steps >= c.train.steps and c.optimizer.schedule != "constant":
+        raise ConfigError(
+            f"optimizer.warmup_steps={c.optimizer.warmup_steps} must be below "
+            f"train.steps={c.train.steps}"
+        )
+    if c.optimizer.name == "muon" and c.model.param_dtype != "float32":
+        raise ConfigError(
+            f"model.param_dtype={c.model.param_dtype} must be float32 where optimizer.name=muon"
+        )
+    axes = {f.name: getattr(c.mesh, f.name) for f in dataclasses.fields(c.mesh)}
+    if sum(v == -1 for v in axes.values()) > 1:
+        inferred = " and ".join(f"mesh.{k}=-1" for k, v in axes.items() if v == -1)
+        raise ConfigError(f"{inferred}: at most one axis can take the devices that are left")

@@ -1,0 +1,42 @@
+"""`puna eval`: load a model, measure it on held-out text, give the numbers."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from ..configs import schema
+from ..configs.errors import ConfigError
+from ..models import sharding
+from ..models.tokenizer import load_tokenizer
+from ..models.transformer import Transformer, count_params
+from ..models.weights import load
+from .perplexity import evaluate_loss
+
+
+def evaluate(config: Mapping, path) -> dict:
+    """Evaluate a run, or any model that `puna.load` reads, on `data.validation`.
+
+    Args:
+      config: a `ConfigDict`; its data, eval and mesh sections and `model.compute_dtype` count.
+        The architecture is the checkpoint's own.
+      path: run, checkpoint or model.
+
+    Returns:
+      The dict that `results.json` holds.
+
+    Raises:
+      UserError: the config, the data or the checkpoint will not do.
+    """
+    c = schema.from_dict(config)
+    if not c.data.validation:
+        raise ConfigError("data.validation='' must name what to evaluate on")
+    mesh = sharding.make_mesh(c.mesh)
+    model, params = load(path, mesh=mesh)
+    model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
+    tokenizer = load_tokenizer(path)
+    numbers = evaluate_loss(c, model, params, tokenizer, mesh)
+    return {
+        "checkpoint": str(path),
+        "data": c.data.validation,
+        "parameters": count_params(model.config),
+        **numbers,
+    }

@@ -1,0 +1,152 @@
+"""The parameter helper, the matmul and the small layers: RMSNorm, Embed, SwiGLU.
+
+Parameters are stored in `param_dtype`; every contraction rounds its operands to
+`compute_dtype` and accumulates in float32, forward and backward.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..configs.schema import ModelConfig
+from .sharding import Param, constrain
+
+
+def param(module: nn.Module, name: str, shape, names, init, dtype):
+    """Declare a parameter: its shape, the logical name of each dim and its initializer together."""
+    return module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
+
+
+def normal(std: float):
+    """Normal initializer of the given standard deviation."""
+
+    def init(key, shape, dtype):
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return init
+
+
+def ones(key, shape, dtype):
+    return jnp.ones(shape, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def contract(spec: str, x, w, dtype: str):
+    """Einsum of an activation with a weight, accumulated in float32.
+
+    Args:
+      spec: einsum string such as "BTD,DF->BTF"; every letter stands in exactly two of the terms.
+      x: activation.
+      w: weight, in any float dtype.
+      dtype: what both are rounded to, and the dtype of the result.
+
+    The gradient has its own rule because plain autodiff of `preferred_element_type=float32`
+    multiplies a float32 cotangent with a bfloat16 operand, which no hardware does fast. The
+    gradient of `w` comes back unrounded in w's dtype.
+    """
+    return _dot(spec, x, w, dtype).astype(dtype)
+
+
+def _dot(spec, a, b, dtype):
+    # HIGHEST keeps float32 operands float32 where the hardware would round them to bfloat16.
+    precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+    return jnp.einsum(
+        spec, a.astype(dtype), b.astype(dtype),
+        precision=precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def _contract_fwd(spec, x, w, dtype):
+    return contract(spec, x, w, dtype), (x, w)
+
+
+def _contract_bwd(spec, dtype, saved, g):
+    x, w = saved
+    terms, out = spec.split("->")
+    a, b = terms.split(",")
+    dx = _dot(f"{out},{b}->{a}", g, w, dtype).astype(x.dtype)
+    dw = _dot(f"{a},{out}->{b}", x, g, dtype).astype(w.dtype)
+    return dx, dw
+
+
+contract.defvjp(_contract_fwd, _contract_bwd)
+
+
+def rms_norm(x, scale, eps: float):
+    """x / rms(x) * scale over the last dim, in float32, back in x's dtype (arXiv 1910.07467)."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if scale is not None:
+        y = y * scale.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        scale_D = param(self, "scale_D", x_BTD.shape[-1:], ("norm",), ones, c.param_dtype)
+        return rms_norm(x_BTD, scale_D, c.norm_eps)
+
+
+class Embed(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT):
+        """Returns the rows [B, T, D] and the table.
+
+        An id outside the vocabulary gives NaN, not a neighbour's row.
+        """
+        c = self.config
+        shape, std = (c.vocab_size, c.embed_dim), c.embed_dim**-0.5
+        table_VD = param(self, "table_VD", shape, ("vocab", "embed"), normal(std), c.param_dtype)
+        # Gathered along D first: rows can then be looked up where the tokens are.
+        rows_VD = constrain(table_VD.astype(c.compute_dtype), "vocab", "act_embed")
+        x_BTD = rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+        return constrain(x_BTD, "batch", "length", "act_embed"), table_VD
+
+
+class Unembed(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self):
+        c = self.config
+        shape, std = (c.embed_dim, c.vocab_size), c.embed_dim**-0.5
+        return param(self, "table_DV", shape, ("embed", "vocab"), normal(std), c.param_dtype)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), without biases (arXiv 2002.05202)."""
+
+    config: ModelConfig
+    hidden_dim: int
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c, F = self.config, self.hidden_dim
+        D = c.embed_dim
+        up, down = normal(D**-0.5), normal(residual_std(F, c))
+        w_gate_DF = param(self, "w_gate_DF", (D, F), ("embed", "mlp"), up, c.param_dtype)
+        w_up_DF = param(self, "w_up_DF", (D, F), ("embed", "mlp"), up, c.param_dtype)
+        w_down_FD = param(self, "w_down_FD", (F, D), ("mlp", "embed"), down, c.param_dtype)
+        gate_BTF = contract("BTD,DF->BTF", x_BTD, w_gate_DF, c.compute_dtype)
+        up_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
+        h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "act_mlp")
+        y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)
+        return constrain(y_BTD, "batch", "length", "act_embed")
+
+
+def swiglu(gate, up):
+    """silu(gate) * up in float32, back in the operands' dtype."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def residual_std(fan_in: int, config: ModelConfig) -> float:
+    """Standard deviation of a matrix that writes to the residual stream, 2 a layer (GPT-2)."""
+    return (2 * config.num_layers * fan_in) ** -0.5

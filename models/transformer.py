@@ -1,0 +1,161 @@
+"""The one Transformer behind every Llama.
+
+    model = Transformer(config)
+    out = model.apply({"params": params}, tokens_BT)
+    out.logits_BTV
+
+Layers are scanned in blocks of one period of the NoPE and MoE pattern, so compile time does not
+grow with depth; layers that do not fill a period follow unscanned. What differs between Llamas
+is data in `ModelConfig`.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..configs.schema import ModelConfig
+from . import sharding
+from .attention import Attention
+from .cache import Cache
+from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
+from .masks import Tokens, default_tokens
+
+# What the backward pass finds saved: all of it, matmul results only, or layer inputs only.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Output(flax.struct.PyTreeNode):
+    """What the model gives: logits in float32, the normed hidden states they come from."""
+
+    logits_BTV: jax.Array
+    hidden_BTD: jax.Array
+    cache: Cache | None
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each behind a norm and a residual connection."""
+
+    config: ModelConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x_BTD, tokens, cache):
+        c = self.config
+        h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+        attention = Attention(c, c.uses_rope(self.index), name="attention")
+        a_BTD, cache = attention(h_BTD, tokens, cache)
+        x_BTD = x_BTD + a_BTD
+        h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
+        return x_BTD + SwiGLU(c, c.mlp_dim, name="mlp")(h_BTD), cache
+
+
+class Block(nn.Module):
+    """The first `num_layers` layers of one period."""
+
+    config: ModelConfig
+    num_layers: int
+
+    @nn.compact
+    def __call__(self, x_BTD, caches, tokens):
+        new = {}
+        for j in range(self.num_layers):
+            name = f"layer_{j}"
+            cache = None if caches is None else caches[name]
+            x_BTD, new[name] = Layer(self.config, j, name=name)(x_BTD, tokens, cache)
+        return x_BTD, None if caches is None else new
+
+
+class Transformer(nn.Module):
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None) -> Output:
+        """Predict the token after each of `tokens_BT`.
+
+        Args:
+          tokens_BT: int ids; one outside the vocabulary gives NaN logits.
+          positions_BT: positions in their document; counted from 0, or on from the cache.
+          segment_ids_BT: document of each token, 0 for padding; no attention across. All 1 when
+            left out. With a cache each row is one document and only 0 matters.
+          cache: from `init_cache` or an earlier call; the new one is in the output.
+        """
+        c = self.config
+        tokens_BT = jnp.asarray(tokens_BT)
+        default = default_tokens(tokens_BT.shape)
+        segments_BT = default.segments_BT if segment_ids_BT is None else segment_ids_BT
+        if cache is not None:
+            segments_BT = (segments_BT != 0).astype(jnp.int32)
+        if positions_BT is None:
+            positions_BT = default.positions_BT
+            if cache is not None:
+                positions_BT = positions_BT + cache.lengths_B[:, None]
+        tokens = Tokens(positions_BT, segments_BT)
+        caches = {} if cache is None else cache.layers
+        new = {}
+
+        x_BTD, table_VD = Embed(c, name="embed")(tokens_BT)
+        blocks, rest = divmod(c.num_layers, c.period)
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        if blocks:
+            scan = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=blocks,
+                metadata_params={nn.meta.PARTITION_NAME: "layers"},
+            )
+            x_BTD, new["blocks"] = scan(c, c.period, name="blocks")(
+                x_BTD, caches.get("blocks"), tokens
+            )
+        if rest:
+            x_BTD, new["tail"] = block(c, rest, name="tail")(x_BTD, caches.get("tail"), tokens)
+
+        hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
+        table_DV = table_VD.T if c.tie_embeddings else Unembed(c, name="unembed")()
+        # Rounding the logits would cost what the float32 accumulation has won.
+        logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, c.compute_dtype)
+        if cache is not None:
+            lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
+            cache = Cache(new, lengths_B)
+        return Output(logits_BTV.astype(jnp.float32), hidden_BTD, cache)
+
+
+def unembed_table(config: ModelConfig, params):
+    """The output projection [D, V] of a parameter tree."""
+    if config.tie_embeddings:
+        return params["embed"]["table_VD"].T
+    return params["unembed"]["table_DV"]
+
+
+def abstract_params(config: ModelConfig):
+    """Shapes, dtypes and logical dim names of every parameter, computing nothing.
+
+    Returns:
+      The tree of boxed `ShapeDtypeStruct`s: `sharding.unbox` and `sharding.shardings` read it.
+    """
+    return jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
+
+
+def _init(config, key):
+    # Any shape would do, were the activations of the current mesh not to be split evenly.
+    n = max(1, jax.sharding.get_abstract_mesh().size)
+    return Transformer(config).init(key, jnp.zeros((n, n), jnp.int32))["params"]
+
+
+def init_params(config: ModelConfig, key, mesh):
+    """Random parameters, each created where it lies on the mesh; the same on any mesh."""
+    out = sharding.shardings(abstract_params(config), mesh)
+    return jax.jit(lambda key: sharding.unbox(_init(config, key)), out_shardings=out)(key)
+
+
+def count_params(config: ModelConfig) -> int:
+    """Exact number of parameters, computing nothing."""
+    return sum(x.size for x in jax.tree.leaves(sharding.unbox(abstract_params(config))))

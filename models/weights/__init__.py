@@ -1,0 +1,1 @@
+"""Checkpoints of others <-> puna's parameter tree; one declarative table per format."""

@@ -1,0 +1,36 @@
+"""Settings of every test: eight CPU devices, a compile cache, one Hypothesis profile.
+
+JAX reads its environment when it is first imported, so this file sets it and imports no JAX.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+
+assert "jax" not in sys.modules, "a pytest plugin imported jax before the tests could set it up"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        # Eight simulated devices take turns on few cores: a late one is slow, not stuck.
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
+).strip()
+# Compiling is most of what the suite does. Workers, subprocesses and later runs share the results.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# No deadline: the first example of each shape compiles. In CI the examples are always the same.
+set_hypothesis_home_dir(str(CACHE / "hypothesis"))
+settings.register_profile("puna", max_examples=20, deadline=None)
+settings.register_profile("ci", settings.get_profile("puna"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "puna")

@@ -1,0 +1,242 @@
+"""The rules of the code base that a reader relies on: layers, names, sizes, the file map.
+
+Everything here reads source text, except the tests that ask a fresh interpreter what an import
+loads. `python -m puna` and notebooks see the package under the same conditions.
+"""
+
+import ast
+import graphlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ("configs", "models", "train", "eval", "__main__")
+FOLDERS = LAYERS[:-1]
+MAX_LINES = 500
+MAX_KEYS = 100
+
+
+def source_files():
+    """Map module name -> path for every module of the package."""
+    paths = [ROOT / "__init__.py", ROOT / "__main__.py"]
+    paths += [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    names = {}
+    for path in paths:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(("puna", *(p for p in parts if p != "__init__")))] = path
+    return names
+
+
+SOURCES = source_files()
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def layer(module):
+    """Return the layer's index of a module, or None for the root `puna` itself."""
+    parts = module.split(".")
+    return LAYERS.index(parts[1]) if len(parts) > 1 else None
+
+
+def base_of(node, module, path):
+    """Return the absolute name that an `ast.ImportFrom` imports from."""
+    if not node.level:
+        return node.module
+    parts = module.split(".")
+    # A package's own __init__ is one level nearer to its modules than its siblings are.
+    up = node.level - (path.name == "__init__.py")
+    parts = parts[: len(parts) - up]
+    return ".".join((*parts, *([node.module] if node.module else [])))
+
+
+def imports_of(module, path):
+    """Yield (imported puna module, line, relative?) for each import statement, nested or not."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "puna":
+                    yield alias.name, node.lineno, False
+        elif isinstance(node, ast.ImportFrom):
+            base = base_of(node, module, path)
+            if base.split(".")[0] == "puna":
+                for alias in node.names:
+                    submodule = f"{base}.{alias.name}"
+                    yield (submodule if submodule in SOURCES else base), node.lineno, node.level > 0
+
+
+# The root's lazy names point at every layer by design and load nothing, so it has no edges.
+EDGES = {
+    module: list(imports_of(module, path)) for module, path in SOURCES.items() if module != "puna"
+}
+
+
+def is_experiment(module):
+    """Tell a config file, which --config loads by its path and so can't import relatively."""
+    from puna import configs
+
+    return module.startswith("puna.configs.") and SOURCES[module].stem in configs.names()
+
+
+def test_every_layer_is_there():
+    missing = [folder for folder in FOLDERS if f"puna.{folder}" not in SOURCES]
+    assert not missing, f"layers without an __init__.py: {missing}"
+    assert (ROOT / "__main__.py").exists()
+
+
+def test_imports_stay_in_their_layer_or_below():
+    upward = [
+        f"{module}:{line} imports {target}"
+        for module, edges in EDGES.items()
+        for target, line, _ in edges
+        if layer(target) is not None and layer(target) > layer(module)
+    ]
+    assert not upward, f"{' < '.join(LAYERS)} is broken by:\n" + "\n".join(upward)
+
+
+def test_imports_name_modules_that_exist():
+    unknown = [
+        f"{module}:{line} imports {target}"
+        for module, edges in EDGES.items()
+        for target, line, _ in edges
+        if target not in SOURCES
+    ]
+    assert not unknown, "\n".join(unknown)
+
+
+def test_no_circular_imports():
+    graph = {module: {t for t, _, _ in edges if t != module} for module, edges in EDGES.items()}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("circular imports: " + " -> ".join(reversed(error.args[1])))
+
+
+def test_imports_are_relative_but_in_experiment_files():
+    wrong = [
+        f"{module}:{line}"
+        for module, edges in EDGES.items()
+        for _, line, relative in edges
+        if relative == is_experiment(module)
+    ]
+    assert not wrong, f"absolute in configs/NAME.py, relative elsewhere: {wrong}"
+
+
+def test_no_utils_and_no_giants():
+    files = [*SOURCES.values(), ROOT / "setup.py"]
+    files += [f for folder in ("tests", "benchmarks") for f in (ROOT / folder).rglob("*.py")]
+    assert not [f for f in files if f.name == "utils.py"]
+    long = {
+        str(f.relative_to(ROOT)): lines
+        for f in files
+        if (lines := len(f.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert not long, f"over {MAX_LINES} lines: {long}"
+
+
+def test_tests_are_not_a_package():
+    # With __init__.py files, tests/models would be imported as the module `models`.
+    assert not list((ROOT / "tests").rglob("__init__.py"))
+
+
+def readme_file_map():
+    """Return the paths of README's file map: the fenced block after a heading that says so."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"^#+[^\n]*file map[^\n]*\n.*?^```[^\n]*\n(.*?)^```", readme, re.I | re.M | re.S
+    )
+    assert found, "README.md needs a heading with 'file map' and a fenced block below it"
+    lines = [line.split(maxsplit=1) for line in found.group(1).splitlines() if line.strip()]
+    bare = [line[0] for line in lines if len(line) == 1]
+    assert not bare, f"the file map says nothing about {bare}"
+    return [line[0] for line in lines]
+
+
+def test_readme_file_map_is_the_tree():
+    listed = readme_file_map()
+    assert len(listed) == len(set(listed)), "a path stands twice in README's file map"
+    gone = [path for path in listed if not (ROOT / path).exists()]
+    assert not gone, f"in README's file map but not in the tree: {gone}"
+    # `models/` may stand for models/__init__.py.
+    named = {path + "__init__.py" if path.endswith("/") else path for path in listed}
+    missing = {str(path.relative_to(ROOT)) for path in SOURCES.values()} - named
+    assert not missing, f"not in README's file map: {sorted(missing)}"
+
+
+def test_every_schema_field_is_read_outside_configs():
+    from puna.configs import schema
+    from puna.models import sharding
+
+    # The mesh section is read as a whole, field by field: a field there is an axis.
+    axes = {f"mesh.{axis}" for axis in sharding.AXES}
+    attributes = {
+        node.attr
+        for module, path in SOURCES.items()
+        if not module.startswith("puna.configs")
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    keys = [key for key, *_ in schema.keys()]
+    unread = [key for key in keys if key not in axes and key.rsplit(".")[-1] not in attributes]
+    assert not unread, f"no module reads these keys: {unread}"
+
+
+def test_the_schema_stays_within_its_budget():
+    from puna.configs import schema
+
+    keys = [key for key, *_ in schema.keys()]
+    assert len(keys) <= MAX_KEYS, f"{len(keys)} keys; the budget is {MAX_KEYS}"
+
+
+def loaded_after(code, cwd):
+    """Return what top-level modules a fresh interpreter has loaded or tried to after `code`.
+
+    Attempts count, so that the answer doesn't depend on what happens to be installed here.
+    """
+    spy = (
+        "import sys\n"
+        "class Spy:\n"
+        "    seen = set()\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        self.seen.add(name.split('.')[0])\n"
+        "sys.meta_path.insert(0, Spy())\n"
+    )
+    end = "\nprint('LOADED', *sorted(Spy.seen | {name.split('.')[0] for name in sys.modules}))"
+    run = subprocess.run(
+        [sys.executable, "-c", spy + code + end], cwd=cwd, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.rsplit("LOADED", 1)[1].split())
+
+
+def test_importing_puna_loads_nothing_heavy(tmp_path):
+    heavy = {"jax", "flax", "numpy", "ml_collections", "absl", "tensorflow", "torch"}
+    assert not heavy & loaded_after("import puna; dir(puna)", tmp_path)
+
+
+def test_importing_models_loads_no_other_framework(tmp_path):
+    assert not {"tensorflow", "torch"} & loaded_after("import puna.models", tmp_path)
+
+
+def test_importing_everything_claims_no_foreign_name(tmp_path):
+    everything = "\n".join(f"import {module}" for module in SOURCES)
+    loaded = loaded_after(everything, tmp_path)
+    assert not {"models", "train", "eval", "configs"} & loaded
+    assert not {"tensorflow", "torch", "transformers"} & loaded
+
+
+@pytest.mark.parametrize("first", ["puna", "puna.train.loop", "puna.models"])
+def test_public_names_resolve_whatever_is_imported_first(first, tmp_path):
+    # puna.train is a package and a function: neither import order may lose one of them.
+    code = (
+        f"import {first}, puna\n"
+        "assert all(callable(getattr(puna, name)) for name in puna.__all__ if name[0] != '_')\n"
+        "import puna.train.loop\n"
+        "assert callable(puna.train) and callable(puna.train.loop.train)\n"
+    )
+    loaded_after(code, tmp_path)

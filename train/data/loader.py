@@ -1,0 +1,248 @@
+"""Batches for training: an endless, shuffled, mixed stream of documents, packed row by row.
+
+Row r of a batch of B rows reads documents r, r + B, r + 2B, ... of the stream and nothing else. So
+a row depends on the configuration, the seed and r, never on how rows are spread over processes,
+and where it has got to is (document, offset). Every packed row carries the place behind it; a
+loader that starts there, with whichever rows, goes on with the exact next batch at the cost of
+reading one document a row.
+"""
+
+import atexit
+import functools
+import math
+import multiprocessing
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+
+import grain
+import numpy as np
+from absl import flags
+
+from ...configs.errors import UserError
+from ...configs.schema import DataConfig
+from ...models.tokenizer import Tokenizer
+from .documents import TokenizedDocuments
+from .packing import Batch, Cursor, pack_row, to_batch
+from .sources import open_source, parse_sources
+
+PREFETCHED_BATCHES = 4
+
+
+def make_train_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    rows: Sequence[int] | None = None,
+    seed: int = 0,
+) -> "TrainLoader":
+    """Make the endless iterator over the training batches of this process.
+
+    Args:
+        config: what is read; `train` is a source string (see `sources`).
+        tokenizer: must be picklable if `config.workers` is not 0.
+        batch_size: rows of the global batch, B.
+        rows: the rows of the global batch that this process owns, in the order it wants them; all
+            where left out.
+        seed: of the order of the documents.
+
+    Returns:
+        An iterator of batches of numpy arrays [len(rows), config.seq_len], see `to_batch`.
+
+    Raises:
+        UserError: the data cannot be read; also while iterating.
+    """
+    parts = parse_sources(config.train)
+    opened = [open_source(part.name, config.text_key, config.data_dir) for part in parts]
+    streams = []
+    for index, documents in enumerate(opened):
+        stream = grain.MapDataset.source(TokenizedDocuments(documents, tokenizer))
+        if config.shuffle:
+            # One seed a part: parts of one size would otherwise be shuffled alike.
+            part_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
+            stream = stream.seed(int(part_seed)).shuffle()
+        streams.append(stream.repeat())
+    weights = [1.0 if part.weight is None else part.weight for part in parts]
+    return TrainLoader(
+        grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0],
+        num_documents=sum(map(len, opened)),
+        length=config.seq_len + 1,
+        batch_size=batch_size,
+        rows=range(batch_size) if rows is None else rows,
+        workers=config.workers,
+    )
+
+
+class TrainLoader(Iterator[Batch]):
+    """The training batches of some rows; made by `make_train_loader`.
+
+    Reading starts with the first `next`, ahead of the caller: in a thread, or in reader processes
+    that share the rows among them.
+    """
+
+    def __init__(
+        self,
+        stream: grain.MapDataset,
+        num_documents: int,
+        length: int,
+        batch_size: int,
+        rows: Sequence[int],
+        workers: int,
+    ):
+        self._reader: grain.DatasetIterator | None = None
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        self._stream = stream
+        self._num_documents = num_documents
+        self._length = length
+        self._batch_size = batch_size
+        self._rows = list(rows)
+        self._workers = min(workers, len(self._rows))
+        self._places = [(row, 0) for row in self._rows]
+
+    def __next__(self) -> Batch:
+        if self._reader is None:
+            self._reader = self._start()
+            # Readers that still read when Python exits hold it up for many seconds.
+            atexit.register(self._at_exit)
+        try:
+            groups = [next(self._reader) for _ in range(self._workers or 1)]
+        except BaseException:
+            # An interrupt may come between two groups: whoever goes on reads this batch again.
+            self.close()
+            raise
+        rows = {key: _interleave([group[key] for group in groups]) for key in groups[0]}
+        self._places = [tuple(place) for place in rows.pop("places").tolist()]
+        return to_batch(rows)
+
+    def get_state(self) -> dict[str, dict[str, int]]:
+        """Return where each row goes on after the last batch, keyed by its number in the batch.
+
+        The states of all processes together, as one dict, are the state of the global batch.
+        """
+        return {
+            str(row): {"document": document, "offset": offset, "stride": self._batch_size}
+            for row, (document, offset) in zip(self._rows, self._places, strict=True)
+        }
+
+    def set_state(self, state: dict[str, dict[str, int]]) -> None:
+        """Go on from a state, of which only the rows of this process are used.
+
+        Raises:
+            UserError: the state is of another batch size.
+        """
+        places = []
+        for row in self._rows:
+            place = state.get(str(row))
+            if place is None or place["stride"] != self._batch_size:
+                saved = len(state) if place is None else place["stride"]
+                raise UserError(
+                    f"train.batch_size={self._batch_size}, but the data position that was saved is "
+                    f"of {saved} rows: rows can only go on in a batch of the same size"
+                )
+            places.append((place["document"], place["offset"]))
+        self.close()
+        self._places = places
+
+    def close(self) -> None:
+        """Stop reading ahead; the next batch starts it again."""
+        if self._reader is not None:
+            atexit.unregister(self._at_exit)
+            self._reader.close()
+            self._reader = None
+
+    def __del__(self):
+        self.close()
+
+    def _start(self) -> grain.DatasetIterator:
+        places = [
+            {
+                "document": document,
+                "offset": offset,
+                "stride": self._batch_size,
+                "start": self._first_fraction(row) if (document, offset) == (row, 0) else 0.0,
+            }
+            for row, (document, offset) in zip(self._rows, self._places, strict=True)
+        ]
+        dataset = _PackedRows(self._stream, places, self._length)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # in a notebook; Grain's workers read flags of Grain
+                flags.FLAGS.mark_as_parsed()
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
+            return iter(dataset.mp_prefetch(options, worker_init_fn=_end_with_parent))
+        return iter(
+            grain.experimental.ThreadPrefetchIterDataset(
+                dataset, prefetch_buffer_size=PREFETCHED_BATCHES
+            )
+        )
+
+    def _first_fraction(self, row: int) -> float:
+        """Return where a row begins in its first document.
+
+        At its start, unless there are fewer documents than rows: rows that share a document would
+        be copies of each other, so they begin in equal distances.
+        """
+        readers = math.ceil(self._batch_size / self._num_documents)
+        return row // self._num_documents / readers
+
+
+class _PackedRows(grain.IterDataset):
+    """Packs one row from each place at a time: int32 [places, length], and the places after."""
+
+    def __init__(self, stream: grain.MapDataset, places: list[dict], length: int):
+        super().__init__()
+        self._stream = stream
+        self._places = places
+        self._length = length
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedRowsIterator(self._stream, self._places, self._length)
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Keep the rows of one reader process; Grain calls this there."""
+        self._places = self._places[sl]
+
+
+class _PackedRowsIterator(grain.DatasetIterator):
+    def __init__(self, stream: grain.MapDataset, places: list[dict], length: int):
+        super().__init__()
+        self._stream = stream
+        self._length = length
+        self._cursors = [Cursor(stream.__getitem__, **place) for place in places]
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = [pack_row(cursor, self._length) for cursor in self._cursors]
+        group = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        group["places"] = np.array([(c.document, c.offset) for c in self._cursors], np.int64)
+        return group
+
+    def get_state(self) -> dict:
+        # TrainLoader keeps the state; Grain asks for one after every element.
+        return {}
+
+    def set_state(self, state: dict) -> None:
+        raise NotImplementedError("the state is the places that the data set is made with")
+
+
+def _interleave(groups: list[np.ndarray]) -> np.ndarray:
+    """Undo the slices [i::n] that n readers took of the rows."""
+    rows = np.empty((sum(map(len, groups)), *groups[0].shape[1:]), groups[0].dtype)
+    for index, group in enumerate(groups):
+        rows[index :: len(groups)] = group
+    return rows
+
+
+def _close(loader: "weakref.ref[TrainLoader]") -> None:
+    if (found := loader()) is not None:
+        found.close()
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """End a reader process when the training process is killed, which cannot end it itself."""
+    del index, count
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,70 @@
+"""What a source string such as `3*tfds:python_source:train,1*notes/*.jsonl` names.
+
+    SOURCES = PART[,PART...]      PART = [WEIGHT*]NAME
+    NAME    = tfds:DATASET[/CONFIG][/VERSION][:SPLIT], a path, or a glob
+
+A weight is the part's share of the documents that training reads (1 where it is left out). A path
+that starts with digits and a `*` is written `./3*`. A name with a comma in it cannot be written.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+
+from ...configs.errors import UserError
+from . import files, tfds_documents
+
+_WEIGHT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.*)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One part of a source string; the weight is None where none was written."""
+
+    name: str
+    weight: float | None = None
+
+
+def parse_sources(sources: str) -> list[Part]:
+    """Split a source string into its parts.
+
+    Raises:
+        UserError: a part is empty or its weight is zero.
+    """
+    parts = []
+    for item in sources.split(","):
+        match = _WEIGHT.fullmatch(item.strip())
+        name = match[2].strip() if match else item.strip()
+        weight = float(match[1]) if match else None
+        if not name:
+            raise UserError(f"data source {sources!r}: a part between the commas names no data")
+        if weight == 0:
+            raise UserError(f"data source {sources!r}: the weight of {name} is 0; leave it out")
+        parts.append(Part(name, weight))
+    return parts
+
+
+def open_source(name: str, text_key: str = "text", data_dir: str | None = None) -> Sequence[str]:
+    """Open one part of a source string as a random-access sequence of document texts.
+
+    Args:
+        name: `tfds:...`, a path or a glob.
+        text_key: the key of the text in JSONL objects and TFDS examples.
+        data_dir: where TFDS keeps its data sets; empty for its default.
+
+    Raises:
+        UserError: the data is missing, empty or not what its name says.
+    """
+    if name.startswith("tfds:"):
+        documents = tfds_documents.TfdsDocuments(name.removeprefix("tfds:"), text_key, data_dir)
+    else:
+        documents = files.FileDocuments(files.find_files(name), text_key)
+    if not len(documents):
+        raise UserError(f"{name} holds no document: it is empty")
+    return documents
+
+
+def iter_text(sources: str, text_key: str = "text", data_dir: str | None = None) -> Iterator[str]:
+    """Yield the text of each document of each part once, in order; weights change nothing."""
+    for part in parse_sources(sources):
+        yield from open_source(part.name, text_key, data_dir)

@@ -1,0 +1,109 @@
+"""TFDS data sets as a random-access sequence of documents, read without TensorFlow.
+
+Only data that TFDS stores in a random-access format (array_record, parquet) can be read this way.
+`python_source`, the corpus of the quickstart, is built when it is first asked for; every other data
+set has to be prepared beforehand.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+
+from ...configs.errors import UserError
+
+_DATASET = re.compile(r"(?P<name>\w+)(?:/(?P<config>[^/:]+?))??(?:/(?P<version>\d+\.\d+\.\d+))?")
+
+
+class TfdsDocuments(Sequence[str]):
+    """The documents of one split of a TFDS data set, in stored order.
+
+    Args:
+        spec: `DATASET[/CONFIG][/VERSION][:SPLIT]`, or the folder of a prepared version in place
+            of the name (it starts with `/`, `.` or `~`). SPLIT may be a sub-split, `train[:10%]`.
+        text_key: the feature that holds the text.
+        data_dir: where TFDS keeps its data sets; empty for its default.
+
+    Raises:
+        UserError: the data set, the split or the feature is not there, or it is stored as tfrecord.
+    """
+
+    def __init__(self, spec: str, text_key: str, data_dir: str | None):
+        self._name, _, split = spec.partition(":")
+        self._text_key = text_key
+        builder = _find_builder(self._name, data_dir)
+        try:
+            self._examples = builder.as_data_source(split=split or "train")
+        except NotImplementedError:
+            raise UserError(
+                f"tfds:{self._name} is stored as {builder.info.file_format.value}, which only "
+                "TensorFlow reads: prepare it again in another data_dir with `tfds build "
+                f"--file_format=array_record {builder.name}`"
+            ) from None
+        except (ValueError, KeyError, AssertionError):
+            splits = ", ".join(builder.info.splits) or "none"
+            raise UserError(
+                f"tfds:{spec}: there is no split {split or 'train'!r} (its splits: {splits}; "
+                "a part of one is written train[:10%])"
+            ) from None
+        features = builder.info.features
+        if text_key not in features:
+            raise UserError(
+                f"tfds:{self._name} has no feature {text_key!r} (its features: "
+                f"{', '.join(features)}); set data.text_key"
+            )
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        text = self._examples[index][self._text_key]
+        if not isinstance(text, bytes):
+            raise UserError(f"tfds:{self._name}: the feature {self._text_key!r} is not a text")
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise UserError(f"tfds:{self._name}: example {index} is not UTF-8 text") from None
+
+
+def _find_builder(name: str, data_dir: str | None):
+    # Here and not above: whoever reads only files need not have or wait for TFDS.
+    import tensorflow_datasets as tfds
+
+    from . import python_source
+
+    if name.startswith(("/", ".", "~")):
+        path = os.path.expanduser(name)
+        try:
+            return tfds.builder_from_directory(path)
+        except Exception as error:
+            raise UserError(f"tfds:{name}: no TFDS data set is in this folder") from error
+    match = _DATASET.fullmatch(name)
+    if not match:
+        raise UserError(f"tfds:{name}: write tfds:DATASET[/CONFIG][/VERSION][:SPLIT]")
+    full_name = match["name"] + (f"/{match['config']}" if match["config"] else "")
+    full_name += f":{match['version']}" if match["version"] else ""
+    root = os.path.expanduser(data_dir) if data_dir else None
+    try:
+        builder = tfds.builder(full_name, data_dir=root)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"tfds:{name}: no data set of this name is known or prepared under "
+            f"{data_dir or tfds.core.constants.DATA_DIR}; check the name, or set data.data_dir"
+        ) from None
+    except (ValueError, AssertionError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"tfds:{name} cannot be opened: {reason}") from error
+    if builder.data_path.exists():
+        if builder.is_prepared():
+            return builder
+        raise UserError(f"tfds:{name}: {builder.data_dir} is no complete data set; delete it")
+    if not isinstance(builder, python_source.PythonSource):
+        where = f"--data_dir={data_dir} " if data_dir else ""
+        raise UserError(
+            f"tfds:{name} is not prepared in {builder.data_dir}: first run `tfds build "
+            f"--file_format=array_record {where}{match['name']}`"
+        )
+    python_source.prepare(builder)
+    return tfds.builder(full_name, data_dir=root)

@@ -1,0 +1,42 @@
+"""The tokenizer of a run: made once, kept in the run's folder, the same ever after."""
+
+import pathlib
+
+from ...configs.errors import ConfigError
+from ...configs.schema import Config
+from ...models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from .sources import iter_text
+
+FOLDER = "tokenizer"
+
+
+def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
+    """The run's tokenizer: the one in its folder, else what `data.tokenizer` says.
+
+    Raises:
+      UserError: no such tokenizer, or one with more ids than the model has.
+    """
+    data, folder = config.data, workdir / FOLDER
+    if folder.is_dir():
+        tokenizer = load_tokenizer(folder)
+    elif data.tokenizer == "bytes":
+        tokenizer = byte_tokenizer()
+    elif data.tokenizer == "train":
+        print(f"training a tokenizer of {data.tokenizer_vocab} ids on {data.train}", flush=True)
+        texts = iter_text(data.train, data.text_key, data.data_dir)
+        tokenizer = train_bpe(texts, data.tokenizer_vocab)
+    else:
+        tokenizer = load_tokenizer(data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} must be at least the "
+            f"{tokenizer.vocab_size} ids of data.tokenizer={data.tokenizer}"
+        )
+    if not folder.is_dir():
+        tokenizer.save(folder)
+    return tokenizer
+
+
+def tokenizer_files(workdir: pathlib.Path) -> dict[str, bytes]:
+    """The files of the run's tokenizer by name, for its checkpoints."""
+    return {p.name: p.read_bytes() for p in sorted((workdir / FOLDER).iterdir())}

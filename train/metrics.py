@@ -1,0 +1,227 @@
+"""What a run tells: metrics.jsonl, TensorBoard events, the progress line, results.json, the plot."""
+
+import json
+import math
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+import jax
+from tqdm import tqdm
+
+from ..configs.schema import Config, ModelConfig
+from ..models.transformer import abstract_params, count_params
+from .optimizer import schedule
+
+# Dense bfloat16 FLOP/s of a device as JAX counts devices, from the makers' data sheets. A device
+# that is not here gets no utilisation rather than an invented one.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def active_params(config: ModelConfig) -> int:
+    """Parameters that multiply a token: all but the embedding rows and the experts not chosen."""
+    total = 0
+    for path, p in jax.tree.leaves_with_path(
+        abstract_params(config), is_leaf=lambda x: hasattr(x, "names")
+    ):
+        size = math.prod(p.value.shape)
+        if "experts" in p.names:
+            size = size * config.experts_per_token // config.num_experts
+        if path[0].key == "embed" and not config.tie_embeddings:
+            continue
+        if path[0].key not in ("vision", "audio"):
+            total += size
+    return total
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Model FLOPs of one trained token: forward and backward, nothing recomputed.
+
+    6 a parameter, and attention's two matmuls 12 N H for each key seen (PaLM, arXiv 2204.02311,
+    appendix B), with the causal half counted as half: a token sees T/2 keys on average, and half
+    a chunk in a layer with chunks.
+    """
+    keys = 0.0
+    for layer in range(config.num_layers):
+        chunked = config.chunk_size and config.uses_rope(layer)
+        keys += min(seq_len, config.chunk_size if chunked else seq_len) / 2
+    attention = 12 * config.num_heads * config.head_dim * keys
+    return 6 * active_params(config) + attention
+
+
+def peak_flops(config: ModelConfig) -> float | None:
+    """FLOP/s of all devices together, None where the peak is not known."""
+    devices = jax.devices()
+    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    return peak * len(devices) if peak and config.compute_dtype == "bfloat16" else None
+
+
+class RunLog:
+    """Turns what steps return into `metrics.jsonl`, event files and a progress line.
+
+    The numbers of a step are fetched only once the next one is under way, so that the device
+    never waits for the host.
+
+    Args:
+      config: of the run.
+      workdir: the run's folder.
+      start: steps already done; later records of an interrupted run are cut off, since the run
+        that goes on from the checkpoint writes them again.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path, start: int):
+        from tensorboardX import SummaryWriter
+
+        self.config, self.workdir, self.start = config, workdir, start
+        self.rate = schedule(config)
+        self.tokens_per_step = config.train.batch_size * config.data.seq_len
+        self.flops_per_step = (
+            flops_per_token(config.model, config.data.seq_len) * self.tokens_per_step
+        )
+        self.peak = peak_flops(config.model)
+
+        path = workdir / "metrics.jsonl"
+        kept = [m for m in read(path) if m["step"] <= start]
+        write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
+        self.file = open(path, "a", encoding="utf-8")
+        self.events = SummaryWriter(str(workdir / "events"), purge_step=start + 1)
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
+
+        self.last: dict = {}
+        self.pending: tuple[int, dict, dict] | None = None
+        self.logged, self.logged_at = start, time.perf_counter()
+        self.input_wait = 0.0
+        self.began = time.perf_counter()
+
+    def fetch(self, loader):
+        """The next batch; the time it takes is the run's input wait."""
+        began = time.perf_counter()
+        batch = next(loader)
+        self.input_wait += time.perf_counter() - began
+        return batch
+
+    def dispatched(self, step: int, values: dict) -> None:
+        """Take what a step will give, and write what the one before it gave."""
+        self.flush()
+        self.pending = (step, values, {})
+
+    def add(self, name: str, numbers: dict[str, float]) -> None:
+        """Join an evaluator's numbers to the record of the step just dispatched."""
+        assert self.pending is not None
+        self.pending[2].update({f"{name}_{k}": v for k, v in numbers.items()})
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (step, values, extra), self.pending = self.pending, None
+        every = self.config.train.log_every
+        if step % every and step != self.config.train.steps and not extra:
+            return
+        record = {name: float(value) for name, value in values.items()}
+        record["learning_rate"] = float(self.rate(step - 1))
+        now = time.perf_counter()
+        seconds = (now - self.logged_at) / (step - self.logged)
+        record["step_seconds"] = seconds
+        record["tokens_per_second"] = self.tokens_per_step / seconds
+        record["input_wait_seconds"] = self.input_wait / (step - self.logged)
+        if self.peak:
+            record["model_flops_utilisation"] = self.flops_per_step / seconds / self.peak
+        self.logged, self.logged_at, self.input_wait = step, now, 0.0
+        self._write(step, record | extra)
+
+    def _write(self, step: int, record: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self.last = {"step": step, **finite}
+        self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            self.events.add_scalar(name, value, step)
+        text = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k in SHOWN)
+        if self.bar is None:
+            print(f"step {step}/{self.config.train.steps}: {text}", flush=True)
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def finish(self) -> dict:
+        """Write the last record, `results.json` and `loss.png`; returns the results."""
+        self.flush()
+        self.file.close()
+        self.events.close()
+        if self.bar is not None:
+            self.bar.close()
+        records = read(self.workdir / "metrics.jsonl")
+        seconds = [m["step_seconds"] for m in records if m["step"] > self.start + 1]
+        results = {
+            "parameters": count_params(self.config.model),
+            "tokens": self.tokens_per_step * self.config.train.steps,
+            "wall_seconds": round(time.perf_counter() - self.began, 1),
+            **self.last,
+        }
+        if seconds:
+            # The median: the first steps of a run compile.
+            results["step_seconds"] = statistics.median(seconds)
+            results["tokens_per_second"] = self.tokens_per_step / results["step_seconds"]
+        write_json(self.workdir / "results.json", results)
+        plot_losses(self.workdir)
+        return results
+
+
+SHOWN = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second", "validation_bits_per_byte")
+
+
+def read(path: pathlib.Path) -> list[dict]:
+    """The records of a metrics file; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Replace a file at once: a reader finds the old or the new, never half."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def plot_losses(workdir: pathlib.Path) -> None:
+    """Draw `loss.png` from the metrics: bits per byte of training and of validation."""
+    from matplotlib.figure import Figure
+
+    records = read(workdir / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, style in (("bits_per_byte", "-"), ("validation_bits_per_byte", "o")):
+        points = [(m["step"], m[name]) for m in records if m.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), lw=1)
+    axes.set(xlabel="step", ylabel="bits per byte", title=workdir.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(workdir / "loss.png", dpi=120)

@@ -1,0 +1,91 @@
+"""The optax chain of a configuration: schedule, clipping, update rule, weight decay."""
+
+import jax
+import optax
+
+from ..configs.schema import Config
+from ..models.sharding import Param
+
+
+def schedule(config: Config) -> optax.Schedule:
+    """Learning rate of each step: linear warm-up, then the named shape.
+
+    `wsd` (warm-up, stable, decay: arXiv 2404.06395) stays at the peak and decays linearly over
+    the last `decay_fraction` of the steps. All but `constant` end at `final_fraction` of it.
+    """
+    o, steps = config.optimizer, config.train.steps
+    after = max(1, steps - o.warmup_steps)
+    final = o.learning_rate * o.final_fraction
+    match o.schedule:
+        case "cosine":
+            shapes = [optax.cosine_decay_schedule(o.learning_rate, after, o.final_fraction)]
+            borders = []
+        case "linear":
+            shapes, borders = [optax.linear_schedule(o.learning_rate, final, after)], []
+        case "wsd":
+            decay = max(1, round(o.decay_fraction * steps))
+            shapes = [
+                optax.constant_schedule(o.learning_rate),
+                optax.linear_schedule(o.learning_rate, final, decay),
+            ]
+            borders = [max(o.warmup_steps, steps - decay)]
+        case _:
+            shapes, borders = [optax.constant_schedule(o.learning_rate)], []
+    if not o.warmup_steps:
+        return optax.join_schedules(shapes, borders) if borders else shapes[0]
+    # The first step already moves: it is 1 / (warmup + 1) of the way up.
+    first = o.learning_rate / (o.warmup_steps + 1)
+    warmup = optax.linear_schedule(first, o.learning_rate, o.warmup_steps)
+    return optax.join_schedules([warmup, *shapes], [o.warmup_steps, *borders])
+
+
+def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
+    """The gradient transformation of a configuration.
+
+    Args:
+      config: reads `optimizer` and `train.steps`.
+      boxed: `transformer.abstract_params`, whose logical names tell matrices from norms.
+    """
+    o, rate = config.optimizer, schedule(config)
+    decays = _per_parameter(boxed, lambda names: len(_own(names)) > 1)
+    match o.name:
+        case "adafactor":
+            rule = optax.adafactor(
+                rate, weight_decay_rate=o.weight_decay or None, weight_decay_mask=decays,
+                multiply_by_parameter_scale=False,
+            )  # fmt: skip
+        case "muon":
+            # consistent_rms gives updates the size of Adam's, so one learning rate serves both
+            # (arXiv 2502.16982).
+            rule = optax.contrib.muon(
+                rate, beta=o.b1, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2,
+                weight_decay=o.weight_decay, weight_decay_mask=decays,
+                adam_weight_decay=o.weight_decay, consistent_rms=0.2,
+                muon_weight_dimension_numbers=_per_parameter(boxed, _muon_dims),
+            )  # fmt: skip
+        case _:
+            rule = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decays)
+    clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
+    return optax.chain(clip, rule)
+
+
+def _per_parameter(boxed, f):
+    return jax.tree.map(lambda p: f(p.names), boxed, is_leaf=lambda x: isinstance(x, Param))
+
+
+def _own(names):
+    """Dims of one parameter, without those that only stack many of them."""
+    return [i for i, name in enumerate(names) if name not in ("layers", "experts")]
+
+
+def _muon_dims(names):
+    """Which dims are a matrix's rows and columns; None for what Adam updates.
+
+    Muon is for matrices between hidden states, so not for embeddings, router and norms.
+    """
+    own = _own(names)
+    if len(own) < 2 or {"vocab", "router"} & set(names):
+        return None
+    rows = own[:1] if names[own[0]] == "embed" else own[:-1]
+    columns = [i for i in own if i not in rows]
+    return optax.contrib.MuonDimensionNumbers(tuple(rows), tuple(columns))
