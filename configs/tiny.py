@@ -19,6 +19,7 @@ def get_config():
         tie_embeddings=True,
         max_positions=2048,
         rope_theta=1e4,
+        compute_dtype="float32",
     )
     config.data.update(tokenizer="train", tokenizer_vocab=4096, seq_len=256)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=40)

@@ -202,8 +202,7 @@ class Attention(nn.Module):
             angles_BTJ = rope.angles(tokens.positions_BT, rope.frequencies(c))
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, angles_BTJ), rope.rotate(k_BTKH, angles_BTJ)
             if c.qk_norm:
-                # Llama 4 fixes this epsilon whatever the model's own.
-                q_BTNH, k_BTKH = rms_norm(q_BTNH, None, 1e-5), rms_norm(k_BTKH, None, 1e-5)
+                q_BTNH, k_BTKH = (rms_norm(x, None, c.norm_eps) for x in (q_BTNH, k_BTKH))
         elif c.temperature_scale:
             factor_BT = temperature(tokens.positions_BT, c)
             q_BTNH = (q_BTNH * factor_BT[:, :, None, None]).astype(q_BTNH.dtype)

@@ -326,8 +326,9 @@ def _text_only(i: int, message: dict, family: str) -> list[str]:
 
 
 def _checked_call(i: int, call) -> tuple[str, dict]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
+    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    function = function if isinstance(function, Mapping) else {}
+    name = function.get("name")
     if not isinstance(name, str) or not name:
         raise _bad(i, "a tool call has no function name")
     arguments = function.get("arguments", function.get("parameters"))

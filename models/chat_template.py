@@ -27,6 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from ..configs.errors import UserError
+from .tokenizer_kinds import names_pattern
 
 # Far above any conversation, far below what hurts: seconds, and a few hundred megabytes.
 _MAX_STEPS = 1_000_000  # iterations, calls and operations of one rendering
@@ -48,8 +49,8 @@ def encode(tokenizer, source: str, context: Mapping) -> list[int]:
       UserError: the template fails, is refused by the sandbox, or exceeds its budget.
     """
     mark = _Mark(tokenizer.special, source, context)
-    trusted = {name: context[name] for name in ("bos_token", "eos_token") if name in context}
-    text = render(source, {**mark(dict(context)), **trusted})
+    names = ("bos_token", "eos_token")  # these are meant to be control tokens
+    text = render(source, {k: v if k in names else mark(v) for k, v in context.items()})
     if not mark.used:
         return tokenizer.encode(text, allow_special=True)
     ids, start = [], 0
@@ -83,9 +84,10 @@ class _Mark:
     """Breaks the names of control tokens in strings, so that they no longer match."""
 
     def __init__(self, special: Mapping[str, int], source: str, context: Mapping):
-        self._special = sorted(special, key=len, reverse=True)
-        self.names = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self.names = names_pattern(tuple(special))
+        self._special = tuple(special)
         self._firsts = {name[0] for name in special}
+        self._longest = max(map(len, special), default=0)
         taken = {*source, *json.dumps(_plain(context), ensure_ascii=False)}
         free = (chr(i) for i in range(0xE000, 0xF900) if chr(i) not in taken)
         self.character = next(free, "\U0010ffff")
@@ -96,8 +98,9 @@ class _Mark:
             broken = self.names.sub(lambda m: m.group()[0] + self.character + m.group()[1:], value)
             # A template may join strings, and may strip them first.
             end = broken.rstrip()
-            last = max((end.rfind(first) for first in self._firsts), default=-1)
-            if last >= 0 and any(name.startswith(end[last:]) for name in self._special):
+            tail = end[max(0, len(end) - self._longest) :]
+            starts = [tail[i:] for i, char in enumerate(tail) if char in self._firsts]
+            if any(name.startswith(start) for start in starts for name in self._special):
                 broken = end + self.character + broken[len(end) :]
             self.used |= broken != value
             return broken

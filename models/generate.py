@@ -21,6 +21,8 @@ from .cache import LayerCache, init_cache
 
 # Tokens a device makes before the host looks at them.
 _BLOCK = 16
+# Ids ranked where filters are likely to keep fewer; ranking a whole vocabulary is slow.
+_NARROW = 1024
 # Longest piece of a prompt at once; bounds the activations, not the prompt.
 _PIECE = 2048
 
@@ -56,34 +58,44 @@ def sample(logits_BV, keys_B, temperature, top_k=0, top_p=1.0, min_p=0.0):
     V = logits_BV.shape[-1]
 
     def draw():
-        # The largest becomes 0 first: a tiny temperature may then overflow to -inf only.
+        # The largest becomes 0 first: a tiny temperature can then overflow to -inf only.
         scaled_BV = (logits_BV - logits_BV.max(-1, keepdims=True)) / temperature
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_B)
 
-        def cut():
-            ids_BV = jnp.broadcast_to(jnp.arange(V), scaled_BV.shape)
-            negative_BV, ids_BV = jax.lax.sort((-scaled_BV, ids_BV), num_keys=2)
-            sorted_BV = -negative_BV
-            keep_BV = (jnp.arange(V) < top_k) | (top_k == 0)
-            p_BV = jax.nn.softmax(jnp.where(keep_BV, sorted_BV, -jnp.inf))
-            before_BV = jnp.pad(jnp.cumsum(p_BV, -1)[:, :-1], ((0, 0), (1, 0)))
-            # Rounding may bring the sum of some ids to 1 before the last.
-            keep_BV &= (before_BV < top_p) | (top_p >= 1.0)
-            keep_BV &= jnp.exp(sorted_BV) >= min_p
-            noisy_BV = sorted_BV + jnp.take_along_axis(noise_BV, ids_BV, -1)
-            best_B = jnp.argmax(jnp.where(keep_BV, noisy_BV, -jnp.inf), -1, keepdims=True)
-            return jnp.take_along_axis(ids_BV, best_B, -1)[:, 0]
+        def cut(width):
+            """Draw among the likeliest `width` ids, and whether the filters reach no further."""
+            top_BW, ids_BW = jax.lax.top_k(scaled_BV, width)
+            allowed_W = (jnp.arange(width) < top_k) | (top_k == 0)
+            mass_BW = jnp.where(allowed_W, jnp.exp(top_BW), 0.0)
+            all_B, allowed_B = jnp.exp(scaled_BV).sum(-1), mass_BW.sum(-1)
+            total_B = jnp.where(top_k == 0, all_B, allowed_B)
+            before_BW = jnp.pad(jnp.cumsum(mass_BW, -1)[:, :-1], ((0, 0), (1, 0)))
+            # Rounding can bring the sum to its total before the last id.
+            reached_BW = (before_BW >= top_p * total_B[:, None]) & (top_p < 1.0)
+            keep_BW = allowed_W & ~reached_BW & (jnp.exp(top_BW) >= min_p)
+            noisy_BW = top_BW + jnp.take_along_axis(noise_BV, ids_BW, -1)
+            best_B = _argmax(jnp.where(keep_BW, noisy_BW, -jnp.inf))
+            complete = ~jnp.any(keep_BW[:, -1]) & (top_k <= width)
+            return jnp.take_along_axis(ids_BW, best_B[:, None], -1)[:, 0], complete
 
-        # Sorting a large vocabulary is slow; without filters nothing is sorted.
+        def filtered():
+            # What is kept is a beginning of the ranking: sorting all of it is rarely needed.
+            ids_B, complete = cut(min(_NARROW, V))
+            return jax.lax.cond(complete, lambda: ids_B, lambda: cut(V)[0])
+
         filters = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
-        return jax.lax.cond(filters, cut, lambda: jnp.argmax(scaled_BV + noise_BV, -1))
+        return jax.lax.cond(filters, filtered, lambda: _argmax(scaled_BV + noise_BV))
 
-    greedy = functools.partial(jnp.argmax, logits_BV, -1)
-    return jax.lax.cond(temperature == 0, greedy, draw).astype(jnp.int32)
+    return jax.lax.cond(temperature == 0, lambda: _argmax(logits_BV), draw)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch_size", "max_length"))
+def _argmax(x):
+    return jax.lax.argmax(x, 1, jnp.int32)
+
+
 def _empty_cache(config, batch_size, max_length):
+    """A cache that lies on the mesh as keys and values do."""
+
     def split(layer):
         names = (None,) * (layer.k_BSKH.ndim - 4) + ("batch", None, "act_kv_heads", None)
         return layer.replace(
@@ -97,21 +109,23 @@ def _empty_cache(config, batch_size, max_length):
     return cache.replace(layers=layers, lengths_B=sharding.constrain(cache.lengths_B, "batch"))
 
 
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _prefill(model, params, cache, tokens_BT, segments_BT):
+@functools.partial(jax.jit, static_argnames=("model", "max_length"), donate_argnames="cache")
+def _prefill(model, max_length, params, cache, tokens_BT, segments_BT):
+    """The cache with these tokens added; the first piece makes it."""
+    if cache is None:
+        cache = _empty_cache(model.config, len(tokens_BT), max_length)
     return model.apply(
         {"params": params}, tokens_BT, segment_ids_BT=segments_BT, cache=cache
     ).cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "block"), donate_argnames="cache")
-def _decode(model, block, params, cache, tokens_B, done_B, step, num_steps, rows_B, key,
-            sampling, stop_ids, vocab_size):  # fmt: skip
-    """Make up to `num_steps` <= `block` tokens, fewer once every row is done.
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _decode(model, params, cache, tokens_B, done_B, step, num_steps, rows_B, key, sampling,
+            stop_ids, vocab_size):  # fmt: skip
+    """Make up to `num_steps` <= _BLOCK tokens, fewer once every row is done.
 
     Returns:
-      the cache, the last token and whether it is done of each row, and the tokens
-      [B, block], -1 where there is none.
+      the cache, and the tokens [B, _BLOCK], -1 where there is none.
     """
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
 
@@ -132,11 +146,11 @@ def _decode(model, block, params, cache, tokens_B, done_B, step, num_steps, rows
     def more(carry):
         return (carry[0] < num_steps) & ~jnp.all(carry[3])
 
-    made_BT = jnp.full((len(tokens_B), block), -1, jnp.int32)
+    made_BT = jnp.full((len(tokens_B), _BLOCK), -1, jnp.int32)
     start = (0, cache, tokens_B, done_B, made_BT)
-    _, cache, tokens_B, done_B, made_BT = jax.lax.while_loop(more, body, start)
+    _, cache, _, _, made_BT = jax.lax.while_loop(more, body, start)
     # Every process of a run on several hosts reads them.
-    return cache, tokens_B, done_B, sharding.constrain(made_BT, None, None)
+    return cache, sharding.constrain(made_BT, None, None)
 
 
 def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sampling=None, *,
@@ -154,10 +168,10 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
       stop_ids: a row ends with the first of these that it makes.
       vocab_size: ids from here on are never made; the model's own size when left out.
       finished_B: bool array that the caller may set between blocks to end rows.
-      block: tokens made at a time.
+      block: tokens made at a time, at most 16.
 
     Yields:
-      int32 [B, <= block], -1 after a row's end.
+      int32 [B, up to block], -1 after a row's end.
 
     Raises:
       UserError: an impossible setting, or a prompt that is empty, too long or outside the
@@ -178,44 +192,48 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
     rows = B if mesh.empty else B + -B % sharding.batch_parts(mesh)
     longest = max(map(len, prompts))
     # The last token of a prompt is the first input of the decoding loop.
-    T = longest - 1
+    T = max(1, longest - 1)
     T = _round_up(T) if T <= _PIECE else T + -T % _PIECE
     tokens_BT = np.zeros((rows, T), np.int32)
     segments_BT = np.zeros((rows, T), np.int32)
     last_B = np.zeros(rows, np.int32)
-    done_B = np.ones(rows, bool)
-    finished_B = np.zeros(B, bool) if finished_B is None else finished_B
     for r, prompt in enumerate(prompts):
         tokens_BT[r, : len(prompt) - 1] = prompt[:-1]
         segments_BT[r, : len(prompt) - 1] = 1
         last_B[r] = prompt[-1]
-        done_B[r] = finished_B[r]
 
-    cache = _empty_cache(config, rows, _round_up(longest + max_tokens))
+    cache, max_length = None, _round_up(longest + max_tokens)
     for start in range(0, T, _PIECE):
         piece = np.s_[:, start : start + _PIECE]
-        cache = _prefill(model, params, cache, tokens_BT[piece], segments_BT[piece])
+        cache = _prefill(model, max_length, params, cache, tokens_BT[piece], segments_BT[piece])
 
-    key = jax.random.key(seed)
+    # Everything the loop takes has one dtype and shape, so that it compiles once.
+    sampling = Sampling(*map(np.asarray, sampling, (np.float32, np.int32, np.float32, np.float32)))
+    ends = np.full(len(stop_ids) + -len(stop_ids) % 8, -1, np.int32)
+    ends[: len(stop_ids)] = list(stop_ids)
     rows_B = first_row + np.arange(rows, dtype=np.int32)
-    stop_ids = np.array(sorted(stop_ids), np.int32)
-    made = 0
-    while made < max_tokens and not done_B.all():
-        steps = min(block, max_tokens - made)
-        cache, last_B, done_B, made_BT = _decode(
-            model, block, params, cache, last_B, done_B, made, steps, rows_B, key, sampling,
-            stop_ids, vocab_size,
+    key = jax.random.key(seed)
+    done_B = np.arange(rows) >= B
+    for step in range(0, max_tokens, block):
+        if finished_B is not None:
+            done_B[:B] |= finished_B
+        if done_B.all():
+            return
+        steps = min(block, max_tokens - step)
+        cache, made_BT = _decode(
+            model, params, cache, last_B, done_B, step, steps, rows_B, key, sampling, ends,
+            vocab_size,
         )  # fmt: skip
-        yield np.asarray(made_BT)[:B, :steps]
-        made += steps
-        done_B = np.array(done_B)
-        done_B[:B] |= finished_B
+        made_BT = np.asarray(made_BT)[:, :steps]
+        yield made_BT[:B]
+        last_B = np.maximum(made_BT[:, -1], 0)
+        done_B |= (made_BT[:, -1] < 0) | np.isin(made_BT[:, -1], ends)
 
 
 def _round_up(length: int) -> int:
-    """The next of 0, 16, 24, 32, 48, 64, 96, ...: few lengths to compile, at most half unused."""
+    """The next of 16, 24, 32, 48, 64, 96, ...: few lengths to compile, a third unused at most."""
     if length <= 16:
-        return 16 if length else 0
+        return 16
     power = 1 << (length - 1).bit_length()
     return power * 3 // 4 if length <= power * 3 // 4 else power
 

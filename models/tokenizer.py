@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -222,19 +223,18 @@ class Tokenizer:
         return config
 
     def _checked(self, ids) -> list[int]:
-        given = ids
         try:
-            ids = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+            array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
         except (TypeError, ValueError):
-            ids = np.zeros((1, 1))
-        if ids.ndim == 1 and ids.size == 0:
+            array = np.zeros((1, 1))
+        if array.ndim == 1 and array.size == 0:
             return []
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise UserError(_one_line(f"decode takes a flat list of ids, not {given!r:.60}"))
-        bad = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise UserError(_one_line(f"decode takes a flat list of ids, not {ids!r:.60}"))
+        bad = array[(array < 0) | (array >= self.vocab_size)]
         if bad.size:
             raise UserError(f"decode: id {bad[0]} is outside 0..{self.vocab_size - 1}")
-        return ids.tolist()
+        return [int(i) for i in array]
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -315,7 +315,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Read a tokenizer from a file, or from the first of these in a directory.
+    """Read a tokenizer from a run of ours, a file, or the first of these in a directory.
 
     `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`. What a file is
     follows from its content. tokenizer_config.json, special_tokens_map.json,
@@ -328,6 +328,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"a tokenizer's path is text, not {type(path).__name__}")
     path = Path(path)
+    if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
+        return _load_from_run(path)
     if path.is_dir():
         names = (_SAVED, "tokenizer.json", "tokenizer.model")
         found = next((path / name for name in names if (path / name).is_file()), None)
@@ -342,6 +344,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     except UserError as error:
         raise UserError(_one_line(f"{path}: {error}")) from None
     return Tokenizer(kind, **settings_beside(path.parent, kind))
+
+
+def _load_from_run(path: Path) -> Tokenizer:
+    from .weights import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in run.tokenizer_files(run.find(path)).items():
+            (Path(folder) / Path(name).name).write_bytes(data)
+        return load_tokenizer(folder)
 
 
 def _load_saved(path: Path, record: dict) -> Tokenizer:

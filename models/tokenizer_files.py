@@ -61,10 +61,11 @@ def _chat_template(directory: Path, config: dict) -> str | dict[str, str] | None
     template = template or config.get("chat_template")
     if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         template = {entry.get("name"): entry.get("template") for entry in template}
-    sources = template.values() if isinstance(template, dict) else [template or ""]
-    if not all(isinstance(source, str) for source in sources):
-        raise UserError(f"{directory}: chat_template must be text, or a list of name and template")
-    return template or None
+    if isinstance(template, dict) and all(isinstance(s, str) for s in template.values()):
+        return template or None
+    if template is None or isinstance(template, str):
+        return template or None
+    raise UserError(f"{directory}: chat_template must be text, or a list of name and template")
 
 
 def read_file(path: Path) -> bytes:

@@ -8,6 +8,7 @@ where they are used, so a byte-level run needs none of them.
 
 import base64
 import binascii
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class HuggingFaceKind:
         added = self._plain.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
         self._special_ids = frozenset(self.special.values())
-        self._cut = _names_pattern(self.special)
+        self._cut = names_pattern(tuple(self.special))
         vocab = self._plain.get_vocab(with_added_tokens=True)
         if not vocab:
             raise UserError("has an empty vocabulary")
@@ -155,8 +156,9 @@ class HuggingFaceKind:
     def wrapped(self) -> tuple[int | None, int | None]:
         """The control tokens that the file's post-processor puts before and after a text."""
         ids = self._plain.encode("a", add_special_tokens=True).ids
-        first, last = ids[:1], ids[1:][-1:]
-        return tuple(end[0] if self._special_ids & {*end} else None for end in (first, last))
+        first = ids[0] if ids and ids[0] in self._special_ids else None
+        last = ids[-1] if len(ids) > 1 and ids[-1] in self._special_ids else None
+        return first, last
 
 
 class SentencePieceKind:
@@ -256,7 +258,7 @@ def kind_of(data: bytes) -> type:
 def encode_by_names(kind, text: str) -> list[int]:
     """Ids of a text in which the exact name of a control token stands for that token."""
     ids, start = [], 0
-    for match in _names_pattern(kind.special).finditer(text):
+    for match in names_pattern(tuple(kind.special)).finditer(text):
         ids += kind.encode(text[start : match.start()])
         ids.append(kind.special[match.group()])
         start = match.end()
@@ -301,8 +303,10 @@ def llama4_special_names() -> list[str]:
     return names + reserved("", 0, 2048 - len(names))
 
 
-def _names_pattern(special: dict[str, int]) -> re.Pattern:
-    longest_first = sorted(special, key=len, reverse=True)
+@functools.lru_cache(maxsize=16)
+def names_pattern(names: tuple[str, ...]) -> re.Pattern:
+    """Return the pattern of any of `names`, the longest where several fit."""
+    longest_first = sorted(names, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 

@@ -20,6 +20,7 @@ from .attention import Attention
 from .cache import Cache
 from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
 from .masks import Tokens, default_tokens
+from .moe import MoE
 
 # What the backward pass finds saved: all of it, matmul results only, or layer inputs only.
 REMAT = {
@@ -30,11 +31,17 @@ REMAT = {
 
 
 class Output(flax.struct.PyTreeNode):
-    """What the model gives: logits in float32, the normed hidden states they come from."""
+    """What the model gives.
+
+    logits_BTV: in float32. hidden_BTD: the normed states they come from. cache: the new cache, if
+    one went in. router: `RouterStats` of the MoE layers by scanned "blocks" (with a leading
+    axis) and "tail", then by layer.
+    """
 
     logits_BTV: jax.Array
     hidden_BTD: jax.Array
     cache: Cache | None
+    router: dict
 
 
 class Layer(nn.Module):
@@ -51,7 +58,11 @@ class Layer(nn.Module):
         a_BTD, cache = attention(h_BTD, tokens, cache)
         x_BTD = x_BTD + a_BTD
         h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
-        return x_BTD + SwiGLU(c, c.mlp_dim, name="mlp")(h_BTD), cache
+        if c.is_moe(self.index):
+            y_BTD, stats = MoE(c, name="moe")(h_BTD, tokens.segments_BT != 0)
+        else:
+            y_BTD, stats = SwiGLU(c, c.mlp_dim, name="mlp")(h_BTD), None
+        return x_BTD + y_BTD, cache, stats
 
 
 class Block(nn.Module):
@@ -62,12 +73,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, caches, tokens):
-        new = {}
+        new, router = {}, {}
         for j in range(self.num_layers):
             name = f"layer_{j}"
             cache = None if caches is None else caches[name]
-            x_BTD, new[name] = Layer(self.config, j, name=name)(x_BTD, tokens, cache)
-        return x_BTD, None if caches is None else new
+            x_BTD, new[name], stats = Layer(self.config, j, name=name)(x_BTD, tokens, cache)
+            if stats is not None:
+                router[name] = stats
+        return x_BTD, (None if caches is None else new, router)
 
 
 class Transformer(nn.Module):
@@ -96,7 +109,7 @@ class Transformer(nn.Module):
                 positions_BT = positions_BT + cache.lengths_B[:, None]
         tokens = Tokens(positions_BT, segments_BT)
         caches = {} if cache is None else cache.layers
-        new = {}
+        new, router = {}, {}
 
         x_BTD, table_VD = Embed(c, name="embed")(tokens_BT)
         blocks, rest = divmod(c.num_layers, c.period)
@@ -112,11 +125,12 @@ class Transformer(nn.Module):
                 length=blocks,
                 metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
-            x_BTD, new["blocks"] = scan(c, c.period, name="blocks")(
+            x_BTD, (new["blocks"], router["blocks"]) = scan(c, c.period, name="blocks")(
                 x_BTD, caches.get("blocks"), tokens
             )
         if rest:
-            x_BTD, new["tail"] = block(c, rest, name="tail")(x_BTD, caches.get("tail"), tokens)
+            tail = block(c, rest, name="tail")
+            x_BTD, (new["tail"], router["tail"]) = tail(x_BTD, caches.get("tail"), tokens)
 
         hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
         table_DV = table_VD.T if c.tie_embeddings else Unembed(c, name="unembed")()
@@ -125,7 +139,7 @@ class Transformer(nn.Module):
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
             cache = Cache(new, lengths_B)
-        return Output(logits_BTV.astype(jnp.float32), hidden_BTD, cache)
+        return Output(logits_BTV.astype(jnp.float32), hidden_BTD, cache, router)
 
 
 def unembed_table(config: ModelConfig, params):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from ..configs.schema import Config, ModelConfig
@@ -133,7 +134,7 @@ class RunLog:
         every = self.config.train.log_every
         if step % every and step != self.config.train.steps and not extra:
             return
-        record = {name: float(value) for name, value in values.items()}
+        record = {name: np.asarray(value).tolist() for name, value in values.items()}
         record["learning_rate"] = float(self.rate(step - 1))
         now = time.perf_counter()
         seconds = (now - self.logged_at) / (step - self.logged)
@@ -145,14 +146,16 @@ class RunLog:
         self.logged, self.logged_at, self.input_wait = step, now, 0.0
         self._write(step, record | extra)
 
-    def _write(self, step: int, record: dict[str, float]) -> None:
-        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        self.last = {"step": step, **finite}
+    def _write(self, step: int, record: dict) -> None:
+        scalars = {k: v for k, v in record.items() if not isinstance(v, list)}
+        # JSON has no number for what is not finite.
+        bad = {k: None for k, v in scalars.items() if not math.isfinite(v)}
+        self.last = {"step": step, **record, **bad}
         self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
         self.file.flush()
-        for name, value in record.items():
+        for name, value in scalars.items():
             self.events.add_scalar(name, value, step)
-        text = ", ".join(f"{k} {v:.4g}" for k, v in record.items() if k in SHOWN)
+        text = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items() if k in SHOWN)
         if self.bar is None:
             print(f"step {step}/{self.config.train.steps}: {text}", flush=True)
         else:

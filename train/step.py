@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from ..configs.schema import Config
+from ..models.moe import RouterStats
 from ..models.transformer import Transformer
 from .objectives import next_token
 from .state import TrainState
@@ -14,39 +15,47 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
     """Compile-ready step: (state, batch) -> (state, metrics), the state donated.
 
     Args:
-      config: reads `train`.
+      config: reads `train` and `model.bias_update_rate`.
       model: what the objective evaluates.
       tx: the optimizer of `make_optimizer`.
       token_bytes_V: bytes of text that each token id stands for.
       places: the state's shapes and shardings, from `abstract_state`.
     """
+    parts = config.train.microbatches
+
     def step(state: TrainState, batch):
         weight = jnp.maximum(jnp.sum(batch["weights_BT"]), 1.0)
 
-        def mean_loss(params, part):
-            total, sums = next_token.loss(
+        def part_loss(params, part):
+            """This part's share of the mean loss over the batch."""
+            total, nll, router = next_token.loss(
                 model, params, part, config.train.z_loss, config.train.loss_chunk
             )
-            # Divided by the weight of the whole batch, so that parts add up to its mean.
-            return total / weight, sums
+            router = jax.tree.map(lambda x: x / parts, router)
+            # Targets are weighed over the whole batch; routers balance each part for itself.
+            auxiliary = sum(jnp.sum(layer.loss) for _, layer in router_layers(router))
+            return total / weight + auxiliary, {"nll": nll, "router": router}
 
-        gradient = jax.grad(mean_loss, has_aux=True)
+        gradient = jax.grad(part_loss, has_aux=True)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
 
-        cut = split(batch, config.train.microbatches)
+        cut = split(batch, parts)
         shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], cut))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (grads, sums), _ = jax.lax.scan(add, zeros, cut)
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if config.model.bias_update_rate:
+            params = balance_routers(params, sums["router"], config.model.bias_update_rate)
         bytes_ = jnp.sum(jnp.asarray(token_bytes_V)[batch["targets_BT"]] * batch["weights_BT"])
         metrics = {
             "loss": sums["nll"] / weight,
             "bits_per_byte": sums["nll"] / jnp.log(2.0) / jnp.maximum(bytes_, 1.0),
             "grad_norm": optax.global_norm(grads),
+            **router_metrics(sums["router"]),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -61,3 +70,39 @@ def split(batch, parts: int):
         return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(cut, batch)
+
+
+def router_layers(router) -> list[tuple[tuple[str, str], RouterStats]]:
+    """The statistics of each MoE layer of a period with their place in the parameter tree."""
+    return [((b, name), stats) for b, layers in router.items() for name, stats in layers.items()]
+
+
+def router_metrics(router) -> dict[str, jax.Array]:
+    """Means over the MoE layers; `router_load` is per expert, 1 / E where even."""
+    layers = [stats for _, stats in router_layers(router)]
+    if not layers:
+        return {}
+
+    def mean(values):
+        return jnp.mean(jnp.concatenate([jnp.atleast_1d(v) for v in values]), axis=0)
+
+    load_E = mean([jnp.atleast_2d(s.load_E) for s in layers])
+    return {
+        "router_entropy": mean([s.entropy for s in layers]),
+        "router_dropped": mean([s.dropped for s in layers]),
+        "router_loss": sum(jnp.sum(s.loss) for s in layers),
+        "router_load": load_E,
+    }
+
+
+def balance_routers(params, router, rate: float):
+    """Move each router's bias one step toward an even load (DeepSeek-V3, arXiv 2412.19437).
+
+    The bias takes part in the choice of experts only and has no gradient; this is its update.
+    """
+    params = jax.tree.map(lambda x: x, params)  # new dicts, to be changed
+    for (block, name), stats in router_layers(router):
+        moe = params[block][name]["moe"]
+        even = jnp.mean(stats.load_E, axis=-1, keepdims=True)
+        moe["router_bias_E"] += rate * jnp.sign(even - stats.load_E)
+    return params

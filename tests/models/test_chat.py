@@ -376,9 +376,9 @@ def test_an_endless_recursion_ends_in_time(monkeypatch):
 
 
 def test_a_long_conversation_fits_the_budget():
-    messages = [USER | {"content": "word " * 100}] * 3000
+    messages = [USER | {"content": "word " * 40}] * 1000
     ids = with_template(CHATML).chat(messages)
-    assert ids.count(LLAMA4.special["<|eot|>"]) == 3000
+    assert ids.count(LLAMA4.special["<|eot|>"]) == 1000
 
 
 # -- against independent references
@@ -389,8 +389,8 @@ TEMPLATES = [
     "  {%- if loop.last %}!{% endif %}{{ m.content if m.content is string else m.tool_calls"
     " | tojson }}\n{%- else -%}\nnone\n{%- endfor %}",
     "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "{% if ns.n == 2 %}{% continue %}{% endif %}{{ ns.n }}{{ loop.previtem.role }}"
-    "{{ loop.revindex }}{{ loop.cycle('a', 'b') }}{{ loop.nextitem.role }}{% endfor %}",
+    "{% if ns.n == 2 %}{% continue %}{% endif %}{{ ns.n }}{{ loop.previtem is defined }}"
+    "{{ loop.revindex }}{{ loop.cycle('a', 'b') }}{{ loop.nextitem is defined }}{% endfor %}",
     "{% macro show(m) %}[{{ m.role | upper }}]{% endmacro %}{{ messages | map(attribute='role')"
     " | join('-') }}{% for m in messages %}{{ show(m) }}{% endfor %}"
     "{{ messages[0].content.split(' ')[-1] }}{{ '%s|%d' % ('x', 3) }}{{ 'é<' | tojson }}",
@@ -410,10 +410,9 @@ def test_templates_render_as_in_transformers(source, messages):
         eos_token="<|eot|>",
         bos_token="<|begin_of_text|>",
     )
-    parsed = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "SF"}}}
-    messages = [
-        m | ({"tool_calls": [parsed], "content": ""} if m is CALL else {}) for m in messages
-    ]
+    function = {"name": "get_weather", "arguments": {"city": "SF"}}
+    called = CALL | {"content": "", "tool_calls": [{"type": "function", "function": function}]}
+    messages = [called if message is CALL else message for message in messages]
     for tools in (None, [WEATHER]):
         expected = reference.apply_chat_template(
             messages,

@@ -25,6 +25,7 @@ from ...configs.schema import DataConfig
 from ...models.tokenizer import Tokenizer
 from .documents import TokenizedDocuments
 from .packing import Batch, Cursor, pack_row, to_batch
+from .shuffle import ShuffledMapDataset
 from .sources import open_source, parse_sources
 
 PREFETCHED_BATCHES = 4
@@ -60,8 +61,7 @@ def make_train_loader(
         stream = grain.MapDataset.source(TokenizedDocuments(documents, tokenizer))
         if config.shuffle:
             # One seed a part: parts of one size would otherwise be shuffled alike.
-            part_seed = np.random.SeedSequence([seed, index]).generate_state(1)[0]
-            stream = stream.seed(int(part_seed)).shuffle()
+            stream = ShuffledMapDataset(stream, seed=(seed, index))
         streams.append(stream.repeat())
     weights = [1.0 if part.weight is None else part.weight for part in parts]
     return TrainLoader(

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 
-PATIENCE = 50_000  # empty documents one after another before that is an error
+PATIENCE = 10_000  # empty documents one after another before that is an error
 
 Row = dict[str, np.ndarray]  # tokens, positions, segment_ids: int32 [length]
 Batch = dict[str, np.ndarray]  # tokens_BT targets_BT positions_BT segment_ids_BT weights_BT

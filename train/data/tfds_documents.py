@@ -42,7 +42,7 @@ class TfdsDocuments(Sequence[str]):
         except (ValueError, KeyError, AssertionError):
             splits = ", ".join(builder.info.splits) or "none"
             raise UserError(
-                f"tfds:{spec}: there is no split {split or 'train'!r} (its splits: {splits}; "
+                f"tfds:{spec}: {split or 'train'!r} names no examples (its splits: {splits}; "
                 "a part of one is written train[:10%])"
             ) from None
         features = builder.info.features

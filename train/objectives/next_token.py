@@ -25,8 +25,8 @@ def loss(model, params, batch, z_loss: float, loss_chunk: int):
       loss_chunk: tokens whose logits exist at one time, a device.
 
     Returns:
-      The sum over targets of weight * (nll + z_loss * log(Z)^2), and {"nll": the sum of
-      weight * nll in nats}.
+      The sum over targets of weight * (nll + z_loss * log(Z)^2); the sum of weight * nll in
+      nats; and the statistics of the MoE routers, as `Output.router`.
     """
     out = model.apply(
         {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"]
@@ -35,7 +35,7 @@ def loss(model, params, batch, z_loss: float, loss_chunk: int):
         out.hidden_BTD, unembed_table(model.config, params), batch["targets_BT"],
         batch["weights_BT"], model.config.compute_dtype, z_loss, loss_chunk,
     )  # fmt: skip
-    return total, {"nll": jnp.sum(nll_BT * batch["weights_BT"])}
+    return total, jnp.sum(nll_BT * batch["weights_BT"]), out.router
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

