@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .layers import contract
+from .layers import contract, swiglu
 
 # Rows of one matmul of the loop at most: more gains nothing on a CPU and wastes more padding.
 _MAX_BLOCK = 256
@@ -50,13 +50,6 @@ class ExpertStats(NamedTuple):
     dropped: jax.Array
 
 
-def token_pairs(expert_TA):
-    """List a token-choice assignment `expert_TA` as (token_M, expert_M), token by token."""
-    num_tokens, per_token = expert_TA.shape
-    token_M = jnp.repeat(jnp.arange(num_tokens, dtype=jnp.int32), per_token)
-    return token_M, expert_TA.reshape(-1)
-
-
 def sort_by_expert(expert_M, num_experts):
     """Order pairs by expert, keeping list order within one; unused pairs go last.
 
@@ -70,14 +63,17 @@ def sort_by_expert(expert_M, num_experts):
 
 
 def swiglu_experts(
-    x_TD, routing, w_gate_EDF, w_up_EDF, w_down_EFD, *, capacity: int | None = None, dtype
-):
+    x_TD, routing, w_gate_EDF, w_up_EDF, w_down_EFD, *,
+    capacity: int | None = None, expected_pairs: int | None = None, dtype,
+):  # fmt: skip
     """Sum over each token's experts of `output_scale * E(input_scale * x)`, E a SwiGLU.
 
     Args:
       routing: a `Routing` of the T tokens.
       capacity: None computes every pair. An int is the most rows an expert takes, in list
         order; later pairs add nothing.
+      expected_pairs: how many of the M pairs are in use as a rule, if not all: where experts
+        are split over devices, an even share. It sets block sizes, never results.
       dtype: of the matmul operands, bfloat16 or float32; sums are in float32.
 
     Returns:
@@ -90,7 +86,7 @@ def swiglu_experts(
         dropped = jnp.zeros((), jnp.int32)
 
         def matmul(rows, w):
-            return grouped_matmul(rows, w, load_E, dtype=dtype)
+            return grouped_matmul(rows, w, load_E, expected_rows=expected_pairs, dtype=dtype)
     else:
         capacity = min(capacity, num_pairs)
         slot_EC, filled_EC = _head_rows(load_E, num_pairs, capacity)
@@ -107,8 +103,8 @@ def swiglu_experts(
     rows_RD = x_TD.at[token_R].get(mode="fill", fill_value=0)
     rows_RD = _scale(rows_RD, routing.input_scale_M, pair_R)
     gate_RF, up_RF = matmul(rows_RD, w_gate_EDF), matmul(rows_RD, w_up_EDF)
-    hidden_RF = jax.nn.silu(gate_RF.astype(jnp.float32)) * up_RF.astype(jnp.float32)
-    out_RD = _scale(matmul(hidden_RF, w_down_EFD), routing.output_scale_M, pair_R)
+    out_RD = matmul(swiglu(gate_RF, up_RF), w_down_EFD)
+    out_RD = _scale(out_RD, routing.output_scale_M, pair_R)
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     y_TD = y_TD.at[token_R].add(out_RD.astype(jnp.float32), mode="drop")
     return y_TD.astype(x_TD.dtype), ExpertStats(load_E, dropped)
@@ -120,45 +116,48 @@ def _scale(rows, scale_M, pair_R):
     return rows * scale_M.at[pair_R].get(mode="fill", fill_value=0)[:, None]
 
 
-def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, dtype):
+def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = None, dtype):
     """Multiply rows sorted by expert by their expert's weights, without padding to a capacity.
 
     Args:
       x_MD: the first group_sizes_E[0] rows belong to expert 0, the next to expert 1, ...
       group_sizes_E: int32; the sum is at most M.
+      expected_rows: the sum to choose block sizes for; None means M.
       dtype: operands are rounded to it, bfloat16 or float32; sums are in float32.
 
     Returns:
       y_MF in `dtype`; rows past the last group are zero, whatever x holds there. In the
       backward pass an expert without rows gets a gradient of exactly zero.
     """
-    return _grouped_matmul(x_MD.astype(dtype), w_EDF, group_sizes_E)
+    # An expert's rows under a balanced router: what every block size is chosen from.
+    mean = max(1, expected_rows or x_MD.shape[0]) / w_EDF.shape[0]
+    return _grouped_matmul(x_MD.astype(dtype), w_EDF, group_sizes_E, mean)
 
 
-@jax.custom_vjp
-def _grouped_matmul(x_MD, w_EDF, group_sizes_E):
-    return _times_weights(x_MD, w_EDF, group_sizes_E, transpose_w=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(x_MD, w_EDF, group_sizes_E, mean):
+    return _times_weights(x_MD, w_EDF, group_sizes_E, mean, transpose_w=False)
 
 
-def _grouped_forward(x_MD, w_EDF, group_sizes_E):
-    return _grouped_matmul(x_MD, w_EDF, group_sizes_E), (x_MD, w_EDF, group_sizes_E)
+def _grouped_forward(x_MD, w_EDF, group_sizes_E, mean):
+    return _grouped_matmul(x_MD, w_EDF, group_sizes_E, mean), (x_MD, w_EDF, group_sizes_E)
 
 
-def _grouped_backward(saved, dy_MF):
+def _grouped_backward(mean, saved, dy_MF):
     x_MD, w_EDF, group_sizes_E = saved
-    dx_MD = _times_weights(dy_MF, w_EDF, group_sizes_E, transpose_w=True)
-    dw_EDF = _weight_gradient(x_MD, dy_MF, group_sizes_E)
-    return dx_MD, dw_EDF.astype(w_EDF.dtype), None
+    dx_MD = _times_weights(dy_MF, w_EDF, group_sizes_E, mean, transpose_w=True)
+    dw_EDF = _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, w_EDF.dtype)
+    return dx_MD, dw_EDF, None
 
 
 _grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _times_weights(x, w_EDF, group_sizes_E, *, transpose_w):
+def _times_weights(x, w_EDF, group_sizes_E, mean, *, transpose_w):
     """Rows of x times their expert's w, or its transpose, as the platform does it best."""
     y = _on_platform(
-        functools.partial(_times_weights_tpu, transpose_w=transpose_w),
-        functools.partial(_times_weights_loop, transpose_w=transpose_w),
+        functools.partial(_times_weights_tpu, mean=mean, transpose_w=transpose_w),
+        functools.partial(_times_weights_loop, mean=mean, transpose_w=transpose_w),
         w_EDF.shape[1:],
         (x, w_EDF, group_sizes_E),
     )
@@ -166,11 +165,14 @@ def _times_weights(x, w_EDF, group_sizes_E, *, transpose_w):
     return jnp.where(used_M[:, None], y, 0)
 
 
-def _weight_gradient(x_MD, dy_MF, group_sizes_E):
-    """Sum over each expert's rows of the outer products of x and dy, in float32."""
-    widths = (x_MD.shape[1], dy_MF.shape[1])
-    operands = (x_MD, dy_MF, group_sizes_E)
-    return _on_platform(_weight_gradient_tpu, _weight_gradient_blocks, widths, operands)
+def _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, dtype):
+    """Sum over each expert's rows of the outer products of x and dy; rounded once, to `dtype`."""
+    return _on_platform(
+        functools.partial(_weight_gradient_tpu, mean=mean, dtype=dtype),
+        functools.partial(_weight_gradient_blocks, mean=mean, dtype=dtype),
+        (x_MD.shape[1], dy_MF.shape[1]),
+        (x_MD, dy_MF, group_sizes_E),
+    )
 
 
 def _on_platform(on_tpu, anywhere, widths, operands):
@@ -180,11 +182,10 @@ def _on_platform(on_tpu, anywhere, widths, operands):
     return anywhere(*operands)
 
 
-def _times_weights_loop(x, w_EDF, group_sizes_E, *, transpose_w):
+def _times_weights_loop(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     # Only blocks that hold rows are visited, and only their experts' weights are read. A block
     # may overrun its expert into the next one's rows; the blocks after it write those again.
-    num_rows, (num_experts, *widths) = x.shape[0], w_EDF.shape
-    block = _block_rows(num_rows, num_experts)
+    num_rows, block = x.shape[0], _block_rows(mean)
     expert_N, row_N, num_blocks = _blocks(group_sizes_E, num_rows, block)
     x = jnp.pad(x, ((0, block), (0, 0)))
     spec = "BF,DF->BD" if transpose_w else "BD,DF->BF"
@@ -195,15 +196,14 @@ def _times_weights_loop(x, w_EDF, group_sizes_E, *, transpose_w):
         y_block = _einsum(spec, x_block, w_DF.astype(x.dtype)).astype(x.dtype)
         return lax.dynamic_update_slice_in_dim(y, y_block, row_N[n], axis=0)
 
-    y = jnp.zeros((num_rows + block, widths[0 if transpose_w else 1]), x.dtype)
+    y = jnp.zeros((num_rows + block, w_EDF.shape[1 if transpose_w else 2]), x.dtype)
     return lax.fori_loop(0, num_blocks, multiply, y)[:num_rows]
 
 
-def _weight_gradient_blocks(x_MD, dy_MF, group_sizes_E):
+def _weight_gradient_blocks(x_MD, dy_MF, group_sizes_E, *, mean, dtype):
     # The first rows of every expert in one batched product, which writes the gradient once;
     # a loop that began from zeros would write it twice, and it is the largest array here.
-    num_rows, num_experts = x_MD.shape[0], len(group_sizes_E)
-    head, block = _balanced_rows(num_rows, num_experts), _block_rows(num_rows, num_experts)
+    num_rows, head, block = x_MD.shape[0], _balanced_rows(mean), _block_rows(mean)
     row_EC, used_EC = _head_rows(group_sizes_E, num_rows, head)
     x_ECD = jnp.where(used_EC[..., None], x_MD[row_EC], 0)
     dy_ECF = jnp.where(used_EC[..., None], dy_MF[row_EC], 0)
@@ -223,18 +223,17 @@ def _weight_gradient_blocks(x_MD, dy_MF, group_sizes_E):
         dw_DF += _einsum("BD,BF->DF", x_BD, dy_BF)
         return lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, expert_N[n], axis=0)
 
-    return lax.fori_loop(0, num_blocks, accumulate, dw_EDF)
+    return lax.fori_loop(0, num_blocks, accumulate, dw_EDF).astype(dtype)
 
 
-def _balanced_rows(num_rows, num_experts):
+def _balanced_rows(mean):
     """Rows that most experts stay under when the router is balanced: mean plus one deviation."""
-    mean = num_rows / num_experts
     return _round_up(mean + math.sqrt(mean), 8)
 
 
-def _block_rows(num_rows, num_experts):
+def _block_rows(mean):
     """Rows of one block of the loop: a few blocks an expert, so padding stays a fraction."""
-    rows = _balanced_rows(num_rows, num_experts)
+    rows = _balanced_rows(mean)
     return _round_up(rows / math.ceil(rows / _MAX_BLOCK), 8)
 
 
@@ -273,12 +272,12 @@ def _einsum(spec, a, b):
     return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _times_weights_tpu(x, w_EDF, group_sizes_E, *, transpose_w):
+def _times_weights_tpu(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
-    num_rows, (num_experts, *widths) = x.shape[0], w_EDF.shape
-    depth, width = reversed(widths) if transpose_w else widths
-    tile_m = _row_tile(num_rows, num_experts)
+    num_rows, (depth, width) = x.shape[0], w_EDF.shape[1:]
+    depth, width = (width, depth) if transpose_w else (depth, width)
+    tile_m = _row_tile(mean)
     tiling = (tile_m, _tile(depth, 1024), _tile(width, 1024))
     x = jnp.pad(x, ((0, -num_rows % tile_m), (0, 0)))
     w_EDF = w_EDF.astype(x.dtype)
@@ -286,20 +285,19 @@ def _times_weights_tpu(x, w_EDF, group_sizes_E, *, transpose_w):
     return y[:num_rows]
 
 
-def _weight_gradient_tpu(x_MD, dy_MF, group_sizes_E):
+def _weight_gradient_tpu(x_MD, dy_MF, group_sizes_E, *, mean, dtype):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    num_rows = x_MD.shape[0]
-    tile_m = _row_tile(num_rows, len(group_sizes_E))
+    tile_m = _row_tile(mean)
     # The float32 tile of the result stays on the chip, twice: hence narrower than above.
     tiling = (tile_m, _tile(x_MD.shape[1], 512), _tile(dy_MF.shape[1], 512))
-    padding = ((0, -num_rows % tile_m), (0, 0))
+    padding = ((0, -len(x_MD) % tile_m), (0, 0))
     x_DM = jnp.pad(x_MD, padding).swapaxes(0, 1)
-    return tgmm(x_DM, jnp.pad(dy_MF, padding), group_sizes_E, jnp.float32, tiling)
+    return tgmm(x_DM, jnp.pad(dy_MF, padding), group_sizes_E, dtype, tiling)
 
 
-def _row_tile(num_rows, num_experts):
-    return max(_LANE, min(512, num_rows // num_experts // _LANE * _LANE))
+def _row_tile(mean):
+    return max(_LANE, min(512, int(mean) // _LANE * _LANE))
 
 
 def _tile(size, most):

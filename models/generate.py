@@ -209,7 +209,7 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
 
     # Everything the loop takes has one dtype and shape, so that it compiles once.
     sampling = Sampling(*map(np.asarray, sampling, (np.float32, np.int32, np.float32, np.float32)))
-    ends = np.full(len(stop_ids) + -len(stop_ids) % 8, -1, np.int32)
+    ends = np.full(8 + len(stop_ids) // 8 * 8, -1, np.int32)
     ends[: len(stop_ids)] = list(stop_ids)
     rows_B = first_row + np.arange(rows, dtype=np.int32)
     key = jax.random.key(seed)

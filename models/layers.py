@@ -32,21 +32,22 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def contract(spec: str, x, w, dtype: str):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """Einsum of an activation with a weight, accumulated in float32.
 
     Args:
       spec: einsum string such as "BTD,DF->BTF"; every letter stands in exactly two of the terms.
       x: activation.
       w: weight, in any float dtype.
-      dtype: what both are rounded to, and the dtype of the result.
+      dtype: what both are rounded to.
+      out_dtype: of the result; `dtype` where left out.
 
     The gradient has its own rule because plain autodiff of `preferred_element_type=float32`
     multiplies a float32 cotangent with a bfloat16 operand, which no hardware does fast. The
     gradient of `w` comes back unrounded in w's dtype.
     """
-    return _dot(spec, x, w, dtype).astype(dtype)
+    return _dot(spec, x, w, dtype).astype(out_dtype or dtype)
 
 
 def _dot(spec, a, b, dtype):
@@ -58,11 +59,11 @@ def _dot(spec, a, b, dtype):
     )  # fmt: skip
 
 
-def _contract_fwd(spec, x, w, dtype):
-    return contract(spec, x, w, dtype), (x, w)
+def _contract_fwd(spec, x, w, dtype, out_dtype):
+    return contract(spec, x, w, dtype, out_dtype), (x, w)
 
 
-def _contract_bwd(spec, dtype, saved, g):
+def _contract_bwd(spec, dtype, out_dtype, saved, g):
     x, w = saved
     terms, out = spec.split("->")
     a, b = terms.split(",")
@@ -106,7 +107,7 @@ class Embed(nn.Module):
         shape, std = (c.vocab_size, c.embed_dim), c.embed_dim**-0.5
         table_VD = param(self, "table_VD", shape, ("vocab", "embed"), normal(std), c.param_dtype)
         # Gathered along D first: rows can then be looked up where the tokens are.
-        rows_VD = constrain(table_VD.astype(c.compute_dtype), "vocab", "act_embed")
+        rows_VD = constrain(jnp.asarray(table_VD, c.compute_dtype), "vocab", "act_embed")
         x_BTD = rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
         return constrain(x_BTD, "batch", "length", "act_embed"), table_VD
 

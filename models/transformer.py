@@ -17,17 +17,14 @@ from flax import linen as nn
 from ..configs.schema import ModelConfig
 from . import sharding
 from .attention import Attention
+from .audio import Audio, AudioEncoder, no_audio
 from .cache import Cache
+from .fusion import Features, fuse
 from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
 from .masks import Tokens, default_tokens
 from .moe import MoE
-
-# What the backward pass finds saved: all of it, matmul results only, or layer inputs only.
-REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+from .remat import rematerialized
+from .vision import Images, VisionEncoder, no_images
 
 
 class Output(flax.struct.PyTreeNode):
@@ -87,7 +84,9 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None) -> Output:
+    def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None,
+                 images: Images | Features | None = None,
+                 audio: Audio | Features | None = None) -> Output:  # fmt: skip
         """Predict the token after each of `tokens_BT`.
 
         Args:
@@ -96,6 +95,9 @@ class Transformer(nn.Module):
           segment_ids_BT: document of each token, 0 for padding; no attention across. All 1 when
             left out. With a cache each row is one document and only 0 matters.
           cache: from `init_cache` or an earlier call; the new one is in the output.
+          images: tiles, whose features take the place of the tokens `vision.token_id` of their row
+            in order, or those features from `vision.encode_images`.
+          audio: likewise for `audio.token_id`.
         """
         c = self.config
         tokens_BT = jnp.asarray(tokens_BT)
@@ -112,10 +114,18 @@ class Transformer(nn.Module):
         new, router = {}, {}
 
         x_BTD, table_VD = Embed(c, name="embed")(tokens_BT)
+        if self.is_initializing():  # every encoder has its parameters, used or not
+            images = no_images(c.vision, len(tokens_BT)) if c.vision.num_layers else None
+            audio = no_audio(c.audio, len(tokens_BT)) if c.audio.num_layers else None
+        for name, encoder, token_id, media in (
+            ("vision", VisionEncoder, c.vision.token_id, images),
+            ("audio", AudioEncoder, c.audio.token_id, audio),
+        ):
+            if media is not None:
+                features = media if isinstance(media, Features) else encoder(c, name=name)(media)
+                x_BTD = fuse(x_BTD, tokens_BT, token_id, features)
         blocks, rest = divmod(c.num_layers, c.period)
-        block = Block
-        if c.remat != "none":
-            block = nn.remat(Block, policy=REMAT[c.remat], prevent_cse=False)
+        block = rematerialized(Block, c)
         if blocks:
             scan = nn.scan(
                 block,
@@ -135,11 +145,11 @@ class Transformer(nn.Module):
         hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
         table_DV = table_VD.T if c.tie_embeddings else Unembed(c, name="unembed")()
         # Rounding the logits would cost what the float32 accumulation has won.
-        logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, c.compute_dtype)
+        logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, c.compute_dtype, "float32")
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
             cache = Cache(new, lengths_B)
-        return Output(logits_BTV.astype(jnp.float32), hidden_BTD, cache, router)
+        return Output(logits_BTV, hidden_BTD, cache, router)
 
 
 def unembed_table(config: ModelConfig, params):

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
@@ -34,3 +35,19 @@ set_hypothesis_home_dir(str(CACHE / "hypothesis"))
 settings.register_profile("puna", max_examples=20, deadline=None)
 settings.register_profile("ci", settings.get_profile("puna"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "puna")
+
+
+class RootIsNoTestPackage:
+    """Keep pytest from importing the root's `__init__.py` under the name of the clone's folder.
+
+    In a clone called `tree`, say, `import tree` would then give puna to whoever wants dm-tree.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collect_directory(self, path, parent):
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config):
+    # As a plugin, since pytest does not ask a conftest.py about the folders above it.
+    config.pluginmanager.register(RootIsNoTestPackage())

@@ -144,6 +144,14 @@ def test_tests_are_not_a_package():
     assert not list((ROOT / "tests").rglob("__init__.py"))
 
 
+def test_the_package_has_one_name_here():
+    import puna
+
+    # vars, since asking a lazy module for an attribute may import it.
+    files = {name: vars(module).get("__file__") for name, module in list(sys.modules.items())}
+    assert [name for name, file in files.items() if file == puna.__file__] == ["puna"]
+
+
 def readme_file_map():
     """Return the paths of README's file map: the fenced block after a heading that says so."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")

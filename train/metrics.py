@@ -104,7 +104,7 @@ class RunLog:
         if sys.stderr.isatty():
             self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
 
-        self.last: dict = {}
+        self.last: dict = kept[-1] if kept else {}
         self.pending: tuple[int, dict, dict] | None = None
         self.logged, self.logged_at = start, time.perf_counter()
         self.input_wait = 0.0

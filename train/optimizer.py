@@ -50,23 +50,24 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
     decays = _per_parameter(boxed, lambda names: len(_own(names)) > 1)
     match o.name:
         case "adafactor":
-            rule = optax.adafactor(
-                rate, weight_decay_rate=o.weight_decay or None, weight_decay_mask=decays,
-                multiply_by_parameter_scale=False,
-            )  # fmt: skip
+            rule = optax.chain(optax.adafactor(multiply_by_parameter_scale=False), optax.scale(-1))
         case "muon":
             # consistent_rms gives updates the size of Adam's, so one learning rate serves both
             # (arXiv 2502.16982).
-            rule = optax.contrib.muon(
-                rate, beta=o.b1, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2,
-                weight_decay=o.weight_decay, weight_decay_mask=decays,
-                adam_weight_decay=o.weight_decay, consistent_rms=0.2,
+            muon = optax.contrib.muon(
+                1.0, beta=o.b1, eps=o.eps, adam_b1=o.b1, adam_b2=o.b2, consistent_rms=0.2,
                 muon_weight_dimension_numbers=_per_parameter(boxed, _muon_dims),
             )  # fmt: skip
+            rule = optax.chain(muon, optax.scale(-1))
         case _:
-            rule = optax.adamw(rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay, mask=decays)
-    clip = optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity()
-    return optax.chain(clip, rule)
+            rule = optax.scale_by_adam(o.b1, o.b2, o.eps)
+    # Optax's own rules decay each in a way of its own; here it is rate * decay * parameter for all.
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        rule,
+        optax.add_decayed_weights(o.weight_decay, decays),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _per_parameter(boxed, f):

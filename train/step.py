@@ -54,7 +54,7 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
         metrics = {
             "loss": sums["nll"] / weight,
             "bits_per_byte": sums["nll"] / jnp.log(2.0) / jnp.maximum(bytes_, 1.0),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             **router_metrics(sums["router"]),
         }
         return TrainState(state.step + 1, params, opt_state), metrics

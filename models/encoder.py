@@ -1,0 +1,150 @@
+"""The encoder of tiles and of sound: pre-LN layers with biases, GELU and full attention.
+
+It is the encoder of Llama 4's vision tower (after ViT, arXiv 2010.11929), between a LayerNorm at
+each end; audio uses the same. Positions come in as RoPE angles, one set for every row.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from ..configs.schema import AudioConfig, ModelConfig, VisionConfig
+from . import rope
+from .attention import attend
+from .layers import contract, normal, ones, param
+from .masks import Tokens
+from .remat import rematerialized
+from .sharding import constrain
+
+# torch's default, which Llama 4 keeps whatever its config says.
+_EPS = 1e-5
+
+
+def _zeros(key, shape, dtype):
+    return jnp.zeros(shape, dtype)
+
+
+def gelu(x):
+    """Gaussian error linear unit by erf, in float32, back in x's dtype (arXiv 1606.08415)."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def add_bias(x, bias):
+    """x + bias in float32, back in x's dtype."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias over the last dim, in float32 (arXiv 1607.06450)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        shape, dtype = x_BTD.shape[-1:], self.config.param_dtype
+        scale_D = param(self, "scale_D", shape, ("norm",), ones, dtype).astype(jnp.float32)
+        bias_D = param(self, "bias_D", shape, ("norm",), _zeros, dtype).astype(jnp.float32)
+        y_BTD = x_BTD.astype(jnp.float32)
+        y_BTD -= jnp.mean(y_BTD, axis=-1, keepdims=True)
+        y_BTD *= jax.lax.rsqrt(jnp.mean(y_BTD * y_BTD, axis=-1, keepdims=True) + _EPS)
+        return (y_BTD * scale_D + bias_D).astype(x_BTD.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Every token of a row attends to every token of it."""
+
+    config: ModelConfig
+    sizes: VisionConfig | AudioConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, angles_1TJ, tokens: Tokens):
+        c, D, N = self.config, self.sizes.embed_dim, self.sizes.num_heads
+        H = D // N
+        read, write = normal(D**-0.5), normal(_residual_std(self.sizes, D))
+
+        def project(name):
+            w_DNH = param(self, f"w{name}_DNH", (D, N, H), ("embed", "heads", "head_dim"), read,
+                          c.param_dtype)  # fmt: skip
+            # One dim, not two: optimizers take what has two for a matrix.
+            b_D = param(self, f"b{name}_D", (D,), ("heads",), _zeros, c.param_dtype)
+            x_BTNH = contract("BTD,DNH->BTNH", x_BTD, w_DNH, c.compute_dtype)
+            return constrain(add_bias(x_BTNH, b_D.reshape(N, H)), "batch", None, "act_heads", None)
+
+        q_BTNH, k_BTNH, v_BTNH = (project(name) for name in "qkv")
+        q_BTNH, k_BTNH = rope.rotate(q_BTNH, angles_1TJ), rope.rotate(k_BTNH, angles_1TJ)
+        a_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, tokens, tokens)
+        wo_NHD = param(self, "wo_NHD", (N, H, D), ("heads", "head_dim", "embed"), write,
+                       c.param_dtype)  # fmt: skip
+        bo_D = param(self, "bo_D", (D,), ("norm",), _zeros, c.param_dtype)
+        y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
+        return constrain(add_bias(y_BTD, bo_D), "batch", None, "act_embed")
+
+
+class MLP(nn.Module):
+    """down(gelu(up x)) with biases."""
+
+    config: ModelConfig
+    sizes: VisionConfig | AudioConfig
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c, D, F = self.config, self.sizes.embed_dim, self.sizes.mlp_dim
+        read, write = normal(D**-0.5), normal(_residual_std(self.sizes, F))
+        w_up_DF = param(self, "w_up_DF", (D, F), ("embed", "mlp"), read, c.param_dtype)
+        b_up_F = param(self, "b_up_F", (F,), ("mlp",), _zeros, c.param_dtype)
+        w_down_FD = param(self, "w_down_FD", (F, D), ("mlp", "embed"), write, c.param_dtype)
+        b_down_D = param(self, "b_down_D", (D,), ("norm",), _zeros, c.param_dtype)
+        h_BTF = add_bias(contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype), b_up_F)
+        h_BTF = constrain(gelu(h_BTF), "batch", None, "act_mlp")
+        y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)
+        return constrain(add_bias(y_BTD, b_down_D), "batch", None, "act_embed")
+
+
+class EncoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and a residual connection."""
+
+    config: ModelConfig
+    sizes: VisionConfig | AudioConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, angles_1TJ, tokens):
+        c, sizes = self.config, self.sizes
+        h_BTD = LayerNorm(c, name="attention_norm")(x_BTD)
+        x_BTD += SelfAttention(c, sizes, name="attention")(h_BTD, angles_1TJ, tokens)
+        h_BTD = LayerNorm(c, name="mlp_norm")(x_BTD)
+        return x_BTD + MLP(c, sizes, name="mlp")(h_BTD), None
+
+
+class Encoder(nn.Module):
+    """Norm, the scanned layers, norm.
+
+    Args of the call:
+      x_BTD: in the compute dtype; B is split like the batch of the model.
+      angles_1TJ: float32 radians by which the J = H / 2 pairs of a head turn.
+      valid_BT: whether a token is there; the others see nothing and are not seen.
+    """
+
+    config: ModelConfig
+    sizes: VisionConfig | AudioConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, angles_1TJ, valid_BT):
+        # At equal positions nobody is later than anybody.
+        tokens = Tokens(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT.astype(jnp.int32))
+        x_BTD = LayerNorm(self.config, name="norm_in")(x_BTD)
+        x_BTD = constrain(x_BTD, "batch", None, "act_embed")
+        scan = nn.scan(
+            rematerialized(EncoderLayer, self.config),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.sizes.num_layers,
+            metadata_params={nn.meta.PARTITION_NAME: "layers"},
+        )
+        x_BTD, _ = scan(self.config, self.sizes, name="blocks")(x_BTD, angles_1TJ, tokens)
+        return LayerNorm(self.config, name="norm_out")(x_BTD)
+
+
+def _residual_std(sizes, fan_in):
+    # As in the text model: two writes to the residual stream a layer (GPT-2).
+    return (2 * sizes.num_layers * fan_in) ** -0.5

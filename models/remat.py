@@ -1,0 +1,20 @@
+"""What the gradient of a scanned layer finds saved, and what it computes again."""
+
+import jax
+from flax import linen as nn
+
+from ..configs.schema import ModelConfig
+
+# All of it, matmul results only, or layer inputs only.
+REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rematerialized(layer: type[nn.Module], config: ModelConfig) -> type[nn.Module]:
+    """The module class `layer`, to be scanned, under the policy of `config.remat`."""
+    if config.remat == "none":
+        return layer
+    return nn.remat(layer, policy=REMAT[config.remat], prevent_cse=False)

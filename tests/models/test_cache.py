@@ -1,0 +1,154 @@
+"""Cached decoding equals the full forward pass, however the tokens are dealt out."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puna.configs.schema import ModelConfig
+from puna.models import cache as cache_lib
+from puna.models import sharding, transformer
+
+B, T, WIDTH, SLOTS = 3, 23, 12, 32
+CHUNK = 5
+
+DENSE = ModelConfig(
+    vocab_size=61, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+    mlp_dim=48, rope_theta=100.0, compute_dtype="float32",
+)  # fmt: skip
+# Six layers: a scanned period of four, of which one has no RoPE, and a tail of two.
+LLAMA4 = dataclasses.replace(
+    DENSE, num_layers=6, nope_interval=4, chunk_size=CHUNK, qk_norm=True, temperature_scale=0.1,
+    temperature_floor=4,
+)  # fmt: skip
+both = pytest.mark.parametrize("config", [DENSE, LLAMA4], ids=["dense", "llama4"])
+
+
+def random_params(config):
+    """Parameters that compile nothing, larger than a real start so that every layer counts."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        x = rng.normal(size=shape.shape)
+        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.3 * x, shape.dtype)
+
+    shapes = sharding.unbox(transformer.abstract_params(config))
+    return jax.tree.map_with_path(draw, shapes)
+
+
+@functools.cache
+def setup(config):
+    """Compiled calls, random rows, and the logits of one full forward pass."""
+    # Chunks, temperature and the like have no parameters: with them off these are the same.
+    params = random_params(config)
+    model = transformer.Transformer(config)
+    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (B, T), np.int32)
+    full = jax.jit(lambda tokens: model.apply({"params": params}, tokens).logits_BTV)
+
+    @jax.jit
+    def extend(tokens, segments, cache):
+        out = model.apply({"params": params}, tokens, segment_ids_BT=segments, cache=cache)
+        return out.logits_BTV, out.cache
+
+    return extend, tokens_BT, np.asarray(full(tokens_BT))
+
+
+def empty(config, slots=SLOTS):
+    return cache_lib.init_cache(config, B, slots)
+
+
+def feed(config, cache, starts, counts, width, noise=0):
+    """Give row b `counts[b]` tokens from `starts[b]`, padded on the right; check their logits."""
+    extend, tokens_BT, want = setup(config)
+    tokens = np.full((B, width), noise, np.int32)
+    segments = np.zeros((B, width), np.int32)
+    for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        tokens[b, :count] = tokens_BT[b, start : start + count]
+        segments[b, :count] = 1
+    logits, cache = extend(tokens, segments, cache)
+    for b, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        np.testing.assert_allclose(
+            logits[b, :count], want[b, start : start + count], atol=2e-5, rtol=2e-5
+        )
+    np.testing.assert_array_equal(cache.lengths_B, np.add(starts, counts))
+    return cache
+
+
+@both
+@pytest.mark.parametrize(
+    "pieces, width",
+    [([T], T), ([7, 9, 7], WIDTH), ([12, *[1] * (T - 12)], WIDTH), ([1] * T, 1)],
+    ids=["whole", "pieces", "prefill-then-decode", "token-by-token"],
+)
+def test_any_pieces_give_the_full_forward(config, pieces, width):
+    cache, start = empty(config), 0
+    for n in pieces:
+        # One token at a time takes a path of its own.
+        cache = feed(config, cache, [start] * B, [n] * B, 1 if n == 1 else width)
+        start += n
+    assert start == T
+
+
+@both
+@given(st.data())
+def test_rows_of_any_lengths_in_any_pieces(config, data):
+    cache, starts = empty(config), np.zeros(B, int)
+    while np.any(starts < T):
+        counts = data.draw(st.lists(st.integers(0, WIDTH), min_size=B, max_size=B))
+        counts = np.minimum(counts, T - starts)
+        if not counts.any():
+            counts = np.minimum(WIDTH, T - starts)
+        cache = feed(config, cache, starts, counts, WIDTH)
+        starts = starts + counts
+
+
+@both
+def test_unequal_prompts_then_one_token_a_step(config):
+    counts = np.array([12, 3, 0])
+    cache = feed(config, empty(config), np.zeros(B, int), counts, WIDTH)
+    for step in range(8):
+        cache = feed(config, cache, counts + step, [1, 1, 1], 1)
+    # A row that has ended stays as it is while the others go on.
+    feed(config, cache, counts + 8, [1, 0, 1], 1)
+
+
+@both
+def test_padding_leaves_no_trace(config):
+    caches = [feed(config, empty(config), [0] * B, [12, 3, 0], WIDTH, noise) for noise in (0, 60)]
+    jax.tree.map(np.testing.assert_array_equal, *caches)
+
+
+def test_the_features_are_on():
+    """The comparisons above would pass if chunks, NoPE and temperature did nothing."""
+    _, tokens_BT, want = setup(LLAMA4)
+    for off in ({"chunk_size": 0}, {"temperature_scale": 0.0}, {"qk_norm": False}):
+        other = setup(dataclasses.replace(LLAMA4, **off))[2]
+        assert np.abs(other[:, -1] - want[:, -1]).max() > 1e-3, off
+
+
+def test_a_chunked_layer_keeps_one_chunk():
+    layers = empty(LLAMA4).layers
+    slots = {
+        f"{part}/{name}": layer.k_BSKH.shape[-3]
+        for part, stack in layers.items()
+        for name, layer in stack.items()
+    }
+    blocks = {f"blocks/layer_{j}": CHUNK for j in range(3)}
+    tail = {f"tail/layer_{j}": CHUNK for j in range(2)}
+    assert slots == {**blocks, "blocks/layer_3": SLOTS, **tail}
+    # A text shorter than a chunk needs no more than its own length.
+    short = empty(LLAMA4, slots=3).layers["blocks"]["layer_0"]
+    assert short.k_BSKH.shape == (1, B, 3, 2, 8)
+
+
+def test_a_cache_is_a_pytree_that_can_be_given_away():
+    cache = jax.jit(lambda: empty(LLAMA4))()
+    give = jax.jit(lambda c: jax.tree.map(lambda x: x + 1, c), donate_argnums=0)
+    new = give(cache)
+    assert new.layers["blocks"]["layer_0"].chunk_size == CHUNK
+    assert jnp.all(new.lengths_B == 1)

@@ -1,0 +1,33 @@
+"""A tiny experiment on text files, shared by the tests of training and evaluation."""
+
+import pytest
+
+from puna.configs import base
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Two folders of small text files that a model can learn something about."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for split, count in (("train", 24), ("validation", 5)):
+        (folder / split).mkdir()
+        for i in range(count):
+            line = f"{split[0]}{i}: the llama eats grass on the puna, {i * 7 % 11} times a day.\n"
+            (folder / split / f"{i:02}.txt").write_text(line * (2 + i % 5))
+    return folder
+
+
+@pytest.fixture
+def config(corpus):
+    config = base.get_config()
+    config.model.update(
+        vocab_size=264, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_dim=24, compute_dtype="float32",
+    )  # fmt: skip
+    config.data.update(
+        train=f"{corpus}/train/*.txt", validation=f"{corpus}/validation/*.txt", seq_len=32
+    )
+    config.optimizer.update(warmup_steps=2, learning_rate=3e-3)
+    config.train.update(steps=6, batch_size=8, log_every=1, save_every=3, eval_every=3)
+    config.eval.batch_size = 8
+    return config

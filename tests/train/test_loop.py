@@ -1,0 +1,122 @@
+"""Training end to end: it learns, resumes bit for bit, and gives one loss on every mesh."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from puna.configs.errors import UserError
+from puna.eval.perplexity import evaluate_loss
+from puna.train import metrics
+from puna.train.loop import train
+
+
+def losses(workdir):
+    return {m["step"]: m["loss"] for m in metrics.read(workdir / "metrics.jsonl")}
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def test_a_run_leaves_what_it_should(config, tmp_path):
+    train(config, tmp_path, {"validation": evaluate_loss})
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["step"] == 6 and results["validation_bits_per_byte"] < 9
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "events").glob("events*"))
+    assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 6
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
+    records = metrics.read(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in records] == [1, 2, 3, 4, 5, 6]
+    expected = {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
+                "step_seconds", "input_wait_seconds"}  # fmt: skip
+    assert expected <= records[0].keys()
+    assert "model_flops_utilisation" not in records[0]  # a CPU's peak is not known
+    assert "validation_loss" in records[2] and "validation_loss" not in records[1]
+
+
+def test_resuming_is_bit_identical(config, tmp_path):
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
+    # As a kill after step 5 leaves it: the checkpoint of step 3, and metrics beyond it.
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    resumed = train(config, tmp_path / "cut")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same(whole, resumed)
+
+
+def test_a_finished_run_stays_as_it_is(config, tmp_path):
+    first = train(config, tmp_path)
+    again = train(config, tmp_path)
+    assert same(first, again)
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 6
+
+
+def test_every_mesh_gives_the_same_losses(config, tmp_path):
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    train(config, tmp_path / "eight")
+    config.mesh.update(data=8, fsdp=1, tensor=1)
+    config.train.microbatches = 1
+    train(config, tmp_path / "data")
+    a, b = losses(tmp_path / "eight"), losses(tmp_path / "data")
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+
+
+def test_microbatches_add_up_to_the_batch(config, tmp_path):
+    config.mesh.update(data=2, fsdp=1, tensor=4)
+    config.model.num_kv_heads = 4
+    train(config, tmp_path / "one")
+    config.train.microbatches = 4
+    train(config, tmp_path / "four")
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "four")
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
+def test_every_optimizer_learns_with_experts(config, tmp_path, optimizer):
+    config.model.update(moe_interval=2, num_experts=4, expert_dim=16, bias_update_rate=0.01,
+                        load_balance_weight=0.01)  # fmt: skip
+    config.optimizer.update(name=optimizer, learning_rate=1e-2)
+    config.train.update(steps=20, save_every=20, eval_every=0)
+    config.mesh.update(data=2, fsdp=2, expert=2)
+    state = train(config, tmp_path)
+    records = metrics.read(tmp_path / "metrics.jsonl")
+    assert records[-1]["loss"] < records[0]["loss"] - 0.5
+    assert sum(records[-1]["router_load"]) == pytest.approx(1.0, abs=1e-5)
+    bias = state.params["blocks"]["layer_1"]["moe"]["router_bias_E"]
+    assert 0 < np.abs(bias).max() <= 20 * 0.01 + 1e-6
+
+
+def test_another_config_is_refused(config, tmp_path):
+    train(config, tmp_path)
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    config.model.mlp_dim = 32
+    with pytest.raises(UserError, match=r"model.mlp_dim=32 differs from 24 in .*checkpoints"):
+        train(config, tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"mesh": {"fsdp": 3}}, "mesh.fsdp=3 = 3 does not divide the 8 devices"),
+        ({"mesh": {"data": 1, "tensor": 4}}, "mesh.tensor=4 = 4 must equal the 8 devices"),
+        ({"train": {"batch_size": 12}}, "must be a multiple of mesh.data=8"),
+        ({"mesh": {"tensor": 8}}, "must be a multiple of mesh.tensor=8"),
+        ({"model": {"vocab_size": 100}}, "model.vocab_size=100 must be at least the 259 ids"),
+        ({"data": {"train": "nowhere/*.txt"}}, "nowhere"),
+        ({"data": {"tokenizer": "nowhere.json"}}, "nowhere.json"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(config, tmp_path, change, message):
+    for section, values in change.items():
+        config[section].update(values)
+    with pytest.raises(UserError, match=message.replace("*", ".*")) as caught:
+        train(config, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
