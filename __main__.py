@@ -53,7 +53,7 @@ def _eval(args):
 def _generate(args):
     from .models import generate
     from .models.tokenizer import load_tokenizer
-    from .models.weights import load
+    from .models.weights.load import load
 
     path = _required(args, "checkpoint")
     model, params = load(path, dtype=args.dtype)
@@ -81,8 +81,8 @@ def _summary(results: dict) -> None:
         print(f"  {name:<{width}}  {f'{value:,.5g}' if isinstance(value, float) else value}")
 
 
-def _flags(command: str) -> flags.FlagValues:
-    """The flags of a command."""
+def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
+    """The flags of a command; `arguments` say which keys --config.KEY=VALUE are there."""
     args = flags.FlagValues()
     text = {"flag_values": args}
     flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
@@ -90,8 +90,9 @@ def _flags(command: str) -> flags.FlagValues:
         from ml_collections import config_flags
 
         config_flags.DEFINE_config_file(
-            "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT", **text
-        )
+            "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT",
+            sys_argv=arguments, **text,
+        )  # fmt: skip
         flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
@@ -153,9 +154,10 @@ def _run(argv: list[str]) -> None:
     command, *rest = argv
     if command not in COMMANDS:
         raise errors.UserError(f"{command} is not a command; one of {', '.join(COMMANDS)}")
-    args = _flags(command)
+    rest = ["puna", *_prepare(rest)]
+    args = _flags(command, rest)
     try:
-        left = args(["puna", *_prepare(rest)])[1:]
+        left = args(rest)[1:]
     except flags.Error as e:
         raise errors.UserError(f"{' '.join(str(e).split())}; --help shows the flags") from None
     if args.help:
@@ -179,6 +181,7 @@ def main() -> None:
         _run(sys.argv[1:])
     except (errors.UserError, OSError) as e:
         print("puna: " + " ".join(str(e).split()), file=sys.stderr)
+        sys.stdout.flush()
         sys.stderr.flush()
         # Threads that still read or save must not keep a failed command alive.
         os._exit(2)

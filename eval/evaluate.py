@@ -8,7 +8,7 @@ from ..configs.errors import ConfigError
 from ..models import sharding
 from ..models.tokenizer import load_tokenizer
 from ..models.transformer import Transformer, count_params
-from ..models.weights import load
+from ..models.weights.load import load
 from .perplexity import evaluate_loss
 
 

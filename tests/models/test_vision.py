@@ -90,17 +90,23 @@ def forward(stored, tokens, images):
     ).logits_BTV  # fmt: skip
 
 
-def run(stored, images):
-    """Logits, loss and gradients of every parameter."""
+@pytest.fixture(scope="module")
+def run(stored):
+    """Images -> logits, loss and gradients of every parameter."""
 
-    def loss(params):
+    def loss(params, images):
         out = Transformer(stored.config).apply({"params": params}, stored.tokens, images=images)
         logp = jax.nn.log_softmax(out.logits_BTV[:, :-1])
         picked = jnp.take_along_axis(logp, stored.tokens[:, 1:, None], axis=2)
         return -jnp.mean(picked), out.logits_BTV
 
-    (value, logits), gradient = jit(jax.value_and_grad(loss, has_aux=True))(stored.params)
-    return logits, value, gradient
+    gradient = jit(jax.value_and_grad(loss, has_aux=True))
+
+    def run(images):
+        (value, logits), grads = gradient(stored.params, images)
+        return logits, value, grads
+
+    return run
 
 
 # --- Hugging Face -------------------------------------------------------------------------------
@@ -128,9 +134,9 @@ def test_tower_equals_hugging_face(stored):
     assert features.valid_BU.all()
 
 
-def test_model_equals_hugging_face(stored):
+def test_model_equals_hugging_face(stored, run):
     vision.check_images(stored.config, stored.tokens, stored.images.num_tiles_B)
-    logits, loss, gradient = run(stored, stored.images)
+    logits, loss, gradient = run(stored.images)
     assert error(logits, stored.logits) < OUTPUT
     assert error(loss, stored.loss) < OUTPUT
     found = stored.from_puna(gradient)
@@ -224,21 +230,15 @@ def test_rows_with_no_one_and_several_images_do_not_touch_each_other(stored):
     assert error(without[~text], together[~text]) > 0.1
 
 
-def test_what_fills_up_a_row_does_not_count(stored):
+def test_what_fills_up_a_row_does_not_count(stored, run):
     tiles, counts = stored.images.tiles_BIYXC, stored.images.num_tiles_B
     beyond = np.arange(tiles.shape[1]) >= counts[:, None]
     assert beyond.any()
     broken = np.where(beyond[:, :, None, None, None], np.nan, tiles)
-    _, loss, gradient = run(stored, vision.Images(broken, counts))
-    _, wanted, wanted_gradient = run(stored, stored.images)
+    _, loss, gradient = run(vision.Images(broken, counts))
+    _, wanted, wanted_gradient = run(stored.images)
     assert loss == wanted
     jax.tree.map(np.testing.assert_array_equal, gradient, wanted_gradient)
-
-
-def test_features_made_beforehand(stored):
-    features = vision.encode_images(stored.config, stored.params, stored.images)
-    logits = jit(lambda t, f: forward(stored, t, f))(stored.tokens, features)
-    assert error(logits, stored.logits) < OUTPUT
 
 
 def test_bfloat16_is_close(stored):

@@ -1,0 +1,253 @@
+"""Generation: one row or many, sampling as documented, ends of a text, mistakes."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from puna.configs.errors import UserError
+from puna.configs.schema import MeshConfig, ModelConfig
+from puna.models import generate as generation
+from puna.models import sharding, transformer
+from puna.models.cache import init_cache
+from puna.models.generate import Sampling, generate, sample, stream
+from puna.models.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+# Wider than the tokenizer; chunks shorter than the prompts; a tail after the scanned period.
+CONFIG = ModelConfig(
+    vocab_size=272, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    mlp_dim=48, max_positions=128, rope_theta=100.0, nope_interval=2, chunk_size=6, qk_norm=True,
+    compute_dtype="float32",
+)  # fmt: skip
+MODEL = transformer.Transformer(CONFIG)
+PROMPTS = ["a", "the llama herd", "puna"]
+
+
+@functools.cache
+def params():
+    """Parameters that compile nothing, large enough for confident choices."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        x = rng.normal(size=shape.shape)
+        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.5 * x, shape.dtype)
+
+    shapes = sharding.unbox(transformer.abstract_params(CONFIG))
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def ids_of(prompts, max_tokens=20, **options):
+    """What `decode` makes, as one array [B, max_tokens]."""
+    prompts = [TOKENIZER.encode(p, bos=True) for p in prompts]
+    options = {"vocab_size": TOKENIZER.vocab_size, **options}
+    return np.concatenate([*generation.decode(MODEL, params(), prompts, max_tokens, **options)], 1)
+
+
+# Rows, alone and together
+
+
+def test_greedy_is_the_largest_logit_of_the_full_forward():
+    forward = jax.jit(lambda tokens: MODEL.apply({"params": params()}, tokens).logits_BTV)
+    made = ids_of(PROMPTS)
+    for prompt, new in zip(PROMPTS, made, strict=True):
+        prompt = TOKENIZER.encode(prompt, bos=True)
+        row = np.zeros((1, 48), np.int32)
+        row[0, : len(prompt) + len(new)] = [*prompt, *new]
+        logits = np.asarray(forward(row))[0, len(prompt) - 1 :][: len(new), : TOKENIZER.vocab_size]
+        top = np.sort(logits, axis=-1)
+        assert np.all(top[:, -1] - top[:, -2] > 1e-4), "a tie would make this test a coin toss"
+        np.testing.assert_array_equal(new, logits.argmax(-1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5), Sampling(1.0, 40, 0.9, 0.01)])
+def test_a_row_is_the_same_alone(sampling):
+    together = ids_of(PROMPTS, sampling=sampling, seed=3)
+    for r, prompt in enumerate(PROMPTS):
+        alone = ids_of([prompt], sampling=sampling, seed=3, first_row=r)
+        np.testing.assert_array_equal(alone[0], together[r])
+
+
+def test_equal_prompts_draw_unequal_texts_and_a_seed_repeats_them():
+    same = ["llama"] * 3
+    first, again, other = (ids_of(same, sampling=Sampling(1.5), seed=s) for s in (0, 0, 1))
+    assert len({tuple(row) for row in [*first, *other]}) == 6
+    np.testing.assert_array_equal(first, again)
+
+
+def test_a_long_prompt_goes_in_pieces(monkeypatch):
+    whole = ids_of(PROMPTS)
+    monkeypatch.setattr(generation, "_PIECE", 5)
+    np.testing.assert_array_equal(ids_of(PROMPTS), whole)
+
+
+def test_blocks_of_any_size_make_the_same_tokens():
+    sampling = Sampling(1.5)
+    want = ids_of(PROMPTS, sampling=sampling)
+    for block in (1, 7, 16):
+        np.testing.assert_array_equal(ids_of(PROMPTS, sampling=sampling, block=block), want)
+
+
+def test_ended_rows_leave_the_others_alone():
+    free = ids_of(PROMPTS)
+    stop = int(free[1, 4])
+    made = ids_of(PROMPTS, stop_ids=[stop])
+    for row, want in zip(made, free, strict=True):
+        end = [*want, stop].index(stop) + 1
+        np.testing.assert_array_equal(row[:end], want[:end])
+        assert np.all(row[end:] == -1)
+    assert np.sum(made[1] >= 0) == 5
+
+
+def test_on_a_mesh():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = sharding.shardings(transformer.abstract_params(CONFIG), mesh)
+    on_mesh = jax.device_put(params(), specs)
+    want = generate(MODEL, params(), TOKENIZER, PROMPTS, max_tokens=20)
+    with jax.set_mesh(mesh):
+        # Three rows in four parts.
+        assert generate(MODEL, on_mesh, TOKENIZER, PROMPTS, max_tokens=20) == want
+
+
+def test_settings_and_lengths_compile_once():
+    ids_of(["ab", "c"])
+    counts = generation._prefill._cache_size(), generation._decode._cache_size()
+    for prompts in (["abcd", "efg"], ["a", "b" * 9]):
+        for sampling in (Sampling(0.7), Sampling(1, 5), Sampling(2.0, 0, 0.5, 0.1), None):
+            ids_of(prompts, 22, sampling=sampling, seed=5, stop_ids=(257,))
+    assert counts == (generation._prefill._cache_size(), generation._decode._cache_size())
+
+
+@given(st.integers(1, 10**7))
+def test_rounding_up_wastes_a_third_at_most(length):
+    rounded = generation._round_up(length)
+    assert length <= rounded <= max(16, 1.5 * length)
+    assert generation._round_up(rounded) == rounded
+
+
+# Sampling
+
+
+@functools.cache
+def sampler(narrow):
+    """`sample`, compiled to rank this many ids at first."""
+    jit = jax.jit(lambda *args: sample(*args))
+
+    def run(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(generation, "_NARROW", narrow)
+            return np.asarray(jit(*args))
+
+    return run
+
+
+def draws(logits, sampling, narrow=1024, count=4096, seed=0):
+    """How often each id is drawn from one row of logits."""
+    keys = jax.random.split(jax.random.key(seed), count)
+    rows = np.broadcast_to(np.asarray(logits, np.float32), (count, len(logits)))
+    ids = sampler(narrow)(rows, keys, *(np.float32(x) for x in sampling))
+    return np.bincount(ids, minlength=len(logits))
+
+
+def kept(logits, temperature, top_k, top_p, min_p):
+    """Probability of each id by the definition, in float64."""
+    logits = np.asarray(logits, np.float64) / temperature
+    p = np.exp(logits - logits.max())
+    ranking = np.argsort(-p, kind="stable")
+    if top_k:
+        ranking = ranking[:top_k]
+    ranked = p[ranking] / p[ranking].sum()
+    if top_p < 1:
+        sums = np.cumsum(ranked)
+        assume(np.all(np.abs(sums - top_p) > 1e-4))
+        ranking = ranking[: np.searchsorted(sums, top_p) + 1]
+    assume(np.all(np.abs(p / p.max() - min_p) > 1e-4) or min_p in (0, 1))
+    ranking = [i for i in ranking if p[i] >= min_p * p.max()]
+    keep = np.zeros(len(p))
+    keep[ranking] = p[ranking] / p[ranking].sum()
+    return keep
+
+
+LOGITS = [0.5, -1.0, 1.5, 0.0, 0.5, -0.5, -1.5, 1.0]
+SETTINGS = [
+    Sampling(1.0), Sampling(0.5), Sampling(2.0, 5), Sampling(1.0, 0, 0.8),
+    Sampling(0.8, 0, 1.0, 0.3), Sampling(1.3, 6, 0.9, 0.2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
+def test_frequencies_are_the_softmax(sampling):
+    want = kept(LOGITS, *sampling)
+    got = draws(LOGITS, sampling)
+    assert np.all(got[want == 0] == 0)
+    at = want > 0
+    assert scipy.stats.chisquare(got[at], want[at] * got.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("narrow", [1024, 3])
+@given(
+    st.lists(st.integers(-3, 3).map(lambda i: i / 2), min_size=8, max_size=8),
+    st.floats(0.8, 3.0),
+    st.integers(0, 9),
+    st.sampled_from([1.0, 0.97, 0.8, 0.5, 0.2, 0.01]),
+    st.sampled_from([0.0, 0.05, 0.3, 0.7, 1.0]),
+)
+def test_the_filters_keep_what_they_say(narrow, logits, *settings):
+    # Each id that is kept has a probability of 0.3% at least: in 4096 draws it comes up.
+    want = kept(logits, *settings) > 0
+    np.testing.assert_array_equal(draws(logits, settings, narrow) > 0, want)
+
+
+def test_top_p_takes_the_smallest_set_and_at_least_one():
+    quarters = [0.0] * 4 + [-np.inf] * 4
+    # Half the mass is reached exactly by two of four; equal logits rank by id.
+    assert np.flatnonzero(draws(quarters, (1.0, 0, 0.5, 0.0))).tolist() == [0, 1]
+    assert np.flatnonzero(draws(quarters, (1.0, 0, 0.51, 0.0))).tolist() == [0, 1, 2]
+    assert np.flatnonzero(draws(quarters, (1.0, 0, 1e-6, 0.0))).tolist() == [0]
+    assert np.flatnonzero(draws(quarters, (1.0, 3, 0.5, 0.0))).tolist() == [0, 1]
+
+
+def test_a_filter_changes_a_draw_only_if_it_forbids_it():
+    logits = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 512)
+    free = sampler(1024)(logits, keys, *map(np.float32, Sampling(1.0)))
+    cut = sampler(1024)(logits, keys, *map(np.float32, Sampling(1.0, 4)))
+    in_top_4 = (logits > np.take_along_axis(logits, free[:, None], 1)).sum(1) < 4
+    assert 0 < in_top_4.sum() < 512
+    np.testing.assert_array_equal(cut[in_top_4], free[in_top_4])
+    assert np.all(cut[~in_top_4] != free[~in_top_4])
+
+
+def test_extreme_settings_stay_finite():
+    wild = [1e30, -1e30, 3e4, -np.inf, 0.0, 1.0, -1.0, 2.0]
+    for sampling in (Sampling(1e-30), Sampling(1e-30, 3, 0.5, 0.5), Sampling(0.0)):
+        assert np.flatnonzero(draws(wild, sampling, count=64)).tolist() == [0]
+    hot = draws(LOGITS, Sampling(1e30))
+    assert scipy.stats.chisquare(hot).pvalue > 1e-3
+    assert np.all(draws([0.0, 1.0, -np.inf, -np.inf] * 2, Sampling(1e30))[[2, 3, 6, 7]] == 0)
+
+
+# Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A model that says what its parameters tell it to: row b's t-th token is script_BT[b, t]."""
+
+    config: ModelConfig = CONFIG
+
+    def apply(self, variables, tokens_BT, segment_ids_BT, cache) -> Any:
+        rows = jnp.arange(len(tokens_BT))
+        lengths_B = cache.lengths_B + jnp.sum(segment_ids_BT, axis=1)
+        said_B = variables["params"][rows, lengths_B - 1]
+        logits_BTV = jax.nn.one_hot(said_B, self.config.vocab_size)[:, None]
+        return flax.core.FrozenDict(), logits_BTV, cache.replace(lengths_B=lengths_B)
