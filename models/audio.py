@@ -245,7 +245,7 @@ def rope_angles(config: AudioConfig, num_tokens: int):
 
 def _check_frames(a: AudioConfig, num_mels, num_tokens):
     if not a.num_layers:
-        raise UserError("model.audio.num_layers=0: this model has no audio, so it takes no clips")
+        raise UserError("model.audio.num_layers=0: a model without audio takes no clips")
     if num_mels != a.num_mels:
         raise UserError(f"frames of {num_mels} mel bands must have model.audio.num_mels="
                         f"{a.num_mels}")  # fmt: skip

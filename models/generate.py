@@ -327,13 +327,19 @@ def _rows(tokenizer, prompts, stop):
     for prompt in prompts:
         if isinstance(prompt, str):
             prompt = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
-        elif not isinstance(prompt, Sequence | np.ndarray):
+        elif not _is_ids(prompt):
             raise UserError(f"a prompt must be a text or a list of ids, not {prompt!r:.60}")
         ids.append(prompt)
         size = tokenizer.vocab_size
         follows_text = any(tokenizer.token_bytes[i] for i in prompt if 0 <= i < size)
         rows.append(_Row(tokenizer, stop, stop_ids, follows_text))
     return ids, rows
+
+
+def _is_ids(prompt) -> bool:
+    return isinstance(prompt, Sequence | np.ndarray) and all(
+        isinstance(i, int | np.integer) for i in prompt
+    )
 
 
 def _run(model, params, tokenizer, ids, rows, max_tokens, sampling, **options):

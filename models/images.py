@@ -142,7 +142,7 @@ def read_image(image):
     if isinstance(image, Image.Image):
         name, source = "the image", None
     elif isinstance(image, bytes | bytearray):
-        name, source = "the image bytes", io.BytesIO(image)
+        name, source = "the image given as bytes", io.BytesIO(image)
     elif isinstance(image, str | os.PathLike):
         name, source = str(image), image
     else:

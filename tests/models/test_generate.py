@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import re
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +15,6 @@ from puna.configs.errors import UserError
 from puna.configs.schema import MeshConfig, ModelConfig
 from puna.models import generate as generation
 from puna.models import sharding, transformer
-from puna.models.cache import init_cache
 from puna.models.generate import Sampling, generate, sample, stream
 from puna.models.tokenizer import byte_tokenizer
 
@@ -150,11 +146,15 @@ def sampler(narrow):
     return run
 
 
+def typed(sampling):
+    return [np.float32(x) if i != 1 else np.int32(x) for i, x in enumerate(sampling)]
+
+
 def draws(logits, sampling, narrow=1024, count=4096, seed=0):
     """How often each id is drawn from one row of logits."""
     keys = jax.random.split(jax.random.key(seed), count)
     rows = np.broadcast_to(np.asarray(logits, np.float32), (count, len(logits)))
-    ids = sampler(narrow)(rows, keys, *(np.float32(x) for x in sampling))
+    ids = sampler(narrow)(rows, keys, *typed(sampling))
     return np.bincount(ids, minlength=len(logits))
 
 
@@ -195,13 +195,15 @@ def test_frequencies_are_the_softmax(sampling):
 
 @pytest.mark.parametrize("narrow", [1024, 3])
 @given(
-    st.lists(st.integers(-3, 3).map(lambda i: i / 2), min_size=8, max_size=8),
-    st.floats(0.8, 3.0),
-    st.integers(0, 9),
-    st.sampled_from([1.0, 0.97, 0.8, 0.5, 0.2, 0.01]),
-    st.sampled_from([0.0, 0.05, 0.3, 0.7, 1.0]),
+    logits=st.lists(st.integers(-3, 3).map(lambda i: i / 2), min_size=8, max_size=8),
+    settings=st.tuples(
+        st.floats(0.8, 3.0),
+        st.integers(0, 9),
+        st.sampled_from([1.0, 0.97, 0.8, 0.5, 0.2, 0.01]),
+        st.sampled_from([0.0, 0.05, 0.3, 0.7, 1.0]),
+    ),
 )
-def test_the_filters_keep_what_they_say(narrow, logits, *settings):
+def test_the_filters_keep_what_they_say(narrow, logits, settings):
     # Each id that is kept has a probability of 0.3% at least: in 4096 draws it comes up.
     want = kept(logits, *settings) > 0
     np.testing.assert_array_equal(draws(logits, settings, narrow) > 0, want)
@@ -219,8 +221,8 @@ def test_top_p_takes_the_smallest_set_and_at_least_one():
 def test_a_filter_changes_a_draw_only_if_it_forbids_it():
     logits = np.random.default_rng(0).normal(size=(512, 8)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 512)
-    free = sampler(1024)(logits, keys, *map(np.float32, Sampling(1.0)))
-    cut = sampler(1024)(logits, keys, *map(np.float32, Sampling(1.0, 4)))
+    free = sampler(1024)(logits, keys, *typed(Sampling(1.0)))
+    cut = sampler(1024)(logits, keys, *typed(Sampling(1.0, 4)))
     in_top_4 = (logits > np.take_along_axis(logits, free[:, None], 1)).sum(1) < 4
     assert 0 < in_top_4.sum() < 512
     np.testing.assert_array_equal(cut[in_top_4], free[in_top_4])
@@ -241,13 +243,172 @@ def test_extreme_settings_stay_finite():
 
 @dataclasses.dataclass(frozen=True)
 class Script:
-    """A model that says what its parameters tell it to: row b's t-th token is script_BT[b, t]."""
+    """A model that says what its parameters tell it to, whatever the tokens."""
 
     config: ModelConfig = CONFIG
 
-    def apply(self, variables, tokens_BT, segment_ids_BT, cache) -> Any:
-        rows = jnp.arange(len(tokens_BT))
+    def apply(self, variables, tokens_BT, segment_ids_BT, cache):
+        assert not self.config.capacity_factor
+        said_BT, prompt_B = variables["params"]
         lengths_B = cache.lengths_B + jnp.sum(segment_ids_BT, axis=1)
-        said_B = variables["params"][rows, lengths_B - 1]
+        said_B = said_BT[jnp.arange(len(tokens_BT)), lengths_B - prompt_B]
         logits_BTV = jax.nn.one_hot(said_B, self.config.vocab_size)[:, None]
-        return flax.core.FrozenDict(), logits_BTV, cache.replace(lengths_B=lengths_B)
+        return transformer.Output(logits_BTV, None, cache.replace(lengths_B=lengths_B))
+
+    def clone(self, config):
+        return Script(config)
+
+
+def say(said, prompts=None, max_tokens=48, model=None, run=generate, **options):
+    """Let the model say texts or ids and return what generation makes of them."""
+    single = not isinstance(said, list)
+    said = [said] if single else said
+    prompts = ["?"] * len(said) if prompts is None else prompts
+    said_BT = np.full((len(said), 48), ord("~"), np.int32)
+    for row, x in zip(said_BT, said, strict=True):
+        ids = list(x.encode() if isinstance(x, str) else x)
+        row[: len(ids)] = ids
+    lengths = [len(p.encode()) + 1 if isinstance(p, str) else len(p) for p in prompts]
+    script = (said_BT, np.array(lengths, np.int32))
+    prompts = prompts[0] if single else prompts
+    return run(model or Script(), script, TOKENIZER, prompts, max_tokens, **options)
+
+
+def streamed(*args, **options):
+    return list(say(*args, run=stream, **options))
+
+
+EOS = TOKENIZER.eos_id
+
+
+def test_one_string_gives_a_string_and_a_list_gives_a_list():
+    assert say("hello" + "~" * 40, max_tokens=5) == "hello"
+    assert say(["ab", "cd", "ef"], max_tokens=2) == ["ab", "cd", "ef"]
+    assert say(["ab", "cd", "ef"], [[256, 65], "longer", [66]], max_tokens=2) == ["ab", "cd", "ef"]
+
+
+def test_the_end_token_ends_a_row_and_leaves_no_text():
+    said = [[*b"one", EOS, *b"more"], [EOS], b"three"]
+    assert say(said, max_tokens=5) == ["one", "", "three"]
+
+
+@pytest.mark.parametrize(
+    "stop, want",
+    [
+        ("llo", "he"),
+        (("wor", "lo w"), "hel"),  # the one that is complete first
+        (["world", "o"], "hell"),
+        ("hello", ""),
+        ("nowhere", "hello world" + "~" * 37),
+        ("~" * 30, "hello world"),  # over a block's end
+        ("<|end_of_text|>", "hello world" + "~" * 37),
+    ],
+)
+def test_stop_strings_cut_the_text(stop, want):
+    assert say("hello world", stop=stop) == want
+    assert "".join(streamed("hello world", stop=stop)) == want
+
+
+def test_a_stop_string_may_name_a_control_token():
+    said = [*b"text", TOKENIZER.pad_id, *b"more"]
+    assert say(said, max_tokens=8) == "textmor"
+    assert say(said, max_tokens=8, stop="<|pad|>") == "text"
+
+
+def test_a_row_that_stops_leaves_the_others_alone():
+    texts = ["a" * 40, "b" * 20 + "END" + "b" * 20, "cEND"]
+    assert say(texts, stop="END", max_tokens=40) == ["a" * 40, "b" * 20, "c"]
+
+
+def test_characters_stay_whole():
+    text = "n\u00e9 \u20ac \U0001f999!"
+    size = len(text.encode())
+    pieces = streamed(text, max_tokens=size)
+    assert "".join(pieces) == text and pieces == list(text)
+    for n in range(1, size + 1):
+        want = text.encode()[:n].decode(errors="ignore")
+        assert say(text, max_tokens=n) == want == "".join(streamed(text, max_tokens=n))
+    # Bytes that are no text are shown as such, once that is certain.
+    assert say(b"a\xffb\xe2\x82c", max_tokens=6) == "a\ufffdb\ufffdc"
+    assert say(text, stop="\u20ac", max_tokens=size) == "n\u00e9 "
+
+
+def test_a_stream_holds_back_what_may_be_a_stop_string():
+    pieces = streamed("a sto a stop b", stop=("stop", "op!"), max_tokens=14)
+    assert "".join(pieces) == "a sto a "
+    # "o" begins "op!", " " begins nothing.
+    assert pieces == ["a", " ", "sto ", "a", " "]
+    # The end sets free what was held back.
+    assert streamed("a sto", stop="stop", max_tokens=5) == ["a", " ", "sto"]
+
+
+def test_a_stream_is_what_generate_gives():
+    options = {"max_tokens": 20, "temperature": 1.5, "seed": 4}
+    text = generate(MODEL, params(), TOKENIZER, "the llama", **options)
+    assert "".join(stream(MODEL, params(), TOKENIZER, "the llama", **options)) == text
+
+
+def test_ids_outside_the_tokenizer_are_never_made():
+    assert say([ord("a"), 270, ord("b")], max_tokens=3) == "a\x00b"
+    made = ids_of(["a"] * 8, max_tokens=40, sampling=Sampling(50.0))
+    assert made.max() == 258 and made.min() >= 0
+
+
+def test_experts_have_room_for_every_token():
+    tight = dataclasses.replace(CONFIG, capacity_factor=1.0)
+    assert say("fine", max_tokens=4, model=Script(tight)) == "fine"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prompts": []}, "prompts is empty"),
+        ({"prompts": ["a", []]}, "prompt 1 is empty"),
+        ({"prompts": [["a"]]}, r"text or a list of ids, not \['a'\]"),
+        ({"prompts": [3, 4]}, "text or a list of ids, not 3"),
+        ({"prompts": ["ok", [5, 259]]}, r"prompt 1 has id 259.* 0\.\.258"),
+        ({"prompts": [[-1]]}, "prompt 0 has id -1"),
+        ({"prompts": "a" * 100}, "101 tokens.*max_tokens=64.*max_positions=128"),
+        ({"max_tokens": 127}, "max_tokens=127.*max_positions=128"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"temperature": -0.1}, r"temperature=-0\.1 must"),
+        ({"temperature": float("nan")}, "temperature=nan must"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must"),
+        ({"top_p": 1.1}, r"top_p=1\.1 must"),
+        ({"min_p": -0.1}, r"min_p=-0\.1 must"),
+        ({"min_p": 1.5}, r"min_p=1\.5 must"),
+        ({"top_k": -1}, "top_k=-1 must"),
+        ({"stop": ("a", "")}, "stop has an empty string"),
+    ],
+)
+@pytest.mark.parametrize("run", [generate, stream])
+def test_mistakes_are_named_in_one_line(options, message, run):
+    options = {"prompts": "a", **options}
+    prompts = options.pop("prompts")
+    if run is stream:
+        prompts = prompts[-1] if isinstance(prompts, list) and prompts else prompts
+        message = message.replace("prompt 1", "prompt 0")
+    if run is stream and prompts == []:
+        message = "prompt 0 is empty"
+    with pytest.raises(UserError, match=message) as error:
+        list(run(MODEL, None, TOKENIZER, prompts, **options))
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_without_tokens_needs_a_bos():
+    silent = byte_tokenizer()
+    silent.bos_id = None
+    with pytest.raises(UserError, match="prompt 0 is empty"):
+        generate(MODEL, None, silent, "")
+    assert say("fine", [""], max_tokens=4) == "fine"
+
+
+def test_expert_choice_cannot_generate():
+    config = dataclasses.replace(
+        CONFIG, moe_interval=1, num_experts=2, expert_dim=8, router="expert_choice"
+    )
+    with pytest.raises(UserError, match="model.router=expert_choice"):
+        generate(transformer.Transformer(config), None, TOKENIZER, "a")

@@ -15,6 +15,7 @@ getcontext().prec = 50
 PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 PLAIN = ModelConfig(head_dim=128, rope_theta=5e5)
+LLAMA2 = dataclasses.replace(PLAIN, rope_theta=1e4)
 LLAMA31 = dataclasses.replace(
     PLAIN, rope_scaling_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
     rope_original_positions=8192,
@@ -60,7 +61,7 @@ def test_the_scaling_keeps_short_waves_and_stretches_long_ones():
     assert set(np.round(ratio, 12)) == {1.0, 1 / 16}
 
 
-@pytest.mark.parametrize("config", [PLAIN, LLAMA31, SCOUT, dataclasses.replace(PLAIN, rope_theta=1e4)])
+@pytest.mark.parametrize("config", [PLAIN, LLAMA2, LLAMA31, SCOUT])
 def test_angles_are_exact_at_any_position(config):
     got = np.asarray(rope.angles(jnp.array(POSITIONS), rope.frequencies(config)))
     assert got.dtype == np.float32 and np.all(np.abs(got) <= np.float32(math.pi))
