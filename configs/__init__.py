@@ -29,7 +29,9 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
         return _FOLDER / f"{stem}.py", variant if colon else None
     if stem.endswith(".py") and pathlib.Path(stem).is_file():
         return pathlib.Path(stem), variant if colon else None
-    raise ConfigError(f"--config={name} must be one of {', '.join(names())}, or a config file (.py)")
+    raise ConfigError(
+        f"--config={name} must be one of {', '.join(names())}, or a config file (.py)"
+    )
 
 
 def get_config(name: str) -> "ml_collections.ConfigDict":

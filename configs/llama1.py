@@ -1,6 +1,6 @@
 """Llama 1 (Touvron et al. 2023, arXiv 2302.13971): 7b, 13b, 33b, 65b.
 
-    puna train --config=llama1:7b --config.data.train=... --workdir=DIR
+puna train --config=llama1:7b --config.data.train=... --workdir=DIR
 """
 
 from puna.configs import base

@@ -1,6 +1,6 @@
 """Llama 2 (Touvron et al. 2023, arXiv 2307.09288): 7b, 13b, 70b.
 
-    puna train --config=llama2:7b --config.data.train=... --workdir=DIR
+puna train --config=llama2:7b --config.data.train=... --workdir=DIR
 """
 
 from puna.configs import base

@@ -1,6 +1,6 @@
 """The quickstart: a small Llama on the Python standard library's own source, on a laptop CPU.
 
-    puna train --config=tiny --workdir=runs/demo
+puna train --config=tiny --workdir=runs/demo
 """
 
 from puna.configs import base

@@ -57,8 +57,7 @@ def read_wav(path) -> np.ndarray:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        reason = reason or "it is cut short"
+        reason = getattr(error, "strerror", None) or str(error) or "it is cut short"
         raise UserError(f"{path} cannot be read as a PCM WAV file: {reason}") from None
     if rate != SAMPLE_RATE:
         raise UserError(f"{path} has {rate} samples a second and must have {SAMPLE_RATE}; "

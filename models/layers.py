@@ -29,6 +29,7 @@ def normal(std: float):
 
 
 def ones(key, shape, dtype):
+    """Initializer of norm scales."""
     return jnp.ones(shape, dtype)
 
 
@@ -85,6 +86,8 @@ def rms_norm(x, scale, eps: float):
 
 
 class RMSNorm(nn.Module):
+    """`rms_norm` with a learned scale."""
+
     config: ModelConfig
 
     @nn.compact
@@ -95,6 +98,8 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
+    """The table of token embeddings."""
+
     config: ModelConfig
 
     @nn.compact
@@ -113,6 +118,8 @@ class Embed(nn.Module):
 
 
 class Unembed(nn.Module):
+    """The output projection [D, V] of a model that does not tie it to the embedding."""
+
     config: ModelConfig
 
     @nn.compact

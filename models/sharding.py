@@ -151,6 +151,7 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -166,9 +167,7 @@ def _is_param(x) -> bool:
 def shardings(boxed, mesh: Mesh):
     """The `NamedSharding` of every leaf of a tree of boxed (abstract) parameters."""
     return jax.tree.map_with_path(
-        lambda path, p: NamedSharding(
-            mesh, resolve(path_name(path), p.value.shape, p.names, mesh)
-        ),
+        lambda path, p: NamedSharding(mesh, resolve(path_name(path), p.value.shape, p.names, mesh)),
         boxed,
         is_leaf=_is_param,
     )

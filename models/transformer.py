@@ -81,6 +81,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Every Llama; see the module's docstring."""
+
     config: ModelConfig
 
     @nn.compact
@@ -114,9 +116,11 @@ class Transformer(nn.Module):
         new, router = {}, {}
 
         x_BTD, table_VD = Embed(c, name="embed")(tokens_BT)
-        if self.is_initializing():  # every encoder has its parameters, used or not
-            images = no_images(c.vision, len(tokens_BT)) if c.vision.num_layers else None
-            audio = no_audio(c.audio, len(tokens_BT)) if c.audio.num_layers else None
+        if self.is_initializing():  # each encoder has its parameters, used or not
+            if c.vision.num_layers and images is None:
+                images = no_images(c.vision, len(tokens_BT))
+            if c.audio.num_layers and audio is None:
+                audio = no_audio(c.audio, len(tokens_BT))
         for name, encoder, token_id, media in (
             ("vision", VisionEncoder, c.vision.token_id, images),
             ("audio", AudioEncoder, c.audio.token_id, audio),

@@ -16,10 +16,12 @@ from ..configs.schema import Config, to_dict
 from ..models.weights import run
 from .state import TrainState
 
-# What may differ between the run that saved and the run that goes on: nothing that changes
-# which numbers come out, but for where they are computed.
-_FREE = ("mesh.", "eval.", "data.workers", "data.data_dir", "data.validation", "train.log_every",
-         "train.save_every", "train.eval_every", "train.keep", "train.loss_chunk")  # fmt: skip
+# What may differ between the run that saved and the run that goes on: where numbers are computed,
+# what is reported, and how long to go on.
+_FREE = (
+    *("mesh.", "eval.", "data.workers", "data.data_dir", "data.validation", "train.steps"),
+    *("train.log_every", "train.save_every", "train.eval_every", "train.keep", "train.loss_chunk"),
+)
 
 
 class Checkpoints:

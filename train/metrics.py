@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, the progress line, results.json, the plot."""
+"""What a run tells: metrics.jsonl, event files, the progress line, results.json, the plot."""
 
 import json
 import math
@@ -119,7 +119,7 @@ class RunLog:
 
     def dispatched(self, step: int, values: dict) -> None:
         """Take what a step will give, and write what the one before it gave."""
-        self.flush()
+        self._flush(self._timing)
         self.pending = (step, values, {})
 
     def add(self, name: str, numbers: dict[str, float]) -> None:
@@ -127,7 +127,7 @@ class RunLog:
         assert self.pending is not None
         self.pending[2].update({f"{name}_{k}": v for k, v in numbers.items()})
 
-    def flush(self) -> None:
+    def _flush(self, timing) -> None:
         if self.pending is None:
             return
         (step, values, extra), self.pending = self.pending, None
@@ -136,15 +136,21 @@ class RunLog:
             return
         record = {name: np.asarray(value).tolist() for name, value in values.items()}
         record["learning_rate"] = float(self.rate(step - 1))
-        now = time.perf_counter()
-        seconds = (now - self.logged_at) / (step - self.logged)
-        record["step_seconds"] = seconds
-        record["tokens_per_second"] = self.tokens_per_step / seconds
-        record["input_wait_seconds"] = self.input_wait / (step - self.logged)
+        self._write(step, record | timing(step) | extra)
+
+    def _timing(self, step: int) -> dict[str, float]:
+        """Per step, since the last record."""
+        now, steps = time.perf_counter(), step - self.logged
+        seconds = (now - self.logged_at) / steps
+        timing = {
+            "step_seconds": seconds,
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "input_wait_seconds": self.input_wait / steps,
+        }
         if self.peak:
-            record["model_flops_utilisation"] = self.flops_per_step / seconds / self.peak
+            timing["model_flops_utilisation"] = self.flops_per_step / seconds / self.peak
         self.logged, self.logged_at, self.input_wait = step, now, 0.0
-        self._write(step, record | extra)
+        return timing
 
     def _write(self, step: int, record: dict) -> None:
         scalars = {k: v for k, v in record.items() if not isinstance(v, list)}
@@ -164,13 +170,15 @@ class RunLog:
 
     def finish(self) -> dict:
         """Write the last record, `results.json` and `loss.png`; returns the results."""
-        self.flush()
+        # No step follows the last one to be timed against.
+        self._flush(lambda step: {})
         self.file.close()
         self.events.close()
         if self.bar is not None:
             self.bar.close()
         records = read(self.workdir / "metrics.jsonl")
-        seconds = [m["step_seconds"] for m in records if m["step"] > self.start + 1]
+        seconds = [m["step_seconds"] for m in records if m["step"] > self.start + 1 and
+                   "step_seconds" in m]  # fmt: skip
         results = {
             "parameters": count_params(self.config.model),
             "tokens": self.tokens_per_step * self.config.train.steps,
@@ -210,6 +218,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def write_json(path: pathlib.Path, value) -> None:
+    """Replace a JSON file at once."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -12,6 +12,8 @@ from ..models.transformer import abstract_params, init_params
 
 
 class TrainState(flax.struct.PyTreeNode):
+    """Updates done, the parameters after them, and the optimizer's moments."""
+
     step: jax.Array
     params: dict
     opt_state: optax.OptState

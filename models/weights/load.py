@@ -1,19 +1,23 @@
 """`puna.load`: recognise what a path holds and read it."""
 
 import dataclasses
+import os
+import pathlib
 
 from ...configs import schema
 from ...configs.errors import UserError
 from .. import sharding
 from ..transformer import Transformer
-from . import run
+from . import placing, run
+from .tensors import Weights
 
 
 def load(path, dtype: str = "float32", mesh=None):
     """Load a model for evaluation, generation or a notebook.
 
     Args:
-      path: a run's folder (its newest checkpoint) or one checkpoint of it.
+      path: a Hugging Face directory, a Meta directory, a GGUF file, a run's folder (its newest
+        checkpoint) or one checkpoint of it.
       dtype: "float32" or "bfloat16", of the parameters and of the computation.
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
 
@@ -27,8 +31,47 @@ def load(path, dtype: str = "float32", mesh=None):
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
-    if not run.is_run(path):
-        raise UserError(f"{path} is not a run of puna: it has no {run.CHECKPOINTS} folder")
-    model, params = run.load(path, dtype, mesh)
-    config = dataclasses.replace(model.config, compute_dtype=dtype, param_dtype=dtype)
+    if run.is_run(path):
+        model, params = run.load(path, dtype, mesh)
+        config = model.config
+    else:
+        weights = open_weights(path)
+        config = weights.config
+        params = placing.place(weights, mesh, dtype)
+        weights.warn_of_nonfinite(path)
+    config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
     return Transformer(config), params
+
+
+def open_weights(path) -> Weights:
+    """Open what others wrote: a Hugging Face or Meta directory, or a GGUF file.
+
+    Raises:
+      UserError: nothing there can be read, or it is damaged.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"a model's path is text, not {type(path).__name__}")
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    if path.is_file():
+        from . import gguf
+
+        if gguf.is_gguf(path):
+            return gguf.open_file(path)
+        raise UserError(f"{path}: is not a GGUF file; other formats are given as their directory")
+    if (path / "config.json").exists():
+        from . import safetensors_files
+
+        return safetensors_files.open_directory(path)
+    if (path / "params.json").exists() or list(path.glob("consolidated*.pth")):
+        from . import meta
+
+        return meta.open_directory(path)
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return open_weights(found[0])
+    raise UserError(
+        f"{path}: is neither a run of puna (no {run.CHECKPOINTS} folder), a Hugging Face directory "
+        "(no config.json), a Meta directory (no params.json) nor a GGUF file"
+    )

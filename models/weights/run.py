@@ -61,6 +61,7 @@ def read_meta(folder: pathlib.Path) -> dict:
 
 
 def read_config(folder: pathlib.Path) -> schema.Config:
+    """The resolved config that a checkpoint was trained with."""
     return schema.from_dict(read_meta(folder)["config"])
 
 

@@ -30,7 +30,7 @@ MISTAKES = [
     ("optimizer.name", "sgd", "must be one of adamw, adafactor, muon"),
     ("optimizer.schedule", "step", "must be one of constant, cosine, linear, wsd"),
     ("optimizer.b1", 1.5, "optimizer.b1=1.5 must lie between 0 and 0.9999"),
-    ("optimizer.warmup_steps", 1000, "must be below train.steps=1000"),
+    ("optimizer.warmup_steps", -1, "optimizer.warmup_steps=-1 must be at least 0"),
     ("model.num_heads", 6, "model.num_heads=6 must be a multiple of model.num_kv_heads=4"),
     ("model.head_dim", 15, "model.head_dim=15 must be an even number"),
     ("model.norm_eps", 0.0, "model.norm_eps=0.0 must be more than 0"),

@@ -1,0 +1,162 @@
+"""Hugging Face directories: config.json and safetensors files, one or sharded with an index.
+
+Nothing in a file is trusted: `safetensors` checks each header against the file's length, and
+shard names may not leave the directory.
+"""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from ...configs import schema
+from ...configs.errors import UserError
+from . import config as hf_config
+from . import huggingface, licences, vision_table
+from .tensors import BFLOAT16, File, Mapped, Weights, check, warn
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_MAX_JSON = 256 * 2**20
+# Old exports carry the RoPE frequencies of each layer; config.json has them too.
+_ROPE = re.compile(r"(language_model\.)?model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+      UserError: no such file, or something else in it.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise UserError(f"{path}: is too large to be what its name says")
+        value = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _no_duplicates(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return found
+
+
+def open_directory(path: pathlib.Path) -> Weights:
+    """Open a Hugging Face directory and compare its tensors with its config.json.
+
+    Raises:
+      UserError: whatever keeps it from being loaded, in one line.
+    """
+    values = read_json(path / "config.json")
+    tensors = open_tensors(path)
+    fields = hf_config.from_hf(values)
+    kind = values["model_type"]
+    prefix = ""
+    if kind == "llama4":
+        kind = hf_config.LLAMA4
+        if any(name.startswith("language_model.") for name in tensors):
+            prefix = "language_model."
+        if values.get("vision_config") or any(n.startswith("vision_model.") for n in tensors):
+            fields["vision"] = vision_table.from_hf(values)
+    model = schema.from_dict(fields, schema.ModelConfig)
+    check_depth(path, model, tensors)
+    table = huggingface.leaves(model, prefix, kind) | vision_table.leaves(model)
+    ignored = {name for name in tensors if _ROPE.fullmatch(name)}
+    head, embedding = prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"
+    if model.tie_embeddings and head in tensors:
+        ignored.add(head)
+        if embedding in tensors and not same(tensors[head], tensors[embedding]):
+            warn(f"{path}: {head} differs from the embedding that config.json ties it to; left out")
+    check(path, table, tensors, ignored)
+    return Weights(model, table, tensors, licences.origin_of(path, values))
+
+
+def check_depth(path, config, tensors) -> None:
+    """Refuse a depth that the files cannot have before a table of that size is built."""
+    if config.num_layers + config.vision.num_layers > len(tensors):
+        raise UserError(
+            f"{path}: {config.num_layers} layers cannot be made of {len(tensors)} tensors"
+        )
+
+
+def same(a, b) -> bool:
+    """Whether two tensors hold the same bytes, read a few rows at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    rows = max(1, 2**22 // max(1, int(np.prod(a.shape[1:]))))
+    rest = (slice(None),) * (len(a.shape) - 1)
+    for start in range(0, a.shape[0], rows):
+        index = (slice(start, start + rows), *rest)
+        if a[index].tobytes() != b[index].tobytes():
+            return False
+    return True
+
+
+def open_tensors(path: pathlib.Path) -> dict[str, Mapped]:
+    """The tensors of all safetensors files of a directory, by name.
+
+    Raises:
+      UserError: a shard is missing, damaged or named outside the directory, an index that is not
+        true, a tensor that stands in two shards.
+    """
+    if (path / INDEX).exists():
+        place = read_json(path / INDEX).get("weight_map")
+        if not isinstance(place, dict) or not all(isinstance(v, str) for v in place.values()):
+            raise UserError(f"{path / INDEX}: weight_map must be an object of file names")
+        shards = sorted(set(place.values()))
+        for shard in shards:
+            if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard):
+                raise UserError(
+                    f"{path / INDEX}: shard {shard!r} must be the plain name of a .safetensors file"
+                )
+            if not (path / shard).is_file():
+                raise UserError(f"{path / INDEX}: names {shard}, which is missing")
+    elif (path / SINGLE).exists():
+        place, shards = None, [SINGLE]
+    else:
+        raise UserError(f"{path}: has neither {SINGLE} nor {INDEX}; only safetensors are read")
+    tensors: dict[str, Mapped] = {}
+    for shard in shards:
+        for name, tensor in open_file(path / shard).items():
+            if name in tensors:
+                raise UserError(f"{path / shard}: tensor {name} stands in another shard too")
+            if place is not None and place.get(name) != shard:
+                raise UserError(f"{path / shard}: tensor {name} is not where {INDEX} says")
+            tensors[name] = tensor
+    if place is not None and (gone := sorted(place.keys() - tensors.keys())):
+        raise UserError(f"{path / place[gone[0]]}: lacks tensor {gone[0]}, which {INDEX} names")
+    return tensors
+
+
+def open_file(path: pathlib.Path) -> dict[str, Mapped]:
+    """The tensors of one safetensors file, by name; nothing but the header is read."""
+    import safetensors
+
+    file = File(path)
+    try:
+        with safetensors.safe_open(path, framework="np"):  # checks the whole header
+            length = int.from_bytes(file.map[:8], "little")
+        header = json.loads(file.map[8 : 8 + length], object_pairs_hook=_no_duplicates)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({str(error).splitlines()[0][:200]})") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(
+                f"{path}: tensor {name} has dtype {entry['dtype']}; {', '.join(DTYPES)} are read"
+            )
+        begin = 8 + length + entry["data_offsets"][0]
+        tensors[name] = Mapped(file, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+    file.release()
+    return tensors
