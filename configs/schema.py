@@ -46,12 +46,13 @@ AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v:
 DTYPE = one_of("float32", "bfloat16")
 
 
-def key(default, doc: str, rule: Rule | None = None):
+def key(default, doc: str, rule: Rule | None = None) -> Any:
     """Declare one configuration key."""
     return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule})
 
 
-def section(cls):
+def section(cls) -> Any:
+    """Declare a section of keys."""
     return dataclasses.field(default_factory=cls)
 
 

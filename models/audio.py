@@ -192,7 +192,9 @@ def encode_audio(config: ModelConfig, params, audio: Audio) -> Features:
 
     `Transformer` takes the result in the place of `audio`.
     """
-    return AudioEncoder(config).apply({"params": params["audio"]}, audio)
+    features = AudioEncoder(config).apply({"params": params["audio"]}, audio)
+    assert isinstance(features, Features)
+    return features
 
 
 class AudioEncoder(nn.Module):

@@ -8,6 +8,7 @@ matmuls of another size. Beam search and speculative decoding are left out on pu
 import codecs
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ _BLOCK = 16
 _NARROW = 1024
 # Longest piece of a prompt at once; bounds the activations, not the prompt.
 _PIECE = 2048
+# What stands for a token after the end of a row, and where the model has failed.
+_NONE, _NAN = -1, -2
 
 
 class Sampling(NamedTuple):
@@ -123,7 +126,7 @@ def _decode(model, params, cache, tokens_B, done_B, step, num_steps, rows_B, key
     """Make up to `num_steps` <= _BLOCK tokens, fewer once every row is done.
 
     Returns:
-      the cache, and the tokens [B, _BLOCK], -1 where there is none.
+      the cache, and the tokens [B, _BLOCK] with _NONE and _NAN among them.
     """
     keys_B = jax.vmap(functools.partial(jax.random.fold_in, key))(rows_B)
 
@@ -137,14 +140,15 @@ def _decode(model, params, cache, tokens_B, done_B, step, num_steps, rows_B, key
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < vocab_size, logits_BV, -jnp.inf)
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step + i)
         new_B = sample(logits_BV, step_keys_B, *sampling)
-        made_BT = made_BT.at[:, i].set(jnp.where(done_B, -1, new_B))
+        new_B = jnp.where(jnp.isnan(logits_BV).any(-1), _NAN, new_B)
+        made_BT = made_BT.at[:, i].set(jnp.where(done_B, _NONE, new_B))
         done_B |= jnp.any(new_B[:, None] == stop_ids, axis=-1)
         return i + 1, out.cache, new_B, done_B, made_BT
 
     def more(carry):
         return (carry[0] < num_steps) & ~jnp.all(carry[3])
 
-    made_BT = jnp.full((len(tokens_B), _BLOCK), -1, jnp.int32)
+    made_BT = jnp.full((len(tokens_B), _BLOCK), _NONE, jnp.int32)
     start = (0, cache, tokens_B, done_B, made_BT)
     _, cache, _, _, made_BT = jax.lax.while_loop(more, body, start)
     # Every process of a run on several hosts reads them.
@@ -172,8 +176,8 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
       int32 [B, up to block], -1 after a row's end.
 
     Raises:
-      UserError: an impossible setting, or a prompt that is empty, too long or outside the
-        vocabulary.
+      UserError: an impossible setting; a prompt that is empty, too long or outside the
+        vocabulary; a model that gives NaN.
     """
     sampling = Sampling() if sampling is None else sampling
     config = model.config
@@ -207,7 +211,7 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
 
     # Everything the loop takes has one dtype and shape, so that it compiles once.
     sampling = Sampling(*map(np.asarray, sampling, (np.float32, np.int32, np.float32, np.float32)))
-    ends = np.full(8 + len(stop_ids) // 8 * 8, -1, np.int32)
+    ends = np.full(8 + len(stop_ids) // 8 * 8, _NONE, np.int32)
     ends[: len(stop_ids)] = list(stop_ids)
     rows_B = first_row + np.arange(rows, dtype=np.int32)
     key = jax.random.key(seed)
@@ -223,9 +227,11 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
             vocab_size,
         )  # fmt: skip
         made_BT = np.asarray(made_BT)[:, :steps]
+        if np.any(made_BT == _NAN):
+            raise UserError("the model gives NaN: its parameters are damaged or have diverged")
         yield made_BT[:B]
+        done_B |= np.isin(made_BT[:, -1], ends)  # _NONE is one of them
         last_B = np.maximum(made_BT[:, -1], 0)
-        done_B |= (made_BT[:, -1] < 0) | np.isin(made_BT[:, -1], ends)
 
 
 def _round_up(length: int) -> int:
@@ -237,9 +243,10 @@ def _round_up(length: int) -> int:
 
 
 def _check_settings(config, max_tokens, sampling):
+    heat = sampling.temperature
     rules = (
         ("max_tokens", max_tokens, "be at least 1", max_tokens >= 1),
-        ("temperature", sampling.temperature, "be 0 (greedy) or more", sampling.temperature >= 0),
+        ("temperature", heat, "be 0 (greedy) or more, and finite", 0 <= heat < math.inf),
         ("top_k", sampling.top_k, "be 0 (off) or more", sampling.top_k >= 0),
         ("top_p", sampling.top_p, "be more than 0 and at most 1 (off)", 0 < sampling.top_p <= 1),
         ("min_p", sampling.min_p, "lie between 0 (off) and 1", 0 <= sampling.min_p <= 1),

@@ -92,7 +92,9 @@ def encode_images(config: ModelConfig, params, images: Images) -> Features:
 
     `Transformer` takes the result in the place of `images`.
     """
-    return VisionEncoder(config).apply({"params": params["vision"]}, images)
+    features = VisionEncoder(config).apply({"params": params["vision"]}, images)
+    assert isinstance(features, Features)
+    return features
 
 
 def rope_angles(config: VisionConfig) -> np.ndarray:

@@ -90,7 +90,7 @@ def router_metrics(router) -> dict[str, jax.Array]:
     return {
         "router_entropy": mean([s.entropy for s in layers]),
         "router_dropped": mean([s.dropped for s in layers]),
-        "router_loss": sum(jnp.sum(s.loss) for s in layers),
+        "router_loss": sum((jnp.sum(s.loss) for s in layers), jnp.zeros(())),
         "router_load": load_E,
     }
 

@@ -360,8 +360,12 @@ def test_ids_outside_the_tokenizer_are_never_made():
 
 
 def test_experts_have_room_for_every_token():
-    tight = dataclasses.replace(CONFIG, capacity_factor=1.0)
-    assert say("fine", max_tokens=4, model=Script(tight)) == "fine"
+    tight = transformer.Transformer(dataclasses.replace(CONFIG, capacity_factor=1.0))
+    made = [
+        generate(model, params(), TOKENIZER, PROMPTS, max_tokens=20) for model in (MODEL, tight)
+    ]
+    assert made[0] == made[1]
+    assert say("fine", max_tokens=4, model=Script(tight.config)) == "fine"
 
 
 # Mistakes
@@ -381,6 +385,7 @@ def test_experts_have_room_for_every_token():
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"temperature": -0.1}, r"temperature=-0\.1 must"),
         ({"temperature": float("nan")}, "temperature=nan must"),
+        ({"temperature": float("inf")}, "temperature=inf must"),
         ({"top_p": 0.0}, r"top_p=0\.0 must"),
         ({"top_p": 1.1}, r"top_p=1\.1 must"),
         ({"min_p": -0.1}, r"min_p=-0\.1 must"),
@@ -401,6 +406,12 @@ def test_mistakes_are_named_in_one_line(options, message, run):
     with pytest.raises(UserError, match=message) as error:
         list(run(MODEL, None, TOKENIZER, prompts, **options))
     assert "\n" not in str(error.value)
+
+
+def test_a_broken_model_is_not_taken_for_text():
+    broken = jax.tree.map(lambda x: x * jnp.nan, params())
+    with pytest.raises(UserError, match="the model gives NaN"):
+        generate(MODEL, broken, TOKENIZER, PROMPTS, max_tokens=20)
 
 
 def test_a_text_without_tokens_needs_a_bos():

@@ -242,7 +242,9 @@ def _end_with_parent(index: int, count: int) -> None:
     del index, count
 
     def wait():
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -34,8 +34,9 @@ class TfdsDocuments(Sequence[str]):
         try:
             self._examples = builder.as_data_source(split=split or "train")
         except NotImplementedError:
+            stored = builder.info.file_format
             raise UserError(
-                f"tfds:{self._name} is stored as {builder.info.file_format.value}, which only "
+                f"tfds:{self._name} is stored as {stored and stored.value}, which only "
                 "TensorFlow reads: prepare it again in another data_dir with `tfds build "
                 f"--file_format=array_record {builder.name}`"
             ) from None

@@ -97,6 +97,7 @@ def _forward(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_c
     total, nll_BT, dhidden_BTD, dtable_DV = _scan(
         hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk, with_gradient=True
     )
+    assert dhidden_BTD is not None and dtable_DV is not None
     # Carried in the dtypes their cotangents need.
     saved = dhidden_BTD.astype(hidden_BTD.dtype), dtable_DV.astype(table_DV.dtype)
     return (total, nll_BT), saved
