@@ -37,9 +37,9 @@ def experiment(tmp_path):
     return file
 
 
-def start(*arguments, **options):
+def start(*arguments, xla_flags="", **options):
     command = [sys.executable, "-m", "puna", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)
 
@@ -193,3 +193,22 @@ def test_killed_and_started_again(experiment, tmp_path):
 def _losses(workdir: pathlib.Path):
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [(m["step"], m["loss"]) for m in map(json.loads, lines)]
+
+
+@pytest.mark.slow
+def test_the_quickstart_on_one_device_and_on_eight(tmp_path):
+    """The first 20 losses of the demo agree; the same command, another mesh."""
+    losses = {}
+    for devices, mesh in ((1, ()), (8, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2"))):
+        workdir = tmp_path / str(devices)
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        process = start(
+            *("train", "--config=tiny", f"--workdir={workdir}", "--config.train.steps=20"),
+            *("--config.data.validation=", "--config.model.compute_dtype=float32", *mesh),
+            xla_flags=flags,
+        )
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        losses[devices] = _losses(workdir)
+    for (step, one), (_, eight) in zip(losses[1], losses[8], strict=True):
+        assert abs(one - eight) < 1e-4, step

@@ -199,15 +199,34 @@ def leaves(config: ModelConfig, prefix: str = "", kind: str | None = None) -> di
         pairs; by default the simplest that can express the model, which is what `to_hf` writes.
     """
     kind = kind or family(config)
-    sources: dict[str, list[Source]] = {}
-    for row in ROOT + (() if config.tie_embeddings else UNTIED):
-        sources[row.puna] = [Source(prefix + row.hf, row, _sizes(config))]
+    return stack(
+        config,
+        ROOT + (() if config.tie_embeddings else UNTIED),
+        lambda i: layer_rows(config, i, kind),
+        prefix,
+        "model.layers.",
+    )
+
+
+def stack(
+    config: ModelConfig,
+    root: tuple[Row, ...],
+    layer: Callable[[int], tuple[Row, ...]],
+    prefix: str,
+    layer_prefix: str,
+) -> dict[str, Leaf]:
+    """Build a table from the rows outside the layers and those of layer i, for any format.
+
+    Tensors of layer i are called `{prefix}{layer_prefix}{i}.{row.hf}`, others `{prefix}{row.hf}`.
+    """
+    sizes = _sizes(config)
+    sources = {row.puna: [Source(prefix + row.hf, row, sizes)] for row in root}
     blocks = config.num_layers // config.period
     for i in range(config.num_layers):
         block, j = divmod(i, config.period)
         where = "blocks" if block < blocks else "tail"
-        for row in layer_rows(config, i, kind):
-            source = Source(f"{prefix}model.layers.{i}.{row.hf}", row, _sizes(config))
+        for row in layer(i):
+            source = Source(f"{prefix}{layer_prefix}{i}.{row.hf}", row, sizes)
             sources.setdefault(f"{where}/layer_{j}/{row.puna}", []).append(source)
     table = {}
     for path, found in sources.items():

@@ -14,7 +14,7 @@ from puna.configs import schema
 from puna.models import audio, sharding, vision
 from puna.models.cache import init_cache
 from puna.models.fusion import Features, fuse
-from puna.models.transformer import Transformer, abstract_params, init_params
+from puna.models.transformer import Transformer, abstract_params
 
 PATCH, SOUND = 30, 31
 VISION = schema.VisionConfig(
@@ -30,10 +30,6 @@ CONFIG = schema.ModelConfig(
     compute_dtype="float32", remat="full", vision=VISION, audio=AUDIO,
 )  # fmt: skip
 T = 20
-
-
-def one_device():
-    return sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1])
 
 
 def rows():
@@ -104,15 +100,32 @@ def jit(function):
 
 @pytest.fixture(scope="module")
 def params():
-    return init_params(CONFIG, jax.random.key(0), one_device())
+    """Drawn here: compiling random numbers for each shape takes longer than the tests."""
+    rng = np.random.default_rng(3)
+
+    def draw(path, leaf):
+        draw = 0.2 * rng.standard_normal(leaf.shape).astype(np.float32)
+        return draw + (path[-1].key == "scale_D")
+
+    return jax.tree.map_with_path(draw, sharding.unbox(abstract_params(CONFIG)))
 
 
-def test_eight_devices_give_what_one_gives(params):
+@pytest.fixture(scope="module")
+def gradient():
+    return jit(jax.value_and_grad(loss, has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def alone(params, gradient):
+    """Loss, logits and gradients of the rows on one device."""
+    return gradient(params, *rows())
+
+
+def test_eight_devices_give_what_one_gives(params, gradient, alone):
     tokens, images, clips = rows()
     vision.check_images(CONFIG, tokens, images.num_tiles_B)
     audio.check_audio(CONFIG, tokens, clips.num_frames_BI)
-    gradient = jit(jax.value_and_grad(loss, has_aux=True))
-    (one, one_logits), one_grads = gradient(params, tokens, images, clips)
+    (one, one_logits), one_grads = alone
     mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     placed = sharding.put_batch(mesh, (tokens, images, clips), list(range(4)), 4)
     params = jax.device_put(params, sharding.shardings(abstract_params(CONFIG), mesh))
@@ -128,11 +141,11 @@ def test_eight_devices_give_what_one_gives(params):
         assert np.abs(a - b).max() < 1e-4 * np.abs(a).max(), sharding.path_name(path)
 
 
-def test_reading_in_pieces_equals_reading_at_once(params):
+def test_reading_in_pieces_equals_reading_at_once(params, alone):
     tokens, images, clips = rows()
-    _, wanted = jit(loss)(params, tokens, images, clips)
-    seen = vision.encode_images(CONFIG, params, images)
-    heard = audio.encode_audio(CONFIG, params, clips)
+    (_, wanted), _ = alone
+    seen = jit(lambda images: vision.encode_images(CONFIG, params, images))(images)
+    heard = jit(lambda clips: audio.encode_audio(CONFIG, params, clips))(clips)
 
     @jit
     def read(cache, piece, seen, heard):

@@ -15,7 +15,8 @@ import pytest
 
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models import sharding, vision
+from puna.models import encoder, rope, sharding, vision
+from puna.models.masks import Tokens
 from puna.models.transformer import Transformer, abstract_params
 from puna.models.weights import config as hf_config
 from puna.models.weights import huggingface, vision_table
@@ -278,6 +279,27 @@ def test_user_errors(stored):
     text = dataclasses.replace(c, vision=schema.VisionConfig())
     with pytest.raises(UserError, match="a model without vision takes no images"):
         Transformer(text).apply({"params": stored.params}, stored.tokens, images=stored.images)
+
+
+def test_a_tile_of_several_blocks_of_patches():
+    # 577 tokens, as in Llama 4, are more than attention holds at once.
+    sizes = schema.VisionConfig(
+        num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8, image_size=48, patch_size=2
+    )
+    config = schema.ModelConfig(compute_dtype="float32", vision=sizes)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 577, 8)).astype(np.float32)
+    tokens = Tokens(np.zeros((1, 577), np.int32), np.ones((1, 577), np.int32))
+    module, angles = encoder.SelfAttention(config, sizes), vision.rope_angles(sizes)
+    params = sharding.unbox(module.init(jax.random.key(0), x[:, :4], angles[:, :4],
+                                        jax.tree.map(lambda t: t[:, :4], tokens)))  # fmt: skip
+    found = module.apply(params, x, angles, tokens)
+    p = params["params"]
+    q, k, v = (jnp.einsum("BTD,DNH->BTNH", x, p[f"w{n}_DNH"]) for n in "qkv")
+    q, k = rope.rotate(q, angles), rope.rotate(k, angles)
+    weights = jax.nn.softmax(jnp.einsum("BTNH,BSNH->BNTS", q, k) / 2.0)
+    wanted = jnp.einsum("BNTS,BSNH,NHD->BTD", weights, v, p["wo_NHD"])
+    assert error(found, wanted) < OUTPUT
 
 
 # --- sizes --------------------------------------------------------------------------------------

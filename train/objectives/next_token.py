@@ -20,7 +20,8 @@ def loss(model, params, batch, z_loss: float, loss_chunk: int):
     Args:
       model: a `Transformer`.
       params: its parameters.
-      batch: tokens, targets, positions, segment ids and weights, each [B, T].
+      batch: tokens, targets, positions, segment ids and weights, each [B, T]; and `images` or
+        `audio` of the rows, if there are any, whose own tokens should weigh nothing.
       z_loss: weight of log(Z)^2 (PaLM, arXiv 2204.02311), which keeps logits from drifting.
       loss_chunk: tokens whose logits exist at one time, a device.
 
@@ -29,8 +30,9 @@ def loss(model, params, batch, z_loss: float, loss_chunk: int):
       nats; and the statistics of the MoE routers, as `Output.router`.
     """
     out = model.apply(
-        {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"]
-    )
+        {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"],
+        images=batch.get("images"), audio=batch.get("audio"),
+    )  # fmt: skip
     total, nll_BT = cross_entropy(
         out.hidden_BTD, unembed_table(model.config, params), batch["targets_BT"],
         batch["weights_BT"], model.config.compute_dtype, z_loss, loss_chunk,

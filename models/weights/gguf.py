@@ -1,0 +1,173 @@
+"""llama.cpp's GGUF files of `general.architecture` llama: dense Llama 1-3.
+
+Names are those of llama.cpp's `LLM_ARCH_LLAMA`; RoPE pairs lie side by side in q and k. Llama 4
+is left out: its files do not say which layers scale or normalise q and k, llama.cpp knows it by
+heart.
+"""
+
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from ...configs import schema
+from ...configs.errors import UserError
+from ...configs.schema import ModelConfig
+from . import gguf_files, huggingface, licences
+from .gguf_files import is_gguf
+from .huggingface import Row
+from .safetensors_files import check_depth
+from .tensors import Tensor, Weights, check
+
+__all__ = ["is_gguf", "leaves", "open_file"]
+
+ROOT = (
+    Row("embed/table_VD", "V D", "token_embd.weight", "V D"),
+    Row("norm/scale_D", "D", "output_norm.weight", "D"),
+)
+UNTIED = (Row("unembed/table_DV", "D V", "output.weight", "V D"),)
+LAYER = (
+    Row("attention_norm/scale_D", "D", "attn_norm.weight", "D"),
+    Row("mlp_norm/scale_D", "D", "ffn_norm.weight", "D"),
+    Row("attention/wq_DNH", "D N RP", "attn_q.weight", "NPR D"),
+    Row("attention/wk_DKH", "D K RP", "attn_k.weight", "KPR D"),
+    Row("attention/wv_DKH", "D K H", "attn_v.weight", "KH D"),
+    Row("attention/wo_NHD", "N H D", "attn_output.weight", "D NH"),
+    Row("mlp/w_gate_DF", "D F", "ffn_gate.weight", "F D"),
+    Row("mlp/w_up_DF", "D F", "ffn_up.weight", "F D"),
+    Row("mlp/w_down_FD", "F D", "ffn_down.weight", "D F"),
+)
+_FREQUENCIES = "rope_freqs.weight"
+
+# Key under `llama.`: field.
+_SIZES = {
+    "block_count": "num_layers",
+    "context_length": "max_positions",
+    "embedding_length": "embed_dim",
+    "feed_forward_length": "mlp_dim",
+    "attention.head_count": "num_heads",
+}
+_READ = {
+    "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
+    "attention.value_length", "rope.dimension_count", "rope.freq_base", "vocab_size",
+}  # fmt: skip
+# Values of other keys that change nothing.
+_ONLY = {
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "rope.scaling.type": ("none",),
+    "attention.causal": (True,),
+    "use_parallel_residual": (False,),
+}
+
+
+def leaves(config: ModelConfig) -> dict[str, huggingface.Leaf]:
+    """The table of a dense Llama in a GGUF file."""
+    root = ROOT + (() if config.tie_embeddings else UNTIED)
+    return huggingface.stack(config, root, lambda i: LAYER, "", "blk.")
+
+
+def open_file(path: pathlib.Path) -> Weights:
+    """Open a GGUF file and compare its tensors with its metadata.
+
+    Raises:
+      UserError: whatever keeps it from being loaded, in one line.
+    """
+    file, metadata, described = gguf_files.read_header(path)
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise UserError(f"{path}: general.architecture={architecture!r} must be llama")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise UserError(f"{path}: is one of several parts: join them with llama-gguf-split --merge")
+    tensors = gguf_files.open_tensors(path, file, described)
+    config = _config(path, metadata, tensors)
+    check_depth(path, config, tensors)
+    table = leaves(config)
+    check(path, table, tensors, {_FREQUENCIES})
+    return Weights(config, table, tensors, _origin(path, metadata))
+
+
+def _origin(path: pathlib.Path, metadata) -> dict[str, Any]:
+    found = licences.origin_of(path.parent) if _alone(path) else {"files": {}}
+    base = metadata.get("general.base_model.0.name") or metadata.get("general.name")
+    licence = metadata.get("general.license.name") or metadata.get("general.license")
+    found["base_model"] = base if isinstance(base, str) else licences.UNKNOWN
+    named = licences.normal(licence) if licence != "other" else None
+    found["licence"] = named or found.get("licence", licences.UNKNOWN)
+    return found
+
+
+def _alone(path: pathlib.Path) -> bool:
+    """Whether the licence files in a folder can only be this model's."""
+    return len(list(path.parent.glob("*.gguf"))) == 1
+
+
+def _config(path, metadata, tensors: dict[str, Tensor]) -> ModelConfig:
+    own = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
+    for key, value in own.items():
+        if key not in _SIZES and key not in _READ and value not in _ONLY.get(key, ()):
+            raise UserError(f"{path}: llama.{key}={str(value)[:60]} is not something puna can honour")
+
+    def get(key, kind, default=None):
+        value = own.get(key, default)
+        if type(value) is not kind:
+            problem = "is missing" if value is None else f"={str(value)[:60]} must be one number"
+            raise UserError(f"{path}: llama.{key} {problem}".replace(" =", "="))
+        return value
+
+    fields: dict[str, Any] = {field: get(key, int) for key, field in _SIZES.items()}
+    for name, field in (("attention.head_count", "num_heads"), ("block_count", "num_layers")):
+        if not 0 < fields[field] < 2**20:
+            raise UserError(f"{path}: llama.{name}={fields[field]} must be at least 1")
+    fields["num_kv_heads"] = get("attention.head_count_kv", int, fields["num_heads"])
+    fields["norm_eps"] = _rounded(get("attention.layer_norm_rms_epsilon", float))
+    fields["rope_theta"] = _rounded(get("rope.freq_base", float, 10000.0))
+    H = get("attention.key_length", int, fields["embed_dim"] // fields["num_heads"])
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if get(key, int, H) != H:
+            raise UserError(f"{path}: llama.{key}={own[key]} must be the width of a head, {H}")
+    fields["head_dim"] = H
+    if "token_embd.weight" not in tensors:
+        raise UserError(f"{path}: tensor token_embd.weight is missing")
+    fields["vocab_size"] = tensors["token_embd.weight"].shape[0]
+    fields["tie_embeddings"] = "output.weight" not in tensors
+    if _FREQUENCIES in tensors:
+        fields |= _scaling(path, tensors[_FREQUENCIES], H, fields["rope_theta"])
+    return schema.from_dict(fields, ModelConfig)
+
+
+def _rounded(value: float) -> float:
+    """The number that was written before it became a float32: 1e-5, not 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _scaling(path, tensor: Tensor, H: int, theta: float) -> dict[str, Any]:
+    """Llama 3.1's scaling, of which a file keeps the divisor of each frequency only.
+
+    llama.cpp writes them from factor, low 1, high 4 and old context; a published pair of
+    (low, high, old) with the largest divisor as the factor must give the same again.
+    """
+    if tuple(tensor.shape) != (H // 2,):
+        raise UserError(f"{path}: tensor {_FREQUENCIES} has shape {tensor.shape}, not {(H // 2,)}")
+    found = tensor[(slice(None),)].astype(np.float64)
+    if not np.all(found >= 1.0):
+        raise UserError(f"{path}: tensor {_FREQUENCIES} must hold divisors of at least 1")
+    factor = float(found.max())
+    if factor == 1.0:
+        return {}
+    f = theta ** (-np.arange(0, H, 2) / H)
+    for low, high, old in ((1.0, 4.0, 8192), (1.0, 1.0, 8192)):
+        wavelength = 2 * math.pi / f
+        if high > low:
+            smooth = np.clip((old / wavelength - low) / (high - low), 0, 1)
+        else:
+            smooth = (wavelength < old / high).astype(float)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), found, rtol=1e-4):
+            return {
+                "rope_scaling_factor": factor,
+                "rope_low_freq_factor": low,
+                "rope_high_freq_factor": high,
+                "rope_original_positions": old,
+            }
+    raise UserError(f"{path}: tensor {_FREQUENCIES} is not the scaling of a published Llama 3")
