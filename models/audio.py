@@ -224,7 +224,7 @@ class AudioEncoder(nn.Module):
         stacked_RTW = constrain(frames_RSM.reshape(R, T, W), "batch", None, None)
         valid_RT = jnp.arange(T) < count_tokens(a, num_frames_R)[:, None]
 
-        frames_WD = param(self, "frames_WD", (W, D), (None, "embed"), normal(W**-0.5),
+        frames_WD = param(self, "frames_WD", (W, D), ("patches", "embed"), normal(W**-0.5),
                           c.param_dtype)  # fmt: skip
         x_RTD = contract("RTW,WD->RTD", stacked_RTW, frames_WD, c.compute_dtype)
         x_RTD = Encoder(c, a, name="encoder")(x_RTD, rope_angles(a, T), valid_RT)

@@ -33,6 +33,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "router": (),
     "norm": (),
+    "patches": (),
     "batch": ("data", "fsdp", "expert"),
     "length": (),
     "act_embed": (),

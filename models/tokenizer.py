@@ -317,8 +317,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer from a run of ours, a file, or the first of these in a directory.
 
-    `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`. What a file is
-    follows from its content. tokenizer_config.json, special_tokens_map.json,
+    `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`, a single
+    `.gguf`. What a file is follows from its content. tokenizer_config.json, special_tokens_map.json,
     generation_config.json and chat_template.jinja beside it name control tokens, stops and the
     chat template.
 
@@ -327,15 +327,21 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     if not isinstance(path, str | os.PathLike):
         raise UserError(f"a tokenizer's path is text, not {type(path).__name__}")
+    from .weights import gguf_tokenizer
+
     path = Path(path)
     if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
         return _load_from_run(path)
     if path.is_dir():
         names = (_SAVED, "tokenizer.json", "tokenizer.model")
-        found = next((path / name for name in names if (path / name).is_file()), None)
-        if found is None:
-            raise UserError(f"{path}: holds none of {', '.join(names)}")
-        path = found
+        found = [path / name for name in names if (path / name).is_file()]
+        found = found or sorted(path.glob("*.gguf"))
+        if not found or (found[0].suffix == ".gguf" and len(found) > 1):
+            raise UserError(f"{path}: holds none of {', '.join(names)}, nor one .gguf file")
+        path = found[0]
+    if path.is_file() and gguf_tokenizer.is_gguf(path):
+        vocabulary, settings = gguf_tokenizer.read(path)
+        return Tokenizer.from_tokenizers(vocabulary, **settings)
     data = read_file(path)
     if path.name == _SAVED:
         return _load_saved(path, read_object(path, data))

@@ -167,9 +167,11 @@ class VisionEncoder(nn.Module):
         # A gradient of zero would not stop a NaN in what fills up a row.
         tiles = jnp.where(valid_BI[:, :, None, None, None], images.tiles_BIYXC, 0.0)
         tiles_RYXC = constrain(tiles.reshape(B * num_tiles, *shape), "batch", None, None, None)
-        patch_WD = param(self, "patch_WD", (W, D), (None, "embed"), normal(W**-0.5), c.param_dtype)
+        patch_WD = param(
+            self, "patch_WD", (W, D), ("patches", "embed"), normal(W**-0.5), c.param_dtype
+        )
         class_D = param(self, "class_D", (D,), ("norm",), normal(D**-0.5), c.param_dtype)
-        positions_PD = param(self, "positions_PD", (P + 1, D), (None, "embed"), normal(D**-0.5),
+        positions_PD = param(self, "positions_PD", (P + 1, D), ("patches", "embed"), normal(D**-0.5),
                              c.param_dtype)  # fmt: skip
         patches_RPW = cut_patches(tiles_RYXC, v.patch_size)
         x_RPD = contract("RPW,WD->RPD", patches_RPW, patch_WD, c.compute_dtype)

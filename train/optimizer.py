@@ -82,10 +82,11 @@ def _own(names):
 def _muon_dims(names):
     """Which dims are a matrix's rows and columns; None for what Adam updates.
 
-    Muon is for matrices between hidden states, so not for embeddings, router and norms.
+    Muon is for matrices between hidden states, so not for embeddings of tokens or patches, the
+    router and norms.
     """
     own = _own(names)
-    if len(own) < 2 or {"vocab", "router"} & set(names):
+    if len(own) < 2 or {"vocab", "patches", "router"} & set(names):
         return None
     rows = own[:1] if names[own[0]] == "embed" else own[:-1]
     columns = [i for i in own if i not in rows]

@@ -220,9 +220,7 @@ def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
     params = placing.place(model.weights, mesh, title="converting")
     model.finish()
     half = all(x.dtype == "bfloat16" for x in jax.tree.leaves(params))
-    architecture = dataclasses.replace(
-        model.config, param_dtype="bfloat16" if half else "float32"
-    )
+    architecture = dataclasses.replace(model.config, param_dtype="bfloat16" if half else "float32")
     seq_len = max(2, min(schema.DataConfig.seq_len, architecture.max_positions))
     config = schema.Config(model=architecture, data=schema.DataConfig(seq_len=seq_len))
     files = {}

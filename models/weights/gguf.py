@@ -107,7 +107,9 @@ def _config(path, metadata, tensors: dict[str, Tensor]) -> ModelConfig:
     own = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
     for key, value in own.items():
         if key not in _SIZES and key not in _READ and value not in _ONLY.get(key, ()):
-            raise UserError(f"{path}: llama.{key}={str(value)[:60]} is not something puna can honour")
+            raise UserError(
+                f"{path}: llama.{key}={str(value)[:60]} is not something puna can honour"
+            )
 
     def get(key, kind, default=None):
         value = own.get(key, default)

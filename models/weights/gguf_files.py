@@ -133,7 +133,11 @@ def read_header(path: pathlib.Path) -> tuple[File, dict, list]:
         raise UserError(f"{path}: general.alignment={align!r} must be a power of two")
     start = -(-cursor.at // align) * align
     file.release()
-    return file, metadata, [(n, shape, kind, start + offset) for n, shape, kind, offset in described]
+    return (
+        file,
+        metadata,
+        [(n, shape, kind, start + offset) for n, shape, kind, offset in described],
+    )
 
 
 def open_tensors(path: pathlib.Path, file: File, described: list) -> dict[str, Mapped | Quantised]:

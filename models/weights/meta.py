@@ -239,7 +239,9 @@ def _split(path, config: ModelConfig, parts):
         if name.endswith("attention.wqkv.weight"):
             heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
             rows = [math.ceil(h / n) * config.head_dim for h in heads]
-            made = [("wqkv.weight", f"w{x}.weight", size) for x, size in zip("qkv", rows, strict=True)]
+            made = [
+                ("wqkv.weight", f"w{x}.weight", size) for x, size in zip("qkv", rows, strict=True)
+            ]
         elif name.endswith("feed_forward.mlp.fc1_weight"):
             half = ranks[0].shape[0] // 2
             made = [("mlp.fc1_weight", f"w{x}.weight", half) for x in (1, 3)]

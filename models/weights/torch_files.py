@@ -76,7 +76,9 @@ class _Unpickler(pickle._Unpickler):
             return _Ignored
         if module == "torch" and name.endswith("Storage") and name.isidentifier():
             return name  # only ever looked up in DTYPES
-        raise UserError(f"asks for {module[:60]}.{name[:60]}, which a file of weights has no use for")
+        raise UserError(
+            f"asks for {module[:60]}.{name[:60]}, which a file of weights has no use for"
+        )
 
     def persistent_load(self, pid):
         match pid:
@@ -97,7 +99,11 @@ def open_file(path: pathlib.Path) -> dict[str, Mapped]:
             members = {info.filename: info for info in archive.infolist()}
             prefix = _prefix(members)
             order = f"{prefix}byteorder"
-            if order in members and members[order].file_size < 99 and archive.read(order) != b"little":
+            if (
+                order in members
+                and members[order].file_size < 99
+                and archive.read(order) != b"little"
+            ):
                 raise UserError("is of a big-endian machine")
             if members[f"{prefix}data.pkl"].file_size > _MAX_PICKLE:
                 raise UserError("has a description of absurd size")
@@ -112,9 +118,7 @@ def open_file(path: pathlib.Path) -> dict[str, Mapped]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except zipfile.BadZipFile:
-        raise UserError(
-            f"{path}: is damaged, or not a zip archive of torch 1.6 or newer"
-        ) from None
+        raise UserError(f"{path}: is damaged, or not a zip archive of torch 1.6 or newer") from None
     # A hostile pickle can make the unpickler fail in nearly any way.
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]

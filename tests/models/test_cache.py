@@ -146,6 +146,15 @@ def test_a_chunked_layer_keeps_one_chunk():
     assert short.k_BSKH.shape == (1, B, 3, 2, 8)
 
 
+def test_no_slot_of_a_chunk_is_written_twice():
+    """Which of two writers of one slot wins is not defined, whatever a CPU does."""
+    cache = feed(LLAMA4, empty(LLAMA4), [0] * B, [T] * B, T)
+    written = cache.layers["blocks"]["layer_0"].positions_BS[0]
+    last_chunk = range(T // CHUNK * CHUNK, T)
+    want = [p if (p := T // CHUNK * CHUNK + s) in last_chunk else -1 for s in range(CHUNK)]
+    np.testing.assert_array_equal(written, [want] * B)
+
+
 def test_a_cache_is_a_pytree_that_can_be_given_away():
     cache = jax.jit(lambda: empty(LLAMA4))()
     give = jax.jit(lambda c: jax.tree.map(lambda x: x + 1, c), donate_argnums=0)
