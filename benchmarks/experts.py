@@ -90,6 +90,7 @@ def compare(make, dtype, rounds):
 
 
 def main():
+    """Print the medians and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9, help="timed runs of each size")
     rounds = parser.parse_args().rounds

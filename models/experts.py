@@ -85,18 +85,22 @@ def swiglu_experts(
         pair_R = jnp.where(jnp.arange(num_pairs) < load_E.sum(), order_M, num_pairs)
         dropped = jnp.zeros((), jnp.int32)
 
-        def matmul(rows, w):
+        def grouped(rows, w):
             return grouped_matmul(rows, w, load_E, expected_rows=expected_pairs, dtype=dtype)
+
+        matmul = grouped
     else:
         capacity = min(capacity, num_pairs)
         slot_EC, filled_EC = _head_rows(load_E, num_pairs, capacity)
         pair_R = jnp.where(filled_EC, order_M[slot_EC], num_pairs).reshape(-1)
         dropped = jnp.maximum(load_E - capacity, 0).sum()
 
-        def matmul(rows, w):
+        def batched(rows, w):
             x_ECD = rows.astype(dtype).reshape(num_experts, capacity, -1)
             y_ECF = contract("ECD,EDF->ECF", x_ECD, w, dtype)
             return y_ECF.reshape(num_experts * capacity, -1)
+
+        matmul = batched
 
     # Unused rows read zeros and are dropped on the way back, so no NaN leaks from them.
     token_R = routing.token_M.at[pair_R].get(mode="fill", fill_value=num_tokens)

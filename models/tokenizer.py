@@ -318,8 +318,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer from a run of ours, a file, or the first of these in a directory.
 
     `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`, a single
-    `.gguf`. What a file is follows from its content. tokenizer_config.json, special_tokens_map.json,
-    generation_config.json and chat_template.jinja beside it name control tokens, stops and the
+    `.gguf`. What a file is follows from its content. tokenizer_config.json,
+    special_tokens_map.json, generation_config.json and chat_template.jinja beside it name control tokens, stops and the
     chat template.
 
     Raises:

@@ -171,8 +171,10 @@ class VisionEncoder(nn.Module):
             self, "patch_WD", (W, D), ("patches", "embed"), normal(W**-0.5), c.param_dtype
         )
         class_D = param(self, "class_D", (D,), ("norm",), normal(D**-0.5), c.param_dtype)
-        positions_PD = param(self, "positions_PD", (P + 1, D), ("patches", "embed"), normal(D**-0.5),
-                             c.param_dtype)  # fmt: skip
+        names = ("patches", "embed")
+        positions_PD = param(
+            self, "positions_PD", (P + 1, D), names, normal(D**-0.5), c.param_dtype
+        )
         patches_RPW = cut_patches(tiles_RYXC, v.patch_size)
         x_RPD = contract("RPW,WD->RPD", patches_RPW, patch_WD, c.compute_dtype)
         class_R1D = jnp.broadcast_to(class_D.astype(x_RPD.dtype), (len(x_RPD), 1, D))

@@ -76,6 +76,7 @@ def train(
             if last or step % c.train.save_every == 0:
                 checkpoints.save(state, step, loader.get_state())
         log.finish()
+        loader.close()
     return state
 
 

@@ -31,6 +31,7 @@ def load(path, dtype: str = "float32", mesh=None):
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
+    path = _path(path)
     if run.is_run(path):
         model, params = run.load(path, dtype, mesh)
         config = model.config
@@ -49,9 +50,7 @@ def open_weights(path) -> Weights:
     Raises:
       UserError: nothing there can be read, or it is damaged.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(f"a model's path is text, not {type(path).__name__}")
-    path = pathlib.Path(path)
+    path = _path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     if path.is_file():
@@ -75,3 +74,9 @@ def open_weights(path) -> Weights:
         f"{path}: is neither a run of puna (no {run.CHECKPOINTS} folder), a Hugging Face directory "
         "(no config.json), a Meta directory (no params.json) nor a GGUF file"
     )
+
+
+def _path(path) -> pathlib.Path:
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"a model's path is text, not {type(path).__name__}")
+    return pathlib.Path(path)

@@ -1,0 +1,175 @@
+"""From Hugging Face files onto devices: the right numbers, split, cast, and read once."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import puna
+from puna.configs import schema
+from puna.configs.errors import UserError
+from puna.models import sharding
+from puna.models.weights import huggingface, placing, tensors
+from puna.models.weights.load import open_weights
+
+
+def mesh(**axes):
+    return sharding.make_mesh(schema.MeshConfig(data=-1, **axes))
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for path, x in jax.tree.leaves_with_path(found):
+        y = wanted
+        for key in path:
+            y = y[key.key]
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), sharding.path_name(path))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("kind", ["F32", "BF16", "F16"])
+def test_loads_what_the_table_says(files, tiny, tmp_path, kind, shards):
+    config, config_json, weights = tiny
+    weights = {n: w.astype(files.NUMPY[kind]) for n, w in weights.items()}
+    path = files.write_hf(tmp_path / "model", config_json, weights, shards)
+    model, params = puna.load(path)
+    assert model.config == dataclasses.replace(
+        config, compute_dtype="float32", param_dtype="float32"
+    )
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    exact = {n: w.astype(np.float32) for n, w in weights.items()}
+    assert_same(params, huggingface.to_puna(config, exact))
+
+
+# Each device's part is read by itself; a leaf arrives in several pieces where they would be large.
+@pytest.mark.parametrize(
+    ("name", "pieces"), [("dense", False), ("dense", True), ("scout", True), ("vision", False)]
+)
+def test_every_split_gives_the_same(files, tmp_path, monkeypatch, name, pieces):
+    if pieces:
+        monkeypatch.setattr(placing, "_SMALL_BYTES", 0)
+        monkeypatch.setattr(placing, "_CHUNK_BYTES", 100)
+    fields = {"dense": files.TINY, "scout": files.SCOUT, "vision": files.VISION}[name]
+    config = files.model_config(fields)
+    weights = files.random_tensors(files.hf_shapes(config))
+    path = files.write_hf(tmp_path, files.hf_table(config)[1], weights)
+    opened = open_weights(path)
+    assert opened.config == config
+    one = placing.place(opened, sharding.make_mesh(schema.MeshConfig(), jax.devices()[:1]))
+    axes = {"fsdp": 2, "tensor": 2} if name == "dense" else {"expert": 2, "fsdp": 2, "tensor": 2}
+    params = placing.place(opened, mesh(**axes))
+    assert_same(params, one)
+    wanted = sharding.shardings(placing.abstract_params(config), mesh(**axes))
+    for (path, x), place in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(wanted), strict=True
+    ):
+        assert x.sharding.is_equivalent_to(place, x.ndim), sharding.path_name(path)
+
+
+def test_reads_each_byte_once(files, tiny, tmp_path, monkeypatch):
+    _, config_json, weights = tiny
+    path = files.write_hf(tmp_path, config_json, weights)
+    read = []
+    original = tensors.Mapped.__getitem__
+
+    def counted(self, index):
+        found = original(self, index)
+        read.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(tensors.Mapped, "__getitem__", counted)
+    puna.load(path, mesh=mesh(fsdp=4, tensor=2))
+    assert sum(read) == sum(w.nbytes for w in weights.values())
+
+
+def test_casts_while_loading(files, tiny, tmp_path):
+    config, config_json, weights = tiny
+    model, params = puna.load(files.write_hf(tmp_path, config_json, weights), dtype="bfloat16")
+    assert model.config.param_dtype == model.config.compute_dtype == "bfloat16"
+    half = {n: w.astype(jnp.bfloat16) for n, w in weights.items()}
+    assert_same(params, huggingface.to_puna(config, half))
+
+
+def test_every_other_name_of_the_same_model(files, tiny, tmp_path):
+    """Old files with RoPE frequencies, tied ones that store the head, the multimodal prefix."""
+    config, config_json, weights = tiny
+    old = weights | {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32) for i in range(3)
+    }
+    _, params = puna.load(files.write_hf(tmp_path / "old", config_json, old))
+    assert_same(params, huggingface.to_puna(config, weights))
+
+    tied_json = config_json | {"tie_word_embeddings": True}
+    tied = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    model, params = puna.load(files.write_hf(tmp_path / "tied", tied_json, tied))
+    assert model.config.tie_embeddings and "unembed" not in params
+
+    scout = files.model_config(files.SCOUT)
+    weights = files.random_tensors(files.hf_shapes(scout))
+    config_json = files.hf_table(scout)[1]
+    outer = {"model_type": "llama4", "text_config": config_json}
+    prefixed = {f"language_model.{n}": w for n, w in weights.items()}
+    _, params = puna.load(files.write_hf(tmp_path / "prefix", outer, prefixed))
+    assert_same(params, huggingface.to_puna(scout, weights))
+
+
+def test_a_tied_head_that_differs_is_said(files, tiny, tmp_path, capsys):
+    _, config_json, weights = tiny
+    path = files.write_hf(tmp_path, config_json | {"tie_word_embeddings": True}, weights)
+    puna.load(path)
+    assert "lm_head.weight differs from the embedding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_warns_of_what_is_no_number(files, tiny, tmp_path, capsys, kind, value):
+    _, config_json, weights = tiny
+    weights = {n: w.astype(files.NUMPY[kind]) for n, w in weights.items()}
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 4] = value
+    _, params = puna.load(files.write_hf(tmp_path, config_json, weights))
+    err = capsys.readouterr().err
+    assert err == f"puna: warning: {tmp_path}: NaN or infinity in {name}\n"
+    assert np.isnan(value) == np.isnan(params["blocks"]["layer_0"]["mlp"]["w_up_DF"][1, 4, 3])
+
+
+def test_shows_no_bar_in_a_log(files, tiny, tmp_path, capfd):
+    _, config_json, weights = tiny
+    puna.load(files.write_hf(tmp_path, config_json, weights))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="symbolic links")
+def test_follows_the_links_of_a_download_cache(files, tiny, tmp_path):
+    config, config_json, weights = tiny
+    path = files.write_hf(tmp_path / "blobs", config_json, weights)
+    linked = tmp_path / "snapshot"
+    linked.mkdir()
+    for file in path.iterdir():
+        (linked / file.name).symlink_to(file)
+    _, params = puna.load(linked)
+    assert_same(params, huggingface.to_puna(config, weights))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "words"),
+    [
+        (lambda p: p / "nowhere", "no such file or directory"),
+        (lambda p: p, "is neither a run of puna"),
+        (lambda p: (p / "x.bin").write_bytes(b"x") and p / "x.bin", "is not a GGUF file"),
+        (lambda p: 7, "a model's path is text"),
+    ],
+)
+def test_says_what_is_not_a_model(tmp_path, arrange, words):
+    with pytest.raises(UserError, match=words):
+        puna.load(arrange(tmp_path))
+
+
+def test_a_split_that_does_not_fit_is_an_error(files, tiny, tmp_path):
+    _, config_json, weights = tiny
+    path = files.write_hf(tmp_path, config_json, weights)
+    with pytest.raises(UserError, match="must be a multiple of mesh.tensor=8"):
+        puna.load(path, mesh=mesh(tensor=8))
