@@ -9,6 +9,7 @@ import base64
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from tqdm.auto import tqdm
 
 from ...configs import schema
@@ -32,6 +34,8 @@ from .load import open_weights
 from .tensors import Weights, warn
 
 SHARD_BYTES = 5 * 10**9
+# Small leaves of a run are restored together up to this.
+_RESTORED_BYTES = 2**28
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
 # Copied as they are from a directory of others; what they mean is the tokenizer's business.
 _TOKENIZER_FILES = (
@@ -124,11 +128,12 @@ class RunModel:
         self.folder = run.find(path)
         meta = run.read_meta(self.folder)
         self.config = schema.from_dict(meta["config"]).model
+        self._has_tokenizer = bool(meta["tokenizer"])
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
         self.origin = unknown | (meta.get("origin") or {})
         home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
         self.facts = card.facts_of_run(home, meta["config"], meta.get("origin") is not None)
-        self._last: tuple[str, np.ndarray] | None = None
+        self._held: dict[str, np.ndarray] = {}
         try:
             with ocp.StandardCheckpointer() as reader:
                 stored = reader.metadata(self.folder.absolute() / "params").item_metadata.tree
@@ -146,9 +151,9 @@ class RunModel:
         return np.dtype(self._stored[path].dtype)
 
     def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
-        if self._last is None or self._last[0] != path:
-            self._last = (path, self._restore(path))
-        value = self._last[1]
+        if path not in self._held:
+            self._held = self._restore(path)
+        value = self._held[path]
         if value.shape != leaf.shape:
             raise UserError(
                 f"{self.folder}: parameter {path} has shape {value.shape}, "
@@ -156,23 +161,31 @@ class RunModel:
             )
         return value[layer] if leaf.stacked else value
 
-    def _restore(self, path: str) -> np.ndarray:
-        item: Any = 0
-        options: Any = ocp.RestoreArgs(restore_type=np.ndarray)
-        for key in reversed(path.split("/")):
-            item, options = {key: item}, {key: options}
+    def _restore(self, first: str) -> dict[str, np.ndarray]:
+        """A leaf and, as each call takes its time, those that follow it while they are small."""
+        paths, size = [], 0
+        for path in list(self._stored)[list(self._stored).index(first) :]:
+            size += math.prod(self._stored[path].shape) * self.dtype(path, 0).itemsize
+            if paths and size > _RESTORED_BYTES:
+                break
+            paths.append(path)
+        item = traverse_util.unflatten_dict(dict.fromkeys(paths, 0), sep="/")
+        options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=options, partial_restore=True)
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 found = reader.restore(self.folder.absolute() / "params", args=args)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"{self.folder}: cannot restore {path}: {str(error).splitlines()[0]}"
+                f"{self.folder}: cannot restore {first}: {str(error).splitlines()[0]}"
             ) from None
-        return jax.tree.leaves(found)[0]
+        return traverse_util.flatten_dict(found, sep="/")
 
     def tokenizer(self) -> Tokenizer | None:
-        return _tokenizer_at(self.path)
+        if self._has_tokenizer:
+            return _tokenizer_at(self.path)
+        warn(f"no tokenizer is written: {self.path} holds none")
+        return None
 
     def finish(self) -> None:
         pass

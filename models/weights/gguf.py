@@ -136,7 +136,7 @@ def _config(path, metadata, tensors: dict[str, Tensor]) -> ModelConfig:
     fields["tie_embeddings"] = "output.weight" not in tensors
     if _FREQUENCIES in tensors:
         fields |= _scaling(path, tensors[_FREQUENCIES], H, fields["rope_theta"])
-    return schema.from_dict(fields, ModelConfig)
+    return schema.from_dict(fields, ModelConfig, "model.")
 
 
 def _rounded(value: float) -> float:

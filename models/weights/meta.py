@@ -186,7 +186,7 @@ def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
         262144 if moe is not None else 131072 if scaled
         else 8192 if fields["rope_theta"] > 10000 else 4096
     )  # fmt: skip
-    return schema.from_dict(fields, ModelConfig)
+    return schema.from_dict(fields, ModelConfig, "model.")
 
 
 def _vocab_size(where, value, parts, dim, ranks) -> int:

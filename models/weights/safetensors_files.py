@@ -59,7 +59,7 @@ def open_directory(path: pathlib.Path) -> Weights:
     """
     values = read_json(path / "config.json")
     tensors = open_tensors(path)
-    fields = hf_config.from_hf(values)
+    fields = _fields(path / "config.json", hf_config.from_hf, values)
     kind = values["model_type"]
     prefix = ""
     if kind == "llama4":
@@ -67,8 +67,8 @@ def open_directory(path: pathlib.Path) -> Weights:
         if any(name.startswith("language_model.") for name in tensors):
             prefix = "language_model."
         if values.get("vision_config") or any(n.startswith("vision_model.") for n in tensors):
-            fields["vision"] = vision_table.from_hf(values)
-    model = schema.from_dict(fields, schema.ModelConfig)
+            fields["vision"] = _fields(path / "config.json", vision_table.from_hf, values)
+    model = schema.from_dict(fields, schema.ModelConfig, "model.")
     check_depth(path, model, tensors)
     table = huggingface.leaves(model, prefix, kind) | vision_table.leaves(model)
     ignored = {name for name in tensors if _ROPE.fullmatch(name)}
@@ -79,6 +79,24 @@ def open_directory(path: pathlib.Path) -> Weights:
             warn(f"{path}: {head} differs from the embedding that config.json ties it to; left out")
     check(path, table, tensors, ignored)
     return Weights(model, table, tensors, licences.origin_of(path, values))
+
+
+def _fields(where: pathlib.Path, read, values) -> dict:
+    """Map config.json; what has the wrong type is the user's to mend too."""
+    for level in (values, values.get("text_config")):
+        for key in ("rope_parameters", "rope_scaling", "text_config", "vision_config"):
+            value = (level or {}).get(key) if isinstance(level, dict | None) else None
+            if not isinstance(value, dict | None):
+                raise UserError(f"{where}: {key}={str(value)[:60]!r} must be an object")
+        heads = level.get("num_attention_heads", 1) if isinstance(level, dict) else 1
+        if heads == 0 or not isinstance(heads, int):
+            raise UserError(f"{where}: num_attention_heads={heads!r} must be at least 1")
+    if not isinstance(values.get("model_type"), str | None):
+        raise UserError(f"{where}: model_type={str(values['model_type'])[:60]} must be text")
+    try:
+        return read(values)
+    except (AttributeError, ArithmeticError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: a value has the wrong type ({error})") from None
 
 
 def check_depth(path, config, tensors) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
@@ -193,6 +193,9 @@ def test_frequencies_are_the_softmax(sampling):
 
 
 @pytest.mark.parametrize("narrow", [1024, 3])
+# More ids are kept than are ranked at first: by top-p, and by top-k with a top-p inside it.
+@example(logits=[0.0] * 8, settings=(1.0, 0, 0.97, 0.0))
+@example(logits=[0.0] * 8, settings=(1.0, 7, 0.5, 0.0))
 @given(
     logits=st.lists(st.integers(-3, 3).map(lambda i: i / 2), min_size=8, max_size=8),
     settings=st.tuples(

@@ -31,13 +31,15 @@ def names(config):
     return {f"{a}.weight": f"{b}.weight" for a, b in out.items()}
 
 
-def write(path, config, meta, kind="F32", extra=None, tokenizer=None, leave_out=()):
+def write(path, config, meta, kind="F32", extra=None, tokenizer=None, leave_out=(),
+          frequencies=None):  # fmt: skip
     writer = gguf.GGUFWriter(path, "llama")
     values = {
         "block_count": config.num_layers, "context_length": config.max_positions,
         "embedding_length": config.embed_dim, "feed_forward_length": config.mlp_dim,
         "attention.head_count": config.num_heads, "attention.head_count_kv": config.num_kv_heads,
-        "rope.dimension_count": config.head_dim, "vocab_size": config.vocab_size,
+        "rope.dimension_count": config.head_dim, "attention.key_length": config.head_dim,
+        "vocab_size": config.vocab_size,
     }  # fmt: skip
     for key, value in (values | (extra or {})).items():
         if key not in leave_out:
@@ -65,8 +67,8 @@ def write(path, config, meta, kind="F32", extra=None, tokenizer=None, leave_out=
             data = gguf.quants.quantize(meta[theirs], used)
         writer.add_tensor(ours, data, raw_dtype=used)
         numbers[theirs] = gguf.quants.dequantize(data, used)
-    if extra_tensor := getattr(write, "frequencies", None):
-        writer.add_tensor("rope_freqs.weight", extra_tensor)
+    if frequencies is not None:
+        writer.add_tensor("rope_freqs.weight", frequencies.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,7 +100,7 @@ def test_reads_every_type(files, tmp_path, kind):
         )
 
 
-def test_tied_and_scaled_as_llama_3_2(files, tmp_path, monkeypatch):
+def test_tied_and_scaled_as_llama_3_2(files, tmp_path):
     config = files.model_config(
         files.TINY | {"tie_embeddings": True, "rope_scaling_factor": 32.0, "head_dim": 64}
     )
@@ -107,12 +109,10 @@ def test_tied_and_scaled_as_llama_3_2(files, tmp_path, monkeypatch):
     smooth = (old / wavelength - low) / (high - low)
     factors = 1 / ((1 - smooth) / 32.0 + smooth)
     factors = np.where(wavelength < old / high, 1.0, np.where(wavelength > old / low, 32.0, factors))
-    monkeypatch.setattr(write, "frequencies", factors.astype(np.float32), raising=False)
-    hf = files.random_tensors(files.hf_shapes(config))
-    write(tmp_path / "m.gguf", config, files.to_meta(config, hf))
+    meta = files.to_meta(config, files.random_tensors(files.hf_shapes(config)))
+    write(tmp_path / "m.gguf", config, meta, frequencies=factors)
     assert open_weights(tmp_path).config == config
-    monkeypatch.setattr(write, "frequencies", np.sqrt(factors).astype(np.float32))
-    write(tmp_path / "m.gguf", config, files.to_meta(config, hf))
+    write(tmp_path / "m.gguf", config, meta, frequencies=np.sqrt(factors))
     with pytest.raises(UserError, match="is not the scaling of a published Llama 3"):
         open_weights(tmp_path)
 
