@@ -319,8 +319,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`, a single
     `.gguf`. What a file is follows from its content. tokenizer_config.json,
-    special_tokens_map.json, generation_config.json and chat_template.jinja beside it name control tokens, stops and the
-    chat template.
+    special_tokens_map.json, generation_config.json and chat_template.jinja beside it name control
+    tokens, stops and the chat template.
 
     Raises:
       UserError: missing, empty, huge, corrupt or of another kind; the line names the file.

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ def _text(name, config, origin, facts) -> str:
         lines.append(f"license: {origin['licence']}")
     elif origin["licence"] not in (licences.UNKNOWN, licences.NONE):
         lines += ["license: other", f"license_name: {json.dumps(origin['licence'])}"]
-    if origin["base_model"] != licences.UNKNOWN:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", origin["base_model"]):  # only a name that can be a link
         lines.append(f"base_model: {json.dumps(origin['base_model'])}")
     lines += ["---", "", f"# {name}", ""]
     if licence is not None and licence.shown:

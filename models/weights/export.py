@@ -343,8 +343,8 @@ def _write_weights(model, table, folder: pathlib.Path, shard_bytes: int) -> str:
                 tensor.flush()
                 bar.update(block.size * slot.dtype.itemsize)
     if files > 1:
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {name: names[slot.file] for name, slot in slots.items()}}  # fmt: skip
+        place = {name: names[slot.file] for name, slot in slots.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": place}
         _write_json(folder / safetensors_files.INDEX, index)
     sizes: dict[str, int] = {}
     for slot in slots.values():

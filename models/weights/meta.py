@@ -139,7 +139,7 @@ def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
         if key not in _KEYS | _HARMLESS and value is not None:
             raise UserError(f"{where}: {key}={str(value)[:60]} is not a key that puna knows")
 
-    def get(key, kind, default=None):
+    def get(key, kind, default: Any = None) -> Any:
         value = params.get(key, default)
         value = default if value is None else value
         if kind is float and type(value) is int:

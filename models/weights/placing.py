@@ -6,6 +6,8 @@ tensor beyond what the devices themselves keep. Every process reads what its own
 """
 
 import functools
+import mmap
+import os
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,7 @@ def place(weights: Weights, mesh, dtype=None, title: str = "loading"):
         for path, leaf in weights.table.items()
     }
     largest = max(_layer_bytes(leaf, dtypes[path]) for path, leaf in weights.table.items())
-    limit = max(_SMALL_BYTES, largest // 2)
+    limit = max(_SMALL_BYTES, largest // 4)
     total = sum(
         sum(dtypes[path].itemsize * _size(index) for index in _parts(leaf.shape, where[path]))
         for path, leaf in weights.table.items()
@@ -65,9 +67,12 @@ def _place_leaf(weights, leaf: Leaf, dtype, where, limit: int, bar):
         return _array(weights, leaf, range(layers), dtype, where, bar)
     whole = _zeros(leaf.shape, dtype, where)()
     for start in range(0, layers, step):
-        piece = _array(weights, leaf, range(start, min(start + step, layers)), dtype, where, bar)
-        whole = _update(where)(whole, piece, start)
-        whole.block_until_ready()  # then the piece is gone before the next one is read
+        stop = min(start + step, layers)
+        # No name for the piece: it is gone before the next one is read.
+        whole = _update(where)(
+            whole, _array(weights, leaf, range(start, stop), dtype, where, bar), start
+        )
+        whole.block_until_ready()
     return whole
 
 
@@ -76,7 +81,7 @@ def _array(weights, leaf: Leaf, layers: range, dtype, where, bar):
     shape = (len(layers), *leaf.shape[1:]) if leaf.stacked else leaf.shape
     arrays = []
     for index, devices in _parts(shape, where).items():
-        host = np.empty([stop - start for start, stop in index], dtype)
+        host = _scratch([stop - start for start, stop in index], dtype)
         if leaf.stacked:
             (first, last), *rest = index
             for i in range(first, last):
@@ -86,7 +91,19 @@ def _array(weights, leaf: Leaf, layers: range, dtype, where, bar):
         sent = [jax.device_put(host, device) for device in devices]
         jax.block_until_ready(sent)
         arrays += sent
+        del host
     return jax.make_array_from_single_device_arrays(shape, where, arrays)
+
+
+def _scratch(shape, dtype) -> np.ndarray:
+    """An empty array of pages of its own: malloc keeps what is given back to it.
+
+    Their alignment also lets a CPU device take the array as it is.
+    """
+    count = int(np.prod(shape))
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    pages = mmap.mmap(-1, max(1, count * dtype.itemsize), **private)
+    return np.frombuffer(pages, dtype, count).reshape(shape)
 
 
 def _fill(weights, source: Source, index, out: np.ndarray, bar) -> None:

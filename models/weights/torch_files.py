@@ -13,6 +13,7 @@ import math
 import pathlib
 import pickle
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,15 @@ class _Rebuild:
         return _Described(storage, offset, size, stride)
 
 
+class _Encode:
+    """Stands for `_codecs.encode`, by which protocol 2 spells bytes; of `_Ignored` only."""
+
+    __slots__ = ()
+
+    def __call__(self, *_):
+        return None
+
+
 class _Ignored:
     """Stands for `io.BytesIO`, which Llama 4's files keep beside some tensors; holds nothing."""
 
@@ -52,10 +62,10 @@ class _Ignored:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Described:
-    storage: object
-    offset: object
-    size: object
-    stride: object
+    storage: Any
+    offset: Any
+    size: Any
+    stride: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +84,8 @@ class _Unpickler(pickle._Unpickler):
             return collections.OrderedDict
         if (module, name) == ("_io", "BytesIO"):
             return _Ignored
+        if (module, name) == ("_codecs", "encode"):
+            return _Encode()
         if module == "torch" and name.endswith("Storage") and name.isidentifier():
             return name  # only ever looked up in DTYPES
         raise UserError(

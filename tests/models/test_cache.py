@@ -14,7 +14,7 @@ from puna.configs.schema import ModelConfig
 from puna.models import cache as cache_lib
 from puna.models import sharding, transformer
 
-B, T, WIDTH, SLOTS = 3, 23, 12, 32
+B, T, SLOTS = 3, 23, 32
 CHUNK = 5
 
 DENSE = ModelConfig(
@@ -81,15 +81,15 @@ def feed(config, cache, starts, counts, width, noise=0):
 
 @both
 @pytest.mark.parametrize(
-    "pieces, width",
-    [([T], T), ([7, 9, 7], WIDTH), ([12, *[1] * (T - 12)], WIDTH), ([1] * T, 1)],
+    "pieces",
+    [[T], [7, 9, 7], [12, *[1] * (T - 12)], [1] * T],
     ids=["whole", "pieces", "prefill-then-decode", "token-by-token"],
 )
-def test_any_pieces_give_the_full_forward(config, pieces, width):
+def test_any_pieces_give_the_full_forward(config, pieces):
     cache, start = empty(config), 0
     for n in pieces:
         # One token at a time takes a path of its own.
-        cache = feed(config, cache, [start] * B, [n] * B, 1 if n == 1 else width)
+        cache = feed(config, cache, [start] * B, [n] * B, 1 if n == 1 else T)
         start += n
     assert start == T
 
@@ -99,18 +99,18 @@ def test_any_pieces_give_the_full_forward(config, pieces, width):
 def test_rows_of_any_lengths_in_any_pieces(config, data):
     cache, starts = empty(config), np.zeros(B, int)
     while np.any(starts < T):
-        counts = data.draw(st.lists(st.integers(0, WIDTH), min_size=B, max_size=B))
+        counts = data.draw(st.lists(st.integers(0, 9), min_size=B, max_size=B))
         counts = np.minimum(counts, T - starts)
         if not counts.any():
-            counts = np.minimum(WIDTH, T - starts)
-        cache = feed(config, cache, starts, counts, WIDTH)
+            counts = np.minimum(9, T - starts)
+        cache = feed(config, cache, starts, counts, T)
         starts = starts + counts
 
 
 @both
 def test_unequal_prompts_then_one_token_a_step(config):
     counts = np.array([12, 3, 0])
-    cache = feed(config, empty(config), np.zeros(B, int), counts, WIDTH)
+    cache = feed(config, empty(config), np.zeros(B, int), counts, T)
     for step in range(8):
         cache = feed(config, cache, counts + step, [1, 1, 1], 1)
     # A row that has ended stays as it is while the others go on.
@@ -119,7 +119,7 @@ def test_unequal_prompts_then_one_token_a_step(config):
 
 @both
 def test_padding_leaves_no_trace(config):
-    caches = [feed(config, empty(config), [0] * B, [12, 3, 0], WIDTH, noise) for noise in (0, 60)]
+    caches = [feed(config, empty(config), [0] * B, [12, 3, 0], T, noise) for noise in (0, 60)]
     jax.tree.map(np.testing.assert_array_equal, *caches)
 
 

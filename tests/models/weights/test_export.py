@@ -242,8 +242,9 @@ def test_an_architecture_that_the_format_lacks(files, model, tmp_path):
 
 # Licence, name -> whether it may be released under it.
 NAMES = [
-    ("llama2", "anything", True), ("llama3", "Llama 3 puna", True), ("llama3", "Llama-3-puna", True),
-    ("llama3", "Llama-puna", False), ("llama3", "puna-Llama-3", False),
+    ("llama2", "anything", True), ("llama3", "Llama 3 puna", True),
+    ("llama3", "Llama-3-puna", True), ("llama3", "Llama-puna", False),
+    ("llama3", "puna-Llama-3", False),
     ("llama3.1", "Llama-puna", True), ("llama3.1", "llama-puna", False),
     ("llama3.2", "puna", False), ("llama3.3", "Llama puna", True), ("llama4", "puna-llama", False),
     ("llama4", "Llama-4-puna", True), ("none", "puna", True), ("unknown", "puna", True),
@@ -275,8 +276,8 @@ def test_names(licence, name, allowed):
          "unknown"),
         ({"LICENSE": "META LLAMA 3 COMMUNITY LICENSE AGREEMENT"}, "llama3", "unknown"),
         ({"LICENSE.txt": "Apache License\nVersion 2.0"}, "apache-2.0", "unknown"),
-        ({"README.md": "---\nlicense: other\nlicense_name: llama4\nbase_model:\n- meta-llama/X\n---"},
-         "llama4", "meta-llama/X"),
+        ({"README.md": "---\nlicense: other\nlicense_name: llama4\nbase_model:\n- a/X\n---"},
+         "llama4", "a/X"),
         ({"README.md": "---\nlicense: mit\nbase_model: a/b\n---\n"}, "mit", "a/b"),
     ],
 )  # fmt: skip

@@ -108,7 +108,9 @@ def test_tied_and_scaled_as_llama_3_2(files, tmp_path):
     wavelength, low, high, old = 2 * np.pi / f, 1.0, 4.0, 8192  # as convert_hf_to_gguf.py has it
     smooth = (old / wavelength - low) / (high - low)
     factors = 1 / ((1 - smooth) / 32.0 + smooth)
-    factors = np.where(wavelength < old / high, 1.0, np.where(wavelength > old / low, 32.0, factors))
+    factors = np.where(
+        wavelength < old / high, 1.0, np.where(wavelength > old / low, 32.0, factors)
+    )
     meta = files.to_meta(config, files.random_tensors(files.hf_shapes(config)))
     write(tmp_path / "m.gguf", config, meta, frequencies=factors)
     assert open_weights(tmp_path).config == config
@@ -162,8 +164,9 @@ def test_sentencepiece_tokenizer_equals_sentencepiece(files, tiny, tmp_path):
     (tmp_path / "t.txt").write_text(text)
     sentencepiece.SentencePieceTrainer.Train(
         input=str(tmp_path / "t.txt"), model_prefix=str(tmp_path / "sp"), vocab_size=300,
-        model_type="bpe", byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2, hard_vocab_limit=False,
+        model_type="bpe", byte_fallback=True, character_coverage=1.0,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+        hard_vocab_limit=False,
     )  # fmt: skip
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
     count = model.GetPieceSize()
@@ -306,7 +309,9 @@ def test_metadata_is_honoured_or_refused(files, tiny, tmp_path, extra, leave_out
 
 def test_the_header_of_the_package_is_read_alike(files, tiny, tmp_path):
     config, _, hf = tiny
-    write(tmp_path / "m.gguf", config, files.to_meta(config, hf), "Q8_0", tokenizer=byte_level("x")[1])
+    write(
+        tmp_path / "m.gguf", config, files.to_meta(config, hf), "Q8_0", tokenizer=byte_level("x")[1]
+    )
     _, metadata, described = gguf_files.read_header(tmp_path / "m.gguf")
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     theirs = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}

@@ -1,5 +1,6 @@
 """Meta's directories: names, RoPE order, model-parallel ranks, and pickles that want more."""
 
+import io
 import json
 import pickle
 import zipfile
@@ -198,7 +199,8 @@ def evil(what):
         "memo": b"\x80\x02}r\xff\xff\xff\xff.",
         "bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
         "bytearray": b"\x80\x05\x96" + (2**62).to_bytes(8, "little") + b"x.",
-        "set an attribute": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb.",
+        "set an attribute": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+        b"}X\x01\x00\x00\x00aK\x01sb.",
         "call a storage": b"\x80\x02ctorch\nFloatStorage\n)R.",
         "a list": pickle.dumps([1, 2], 2),
         "cut": pickle.dumps({"a": 1}, 2)[:-2],
@@ -225,6 +227,14 @@ def test_a_pickle_may_only_describe_tensors(files, tmp_path, monkeypatch, what, 
     with pytest.raises(UserError, match=words) as caught:
         open_weights(path)
     assert "\n" not in str(caught.value) and not (tmp_path / "OWNED").exists()
+
+
+def test_states_beside_tensors_are_passed_over(files, tmp_path):
+    state = {"layers.0.attention.wo._extra_state": io.BytesIO(b"x")}
+    for protocol in (2, 4):
+        data = files.torch_bytes({}, pickle.dumps(state, protocol))
+        (tmp_path / "x.pth").write_bytes(data)
+        assert torch_files.open_file(tmp_path / "x.pth") == {}
 
 
 def broken(files, meta, what):
@@ -260,8 +270,6 @@ def broken(files, meta, what):
 
 
 def zip_of(members):
-    import io
-
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, data in members.items():
@@ -319,7 +327,6 @@ def test_a_rank_that_is_missing(files, tiny, tmp_path):
 def test_reads_what_torch_writes(files, tiny, tmp_path):
     torch = pytest.importorskip("torch", reason="compares with torch.save")
     import collections
-    import io
 
     config, _, hf = tiny
     state = collections.OrderedDict(
