@@ -62,7 +62,9 @@ class _Cursor:
 
     def take(self, size: int) -> bytes:
         if size > self.file.size - self.at:
-            raise UserError(f"{self.file.path}: is damaged: its header reaches beyond its end")
+            raise UserError(
+                f"{self.file.path}: is a damaged GGUF file: its header reaches beyond its end"
+            )
         self.at += size
         return self.file.map[self.at - size : self.at]
 
@@ -79,13 +81,17 @@ class _Cursor:
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY or nested:
-            raise UserError(f"{self.file.path}: is damaged: metadata of unknown type {kind}")
+            raise UserError(
+                f"{self.file.path}: is a damaged GGUF file: metadata of unknown type {kind}"
+            )
         kind, count = self.number("I"), self.number("Q")
         if kind in _SCALARS:
             dtype = np.dtype("<" + _SCALARS[kind])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype)
         if count > self.file.size - self.at:
-            raise UserError(f"{self.file.path}: is damaged: an array of {count} entries")
+            raise UserError(
+                f"{self.file.path}: is a damaged GGUF file: an array of {count} entries"
+            )
         return [self.value(kind, nested=True) for _ in range(count)]
 
 
@@ -112,7 +118,7 @@ def read_header(path: pathlib.Path) -> tuple[File, dict, list]:
     # The smallest entries have 13 and 28 bytes: what cannot be there is not looked for.
     if tensor_count * 28 + key_count * 13 > file.size:
         raise UserError(
-            f"{path}: is damaged: {tensor_count} tensors and {key_count} keys cannot fit"
+            f"{path}: is a damaged GGUF file: {tensor_count} tensors, {key_count} keys cannot fit"
         )
     metadata: dict = {}
     for _ in range(key_count):
