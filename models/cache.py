@@ -72,8 +72,9 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype=None
         chunk = config.chunk_size if config.uses_rope(index) else 0
         slots = min(chunk, max_length) if chunk else max_length
         shape = (*stack, batch_size, slots, config.num_kv_heads, config.head_dim)
-        zeros = jnp.zeros(shape, dtype or config.compute_dtype)
-        return LayerCache(zeros, zeros, jnp.full(shape[:-2], -1, jnp.int32), chunk)
+        # Two arrays, not one twice: a donated cache may hold each buffer once.
+        k, v = (jnp.zeros(shape, dtype or config.compute_dtype) for _ in range(2))
+        return LayerCache(k, v, jnp.full(shape[:-2], -1, jnp.int32), chunk)
 
     blocks, rest = divmod(config.num_layers, config.period)
     layers = {"blocks": {f"layer_{j}": layer(j, blocks) for j in range(config.period)}}

@@ -172,8 +172,8 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
       finished_B: bool array that the caller may set between blocks to end rows.
       block: tokens made at a time, at most 16.
 
-    Yields:
-      int32 [B, up to block], -1 after a row's end.
+    Returns:
+      An iterator of int32 [B, up to block], -1 after a row's end.
 
     Raises:
       UserError: an impossible setting; a prompt that is empty, too long or outside the
@@ -185,10 +185,16 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens: int, sam
     _check_settings(config, max_tokens, sampling)
     _check_prompts(prompts, max_tokens, config.max_positions, vocab_size)
     if config.capacity_factor:
-        # Full experts would turn tokens away because of the rows beside them.
-        config = dataclasses.replace(config, capacity_factor=0.0)
-        model = model.clone(config=config)
+        # The room of an expert counts the tokens of one call, here a piece of a text or one token.
+        model = model.clone(config=dataclasses.replace(config, capacity_factor=0.0))
+    return _blocks(
+        model, params, prompts, max_tokens, sampling, seed, first_row, stop_ids, vocab_size,
+        finished_B, min(block, _BLOCK),
+    )  # fmt: skip
 
+
+def _blocks(model, params, prompts, max_tokens, sampling, seed, first_row, stop_ids, vocab_size,
+            finished_B, block):  # fmt: skip
     mesh = jax.sharding.get_abstract_mesh()
     B = len(prompts)
     rows = B if mesh.empty else B + -B % sharding.batch_parts(mesh)
@@ -348,17 +354,21 @@ def _is_ids(prompt) -> bool:
 
 
 def _run(model, params, tokenizer, ids, rows, max_tokens, sampling, **options):
-    """Run `decode` into the rows, handing back control after each block."""
+    """An iterator that runs `decode` into the rows, a block a step."""
     finished_B = np.zeros(len(rows), bool)
     blocks = decode(
         model, params, ids, max_tokens, sampling, vocab_size=tokenizer.vocab_size,
         stop_ids=rows[0].stop_ids if rows else (), finished_B=finished_B, **options,
     )  # fmt: skip
-    for new_BT in blocks:
-        for row, new_T in zip(rows, new_BT.tolist(), strict=True):
-            row.push(new_T)
-        finished_B[:] = [row.done for row in rows]
-        yield
+
+    def run():
+        for new_BT in blocks:
+            for row, new_T in zip(rows, new_BT.tolist(), strict=True):
+                row.push(new_T)
+            finished_B[:] = [row.done for row in rows]
+            yield
+
+    return run()
 
 
 def generate(model, params, tokenizer, prompts, max_tokens=64, temperature=0.0, top_k=0,
@@ -397,11 +407,16 @@ def stream(model, params, tokenizer, prompt, max_tokens=64, temperature=0.0, top
     """Yield what `generate` would return for one prompt, each piece as soon as it is certain."""
     ids, rows = _rows(tokenizer, [prompt], stop)
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    shown = 0
-    for _ in _run(model, params, tokenizer, ids, rows, max_tokens, sampling, seed=seed, block=1):
-        text = rows[0].certain()
-        if len(text) > shown:
-            yield text[shown:]
-            shown = len(text)
-    if len(rows[0].text) > shown:
-        yield rows[0].text[shown:]
+    steps = _run(model, params, tokenizer, ids, rows, max_tokens, sampling, seed=seed, block=1)
+
+    def pieces():
+        shown = 0
+        for _ in steps:
+            text = rows[0].certain()
+            if len(text) > shown:
+                yield text[shown:]
+                shown = len(text)
+        if len(rows[0].text) > shown:
+            yield rows[0].text[shown:]
+
+    return pieces()

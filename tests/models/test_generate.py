@@ -92,7 +92,7 @@ def test_a_long_prompt_goes_in_pieces(monkeypatch):
 def test_blocks_of_any_size_make_the_same_tokens():
     sampling = Sampling(1.5)
     want = ids_of(PROMPTS, sampling=sampling)
-    for block in (1, 7, 16):
+    for block in (1, 7, 99):
         np.testing.assert_array_equal(ids_of(PROMPTS, sampling=sampling, block=block), want)
 
 
@@ -432,7 +432,8 @@ def test_mistakes_are_named_in_one_line(options, message, run):
     if run is stream and prompts == []:
         message = "prompt 0 is empty"
     with pytest.raises(UserError, match=message) as error:
-        list(run(MODEL, None, TOKENIZER, prompts, **options))
+        # A stream complains when it is asked for, before anything is shown.
+        run(MODEL, None, TOKENIZER, prompts, **options)
     assert "\n" not in str(error.value)
 
 
