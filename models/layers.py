@@ -38,7 +38,8 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """Einsum of an activation with a weight, accumulated in float32.
 
     Args:
-      spec: einsum string such as "BTD,DF->BTF"; every letter stands in exactly two of the terms.
+      spec: einsum string such as "BTD,DF->BTF"; a letter of an operand stands in the
+        other operand, in the result, or in both.
       x: activation.
       w: weight, in any float dtype.
       dtype: what both are rounded to.

@@ -180,13 +180,14 @@ def apply_experts(x_BTD, choice: Choice, w_gate_EDF, w_up_EDF, w_down_EFD, limit
             here_BM = (mine_BM >= 0) & (mine_BM < experts)
             choice = choice._replace(expert_BM=jnp.where(here_BM, mine_BM, experts))
         B, T, D = x_BTD.shape
+        pairs = choice.expert_BM.size
         row_B1 = jnp.arange(B)[:, None]
-        pairs = jax.tree.map(
-            lambda a: a.reshape(-1), choice._replace(token_BM=choice.token_BM + T * row_B1)
-        )
+        choice = choice._replace(token_BM=choice.token_BM + T * row_B1)
+        routing = Routing(*jax.tree.map(lambda a: a.reshape(-1), choice))
         y_TD, _ = swiglu_experts(
-            x_BTD.reshape(B * T, D), Routing(*pairs), w_gate_EDF, w_up_EDF, w_down_EFD,
-            capacity=None if limit is None else B * limit, dtype=dtype,
+            x_BTD.reshape(B * T, D), routing, w_gate_EDF, w_up_EDF, w_down_EFD,
+            capacity=None if limit is None else B * limit,
+            expected_pairs=pairs // split.get("expert", 1), dtype=dtype,
         )  # fmt: skip
         if "tensor" in split:
             y_TD = jax.lax.psum(y_TD, "tensor")
