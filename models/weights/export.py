@@ -179,7 +179,8 @@ class RunModel:
             raise UserError(
                 f"{self.folder}: cannot restore {first}: {str(error).splitlines()[0]}"
             ) from None
-        return traverse_util.flatten_dict(found, sep="/")
+        flat: dict = traverse_util.flatten_dict(found, sep="/")
+        return flat
 
     def tokenizer(self) -> Tokenizer | None:
         if self._has_tokenizer:
