@@ -25,6 +25,6 @@ def get_config():
     config.data.update(tokenizer="train", tokenizer_vocab=4096, seq_len=256)
     # Per step Muon learns here what AdamW needs half as many steps again for.
     config.optimizer.update(name="muon", learning_rate=8e-3, b1=0.95, warmup_steps=20)
-    config.train.update(steps=400, batch_size=8, log_every=1, save_every=100, eval_every=200)
+    config.train.update(steps=300, batch_size=8, log_every=1, save_every=100, eval_every=150)
     config.eval.batch_size = 8
     return config
