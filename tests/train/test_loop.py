@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.eval.perplexity import evaluate_loss
+from puna.models.tokenizer import load_tokenizer
 from puna.train import metrics
+from puna.train.data.tokenizer import prepare_tokenizer
 from puna.train.loop import train
 
 
@@ -55,6 +58,18 @@ def test_a_finished_run_stays_as_it_is(config, tmp_path):
     assert same(first, again)
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 6
+
+
+def test_the_tokenizer_is_that_of_the_config_until_there_is_a_checkpoint(config, tmp_path):
+    tokenizer = prepare_tokenizer(schema.from_dict(config), tmp_path)
+    assert tokenizer.vocab_size == 259
+    config.data.update(tokenizer="train", tokenizer_vocab=270)
+    config.model.vocab_size = 272
+    train(config, tmp_path)
+    first = load_tokenizer(tmp_path).encode("the llama eats grass")
+    assert first != tokenizer.encode("the llama eats grass")
+    again = prepare_tokenizer(schema.from_dict(config), tmp_path)
+    assert again.encode("the llama eats grass") == first
 
 
 def test_every_mesh_gives_the_same_losses(config, tmp_path):

@@ -1,24 +1,26 @@
 """The tokenizer of a run: made once, kept in the run's folder, the same ever after."""
 
 import pathlib
+import shutil
 
 from ...configs.errors import ConfigError
 from ...configs.schema import Config
 from ...models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from ...models.weights import run
 from .sources import iter_text
 
 FOLDER = "tokenizer"
 
 
 def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
-    """The run's tokenizer: the one in its folder, else what `data.tokenizer` says.
+    """The run's tokenizer: that of its checkpoints, else what `data.tokenizer` says.
 
     Raises:
       UserError: no such tokenizer, or one with more ids than the model has.
     """
     data, folder = config.data, workdir / FOLDER
-    if folder.is_dir():
-        tokenizer = load_tokenizer(folder)
+    if run.steps(workdir):
+        tokenizer = load_tokenizer(workdir)
     elif data.tokenizer == "bytes":
         tokenizer = byte_tokenizer()
     elif data.tokenizer == "train":
@@ -32,11 +34,15 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size} must be at least the "
             f"{tokenizer.vocab_size} ids of data.tokenizer={data.tokenizer}"
         )
-    if not folder.is_dir():
+    if not run.steps(workdir):
+        # What an attempt with another tokenizer may have left.
+        shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save(folder)
     return tokenizer
 
 
 def tokenizer_files(workdir: pathlib.Path) -> dict[str, bytes]:
     """The files of the run's tokenizer by name, for its checkpoints."""
+    if run.steps(workdir):
+        return run.tokenizer_files(run.find(workdir))
     return {p.name: p.read_bytes() for p in sorted((workdir / FOLDER).iterdir())}
