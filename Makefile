@@ -25,8 +25,7 @@ help:  ## list the targets
 demo: $(VENV)/.puna  ## train the quickstart model, evaluate it, let it write (CPU, minutes)
 	$(BIN)/puna train --config=tiny --workdir=runs/demo
 	$(BIN)/puna eval --config=tiny --checkpoint=runs/demo
-	$(BIN)/puna generate --checkpoint=runs/demo --prompt="def read(self" --temperature=0.7 \
-	  --max_tokens=64
+	$(BIN)/puna generate --checkpoint=runs/demo --prompt="def fibonacci(n):" --max_tokens=64
 
 demo-devices: export JAX_PLATFORMS = cpu
 demo-devices: export XLA_FLAGS = --xla_force_host_platform_device_count=8

@@ -20,6 +20,8 @@ COMMANDS = {
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "dtype")
+
 
 def train(config, workdir, evaluators=None):
     """Train with in-training evaluation on `data.validation`; see `puna.train.loop.train`."""
@@ -47,11 +49,8 @@ def _eval(args):
     results = evaluate(args.config, checkpoint)
     # Beside the checkpoints of a run of ours; nothing is written into models of others.
     beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
-    workdir = pathlib.Path(args.workdir or beside)
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     _summary(results)
-    print(f"results.json is in {workdir}")
+    _write_results(pathlib.Path(args.workdir or beside), results)
 
 
 def _generate(args):
@@ -67,9 +66,15 @@ def _generate(args):
         seed=args.seed, stop=tuple(args.stop),
     )  # fmt: skip
     print(args.prompt, end="", flush=True)
+    text = ""
     for piece in pieces:
+        text += piece
         print(piece, end="", flush=True)
     print()
+    if args.workdir:
+        settings = {name: getattr(args, name) for name in _SAMPLING}
+        results = {"checkpoint": path, "prompt": args.prompt, "text": text, **settings}
+        _write_results(pathlib.Path(args.workdir), results)
 
 
 def _convert(args, paths):
@@ -82,6 +87,12 @@ def _convert(args, paths):
         ignore_licence_name=args.ignore_licence_name,
     )  # fmt: skip
     print(f"{paths[0]} is now in {paths[1]}")
+
+
+def _write_results(workdir: pathlib.Path, results: dict) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"results.json is in {workdir}")
 
 
 def _required(args, name: str):
@@ -109,6 +120,7 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
             "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT",
             sys_argv=arguments, **text,
         )  # fmt: skip
+    if command in ("train", "eval", "generate"):
         flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)

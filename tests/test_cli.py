@@ -100,8 +100,11 @@ def test_train_eval_generate(experiment, tmp_path, capsys):
     evaluated = json.loads((workdir / "eval" / "results.json").read_text())
     assert evaluated["loss"] == pytest.approx(trained["validation_loss"], rel=1e-6)
     capsys.readouterr()
-    cli._run(["generate", f"--checkpoint={workdir}", "--prompt=llama", "--max_tokens=5"])
+    cli._run(["generate", f"--checkpoint={workdir}", "--prompt=llama", "--max_tokens=5",
+              f"--workdir={tmp_path}/said"])  # fmt: skip
     assert capsys.readouterr().out.startswith("llama")
+    said = json.loads((tmp_path / "said" / "results.json").read_text())
+    assert said["prompt"] == "llama" and said["max_tokens"] == 5 and said["seed"] == 0
 
 
 def test_exit_status_and_one_line():
