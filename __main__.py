@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 
 from absl import flags
 
@@ -219,6 +220,8 @@ def _run(argv: list[str]) -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
+    # What fails in a thread that saves or reads ahead comes back to the command as an error.
+    threading.excepthook = lambda args: None
     try:
         _run(sys.argv[1:])
     except (errors.UserError, OSError) as e:

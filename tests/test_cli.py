@@ -37,11 +37,11 @@ def experiment(tmp_path):
     return file
 
 
-def start(*arguments, xla_flags="", **options):
+def start(*arguments, preexec_fn=None, **environment):
     command = [sys.executable, "-m", "puna", *map(str, arguments)]
-    environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes, **options)
+    return subprocess.Popen(command, env=environment, preexec_fn=preexec_fn, **pipes)
 
 
 def run(*arguments, **options):
@@ -134,12 +134,10 @@ def test_data_that_will_not_do(experiment, tmp_path, name, content, message):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_workdir_without_permission(experiment, tmp_path):
-    folder = tmp_path / "closed"
-    folder.mkdir(mode=0o500)
-    status, _, err = run("train", f"--config={experiment}", f"--workdir={folder}/run")
-    assert status == 2 and str(folder) in err and err.count("\n") == 1
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a file system closed to all")
+def test_a_workdir_without_permission(experiment):
+    status, _, err = run("train", f"--config={experiment}", "--workdir=/proc/run")
+    assert status == 2 and "--workdir=/proc/run" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -157,19 +155,16 @@ def test_a_full_disk(experiment, tmp_path):
     flags = ("train", f"--config={experiment}", f"--workdir={workdir}")
     assert run(*flags, "--config.train.steps=2")[0] == 0
     saved = {p: p.read_bytes() for p in (workdir / "checkpoints").rglob("*") if p.is_file()}
-    (workdir / "results.json").unlink()
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    status, _, err = run(*flags, "--config.train.keep=9", "--config.train.steps=2",
-                         "--config.train.seed=1", preexec_fn=limit)  # fmt: skip
-    assert status == 2 and err.count("\n") == 1
-    fresh = tmp_path / "fresh"
-    status, _, err = run("train", f"--config={experiment}", f"--workdir={fresh}", preexec_fn=limit)
-    assert status == 2 and "cannot" in err.lower() + "cannot" and "Traceback" not in err
+    # Without JAX's compile cache, which would warn of the disk as well.
+    status, _, err = run(*flags, preexec_fn=limit, JAX_COMPILATION_CACHE_DIR="")
+    assert status == 2 and "cannot save a checkpoint" in err and err.count("\n") == 1, err
     assert {p: p.read_bytes() for p in saved} == saved
-    assert run(*flags, "--config.train.steps=2")[0] == 0
+    status, out, _ = run(*flags)
+    assert status == 0 and "step 2 of 8" in out
 
 
 @pytest.mark.slow
@@ -208,7 +203,7 @@ def test_the_quickstart_on_one_device_and_on_eight(tmp_path):
         process = start(
             *("train", "--config=tiny", f"--workdir={workdir}", "--config.train.steps=20"),
             *("--config.data.validation=", "--config.model.compute_dtype=float32", *mesh),
-            xla_flags=flags,
+            XLA_FLAGS=flags,
         )
         _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err

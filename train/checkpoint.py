@@ -7,6 +7,7 @@ resolved config and the tokenizer. `models/weights/run.py` has the layout.
 import base64
 import logging
 import pathlib
+import re
 
 import jax
 import orbax.checkpoint as ocp
@@ -34,7 +35,8 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, config: Config, tokenizer_files: dict[str, bytes]):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax logs what it also raises, with the tracebacks of its threads.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.workdir = workdir
         self.config = to_dict(config)
         self.tokenizer = {n: base64.b64encode(b).decode() for n, b in tokenizer_files.items()}
@@ -114,8 +116,11 @@ class _explained:
     def __exit__(self, kind, error, traceback):
         if isinstance(error, (OSError, ValueError, RuntimeError, jax.errors.JaxRuntimeError)):
             lines = str(error).splitlines() or [type(error).__name__]
+            # Of TensorStore's long chain of paths only what the system said is for people.
+            system = re.search(r"([^:]+) \[os_error_code", lines[0])
+            reason = system[1].strip() if system else lines[0]
             raise UserError(
-                f"{self.workdir}: cannot {self.what} a checkpoint: {lines[0]}; "
+                f"{self.workdir}: cannot {self.what} a checkpoint: {reason}; "
                 "the checkpoint before it is whole"
             ) from error
 
