@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from ..configs.schema import AudioConfig, ModelConfig, VisionConfig
 from . import rope
-from .attention import attend
+from .blockwise import attend
 from .layers import contract, normal, ones, param
 from .masks import Tokens
 from .remat import rematerialized

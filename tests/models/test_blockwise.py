@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.configs.schema import ModelConfig
-from puna.models import attention
+from puna.models import attention, blockwise
 from puna.models.masks import Tokens
 
 B, T, N, H = 2, 41, 4, 8
@@ -66,7 +66,7 @@ def jitted(chunk_size, aligned, block):
 
     def run(q, k, v, d_out, q_tokens, k_tokens):
         def f(q, k, v):
-            return attention.attend(
+            return blockwise.attend(
                 q, k, v, q_tokens, k_tokens, chunk_size=chunk_size, aligned=aligned
             )
 
@@ -76,8 +76,8 @@ def jitted(chunk_size, aligned, block):
     def compiled(*args):
         with pytest.MonkeyPatch.context() as patch:
             if block:
-                patch.setattr(attention, "_ONE_BLOCK", 0)
-                patch.setattr(attention, "_BLOCK", block)
+                patch.setattr(blockwise, "_ONE_BLOCK", 0)
+                patch.setattr(blockwise, "_BLOCK", block)
             return jit(*args)
 
     jit = jax.jit(run)
