@@ -222,6 +222,8 @@ def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
     # What fails in a thread that saves or reads ahead comes back to the command as an error.
     threading.excepthook = lambda args: None
+    # TensorStore's own threads answer an event loop that a failed save has left behind.
+    sys.unraisablehook = lambda args: None
     try:
         _run(sys.argv[1:])
     except (errors.UserError, OSError) as e:
