@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train a model; the same command goes on after an interruption",
     "eval": "loss, perplexity and bits per byte on held-out text",
     "generate": "continue a prompt",
+    "launch": "-n N -- COMMAND --flags: run a command in several processes on this machine",
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
@@ -35,8 +36,12 @@ def train(config, workdir, evaluators=None):
 
 
 def _train(args):
+    from .models.processes import is_first
+
     workdir = _required(args, "workdir")
     train(args.config, workdir)
+    if not is_first():
+        return
     results = json.loads((pathlib.Path(workdir) / "results.json").read_text())
     _summary(results)
     print(f"checkpoints, metrics.jsonl, loss.png and results.json are in {workdir}")
@@ -44,38 +49,83 @@ def _train(args):
 
 def _eval(args):
     from .eval.evaluate import evaluate
+    from .models.processes import is_first
     from .models.weights.run import is_run
 
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
     results = evaluate(args.config, checkpoint)
     # Beside the checkpoints of a run of ours; nothing is written into models of others.
     beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
-    _summary(results)
-    _write_results(pathlib.Path(args.workdir or beside), results)
+    if is_first():
+        _summary(results)
+        _write_results(pathlib.Path(args.workdir or beside), results)
 
 
 def _generate(args):
-    from .models import generate
+    import jax
+
+    from .models import generate, processes, sharding
     from .models.tokenizer import load_tokenizer
     from .models.weights.load import load
 
     path = _required(args, "checkpoint")
-    model, params = load(path, dtype=args.dtype)
+    mesh = sharding.make_mesh(_mesh(args.mesh))
+    model, params = load(path, dtype=args.dtype, mesh=mesh)
     pieces = generate.stream(
         model, params, load_tokenizer(path), _required(args, "prompt"), max_tokens=args.max_tokens,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         seed=args.seed, stop=tuple(args.stop),
     )  # fmt: skip
-    print(args.prompt, end="", flush=True)
-    text = ""
-    for piece in pieces:
-        text += piece
-        print(piece, end="", flush=True)
-    print()
-    if args.workdir:
+    text, show = "", processes.is_first()
+    if show:
+        print(args.prompt, end="", flush=True)
+    with jax.set_mesh(mesh):
+        for piece in pieces:
+            text += piece
+            if show:
+                print(piece, end="", flush=True)
+    if show:
+        print()
+    if args.workdir and show:
         settings = {name: getattr(args, name) for name in _SAMPLING}
         results = {"checkpoint": path, "prompt": args.prompt, "text": text, **settings}
         _write_results(pathlib.Path(args.workdir), results)
+
+
+def _mesh(text: str) -> schema.MeshConfig:
+    """`fsdp=2,tensor=4` as the section of a configuration."""
+    axes = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if not re.fullmatch("-?[0-9]+", size):
+            raise errors.UserError(f"--mesh={text} must be like fsdp=2,tensor=4")
+        axes[axis] = int(size)
+    return schema.from_dict(axes, schema.MeshConfig, "mesh.")
+
+
+def _launch(args, arguments):
+    from .train.launch import launch
+
+    if args.n < 1:
+        raise errors.UserError(f"-n={args.n} must be at least 1")
+    if not arguments or arguments[0] not in ("train", "eval", "generate"):
+        raise errors.UserError("launch takes a command after --: train, eval or generate")
+    status = launch(arguments, args.n, args.devices)
+    if status:
+        sys.exit(status)
+
+
+def _join(args, command):
+    """Become one of several processes, where there are several."""
+    from .models import processes
+
+    facts = {"command": command}
+    if "config" in args:
+        facts["config"] = schema.to_dict(schema.from_dict(args.config))
+    processes.join(
+        args.coordinator, args.num_processes, args.process_id, facts, args.join_timeout,
+        args.heartbeat,
+    )  # fmt: skip
 
 
 def _convert(args, paths):
@@ -123,6 +173,15 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         )  # fmt: skip
     if command in ("train", "eval", "generate"):
         flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
+        flags.DEFINE_string(
+            "coordinator", "", "HOST:PORT of the first of several processes; clusters tell", **text
+        )
+        flags.DEFINE_integer("num_processes", 0, "how many; 1 = alone, whatever is around", **text)
+        flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", **text)
+        flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", **text)
+        flags.DEFINE_integer(
+            "heartbeat", 100, "seconds of silence after which a process counts as dead", **text
+        )
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
     if command == "generate":
@@ -134,7 +193,11 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_float("min_p", 0.0, "least probability / the largest", **text)
         flags.DEFINE_integer("seed", 0, "of the sampling", **text)
         flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
+        flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
+    if command == "launch":
+        flags.DEFINE_integer("n", 2, "processes", **text)
+        flags.DEFINE_integer("devices", 0, "of each process: GPUs, or simulated on CPU", **text)
     if command == "convert":
         args.set_gnu_getopt(True)  # flags may follow the paths
         flags.DEFINE_enum("to", "hf", ["hf", "puna"], "format of DST", **text)
@@ -194,6 +257,10 @@ def _run(argv: list[str]) -> None:
     command, *rest = argv
     if command not in COMMANDS:
         raise errors.UserError(f"{command} is not a command; one of {', '.join(COMMANDS)}")
+    passed_on = []
+    if command == "launch" and "--" in rest:
+        at = rest.index("--")
+        rest, passed_on = rest[:at], rest[at + 1 :]
     rest = ["puna", *_prepare(rest)]
     args = _flags(command, rest)
     try:
@@ -210,11 +277,15 @@ def _run(argv: list[str]) -> None:
     if command == "convert":
         _convert(args, left)
         return
+    if command == "launch":
+        _launch(args, passed_on)
+        return
     if left:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
     if "config" in args:
         _required(args, "config")
         schema.from_dict(args.config)
+    _join(args, command)
     {"train": _train, "eval": _eval, "generate": _generate}[command](args)
 
 

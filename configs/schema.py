@@ -125,6 +125,8 @@ class ModelConfig:
     compute_dtype: str = key("bfloat16", "matmul operands and activations", DTYPE)
     param_dtype: str = key("float32", "stored parameters", DTYPE)
     remat: str = key("none", "what the backward pass recomputes", one_of("none", "dots", "full"))
+    pipeline_microbatches: int = key(0, "parts of a batch in the pipeline; 0 = one a stage",
+                                     at_least(0))  # fmt: skip
 
     vision: VisionConfig = section(VisionConfig)
     audio: AudioConfig = section(AudioConfig)
@@ -198,9 +200,12 @@ class TrainConfig:
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices."""
 
+    slices: int = key(1, "replicas over the data-centre network", AXIS_SIZE)
+    pipeline: int = key(1, "stages that the layers are split into", AXIS_SIZE)
     data: int = key(-1, "replicas that split the batch", AXIS_SIZE)
     fsdp: int = key(1, "split of batch, parameters and optimizer state", AXIS_SIZE)
-    expert: int = key(1, "split of batch and of the experts", AXIS_SIZE)
+    expert: int = key(1, "split of batch, parameters and the experts", AXIS_SIZE)
+    context: int = key(1, "split of the row's length and of the parameters", AXIS_SIZE)
     tensor: int = key(1, "split of heads, MLP width and vocabulary", AXIS_SIZE)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
-from ..models import sharding
+from ..models import processes, sharding
 from ..models.transformer import unembed_table
 from ..train.data import batches, make_eval_rows
 from ..train.objectives.next_token import cross_entropy
@@ -30,7 +30,7 @@ def evaluate_loss(config: Config, model, params, tokenizer, mesh) -> dict[str, f
     Raises:
       UserError: the split holds nothing to predict.
     """
-    parts = sharding.batch_parts(mesh)
+    parts = sharding.parts("batch", mesh)
     size = -(-config.eval.batch_size // parts) * parts
     rows = make_eval_rows(config.data, tokenizer, config.data.validation, config.data.seq_len)
     rows = itertools.islice(rows, config.eval.max_rows or None)
@@ -38,7 +38,8 @@ def evaluate_loss(config: Config, model, params, tokenizer, mesh) -> dict[str, f
     with jax.set_mesh(mesh):
         for batch in batches(rows, size):
             device = sharding.put_batch(mesh, batch, list(range(size)), size)
-            nll += float(np.sum(np.asarray(_row_losses(model, params, device), np.float64)))
+            nll_B = processes.on_host(_row_losses(model, params, device))
+            nll += float(np.sum(nll_B.astype(np.float64)))
             weights = batch["weights_BT"]
             tokens += float(weights.sum(dtype=np.float64))
             bytes_ += float((tokenizer.token_bytes[batch["targets_BT"]] * weights).sum())

@@ -1,11 +1,14 @@
 """Grouped-query attention of one layer: projections, RoPE or NoPE, cache, and the softmax."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import rope
-from .blockwise import attend
+from . import blockwise as kernels
+from . import context, rope, sharding
 from .cache import LayerCache
 from .layers import contract, normal, param, residual_std, rms_norm
 from .masks import Tokens
@@ -49,13 +52,59 @@ class Attention(nn.Module):
 
         chunk_size = c.chunk_size if self.use_rope else 0
         if cache is None:
-            keys, values, key_tokens = k_BTKH, v_BTKH, tokens
+            a_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, tokens, chunk_size)
         else:
             keys, values, key_tokens, cache = cache.extend(k_BTKH, v_BTKH, tokens)
-        a_BTNH = attend(q_BTNH, keys, values, tokens, key_tokens, chunk_size=chunk_size,
-                        aligned=cache is None)  # fmt: skip
+            a_BTNH = attend_cached(q_BTNH, keys, values, tokens, key_tokens, chunk_size)
         y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
-        return constrain(y_BTD, "batch", "length", "act_embed"), cache
+        return constrain(y_BTD, "batch", "residual_length", "act_embed"), cache
+
+
+def attend(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, chunk_size: int):
+    """Attention of the tokens of a row to each other, each device computing its own part.
+
+    Under context parallelism rows are in zig-zag order and a device gathers the keys of the row.
+    """
+    attend = functools.partial(kernels.attend, chunk_size=chunk_size)
+    T = q_BTNH.shape[1]
+    n = context.devices(T)
+
+    def local(q, k, v, tokens):
+        if n == 1:
+            return attend(q, k, v, tokens, tokens, start=0)
+        k, v, k_tokens = (jax.tree.map(lambda x: context.gather(x, n), x) for x in (k, v, tokens))
+        halves = zip(
+            *(jnp.split(x, 2, 1) for x in (q, tokens.positions_BT, tokens.segments_BT)),
+            context.starts(n, T), strict=True,
+        )  # fmt: skip
+        return jnp.concatenate(
+            [attend(q, k, v, Tokens(p, s), k_tokens, start=start) for q, p, s, start in halves],
+            axis=1,
+        )
+
+    if not sharding.split_axes():
+        return local(q_BTNH, k_BTKH, v_BTKH, tokens)
+    length = "length" if n > 1 else None
+    q_spec = sharding.activation(q_BTNH.shape, ("batch", length, "act_heads", None))
+    kv_spec = sharding.activation(k_BTKH.shape, ("batch", length, "act_kv_heads", None))
+    tokens_spec = sharding.activation(tokens.positions_BT.shape, ("batch", length))
+    return sharding.per_device(local, (q_spec, kv_spec, kv_spec, tokens_spec), q_spec)(
+        q_BTNH, k_BTKH, v_BTKH, tokens
+    )
+
+
+def attend_cached(q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens, chunk_size: int):
+    """Attention of new tokens to the cache, whose rows are whole on every device that has one."""
+    attend = functools.partial(kernels.attend, chunk_size=chunk_size)
+    if not sharding.split_axes():
+        return attend(q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens)
+    q_spec = sharding.activation(q_BTNH.shape, ("batch", "length", "act_heads", None))
+    kv_spec = sharding.activation(k_BSKH.shape, ("batch", None, "act_kv_heads", None))
+    q_rows = sharding.activation(q_BTNH.shape[:2], ("batch", "length"))
+    k_rows = sharding.activation(k_BSKH.shape[:2], ("batch", None))
+    return sharding.per_device(attend, (q_spec, kv_spec, kv_spec, q_rows, k_rows), q_spec)(
+        q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens
+    )
 
 
 def temperature(positions_BT, config: ModelConfig):

@@ -19,15 +19,16 @@ _NEVER = -1e30
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_size=0,
-           aligned=False):  # fmt: skip
+           start=None):  # fmt: skip
     """Softmax attention of each query over the keys it sees, scaled by H**-0.5.
 
     Args:
       q_BTNH, k_BSKH, v_BSKH: in the compute dtype; query head n reads key head n // (N / K).
       q_tokens, k_tokens: positions and segments, see `masks.visible`.
       chunk_size: of chunked attention; 0 = none.
-      aligned: queries and keys are the same tokens in the same order, so that blocks of later
-        keys, or keys more than a chunk before, can be passed over unseen.
+      start: the queries are tokens [start, start + T) of the keys', in the same order, so that
+        blocks of later keys, or keys more than a chunk before, can be passed over unseen. An int
+        or a traced scalar; None where keys come in any order.
 
     Returns:
       [B, T, N, H] in q's dtype; zeros for a query that sees nothing.
@@ -41,7 +42,8 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
     q_tokens, k_tokens = (
         jax.tree.map(lambda x, b=b: _pad(x, b), t) for t, b in ((q_tokens, bq), (k_tokens, bk))
     )
-    out = _blockwise(q, k, v, q_tokens, k_tokens, chunk_size, aligned, bq, bk)
+    start = None if start is None else jnp.asarray(start, jnp.int32)
+    out = _blockwise(q, k, v, q_tokens, k_tokens, start, chunk_size, bq, bk)
     return out.transpose(0, 3, 1, 2, 4).reshape(B, -1, N, H)[:, :T]
 
 
@@ -51,13 +53,14 @@ def _pad(x, block):
     return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
 
 
-def _range(i, bq, bk, num_keys, chunk_size, aligned):
+def _range(i, bq, bk, num_keys, chunk_size, start):
     """Blocks of keys [low, high) that query block i may see."""
-    if not aligned:
+    if start is None:
         return 0, num_keys // bk
-    high = jnp.minimum(((i + 1) * bq + bk - 1) // bk, num_keys // bk)
+    first = start + i * bq
+    high = jnp.minimum((first + bq + bk - 1) // bk, num_keys // bk)
     # In a packed row chunks start anywhere, but none reaches further back than its size.
-    low = jnp.maximum(i * bq - (chunk_size - 1), 0) // bk if chunk_size else 0
+    low = jnp.maximum(first - (chunk_size - 1), 0) // bk if chunk_size else 0
     return low, high
 
 
@@ -82,12 +85,12 @@ def _scores(q, k, q_tokens, k_tokens, i, j, bq, bk, chunk_size):
     return jnp.where(seen[:, None, None], s, _NEVER), q_i, k_j
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _blockwise(q, k, v, q_tokens, k_tokens, chunk_size, aligned, bq, bk):
-    return _forward(q, k, v, q_tokens, k_tokens, chunk_size, aligned, bq, bk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _blockwise(q, k, v, q_tokens, k_tokens, start, chunk_size, bq, bk):
+    return _forward(q, k, v, q_tokens, k_tokens, start, chunk_size, bq, bk)[0]
 
 
-def _forward(q, k, v, q_tokens, k_tokens, chunk_size, aligned, bq, bk):
+def _forward(q, k, v, q_tokens, k_tokens, start, chunk_size, bq, bk):
     shape = (*q.shape[:3], bq)
 
     def query_block(i):
@@ -101,9 +104,9 @@ def _forward(q, k, v, q_tokens, k_tokens, chunk_size, aligned, bq, bk):
             pv = _einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), _take(v, j, bk, 2))
             return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + pv
 
-        start = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])))
-        low, high = _range(i, bq, bk, k.shape[2], chunk_size, aligned)
-        top, total, acc = jax.lax.fori_loop(low, high, key_block, start)
+        zeros = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])))
+        low, high = _range(i, bq, bk, k.shape[2], chunk_size, start)
+        top, total, acc = jax.lax.fori_loop(low, high, key_block, zeros)
         total = jnp.where(total == 0.0, 1.0, total)
         return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
@@ -113,7 +116,7 @@ def _forward(q, k, v, q_tokens, k_tokens, chunk_size, aligned, bq, bk):
     else:
         out, lse = jax.lax.map(query_block, jnp.arange(blocks))
         out, lse = _join(out), _join(lse)
-    return out, (q, k, v, q_tokens, k_tokens, out, lse)
+    return out, (q, k, v, q_tokens, k_tokens, start, out, lse)
 
 
 def _join(x):
@@ -122,8 +125,8 @@ def _join(x):
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-def _backward(chunk_size, aligned, bq, bk, saved, d_out):
-    q, k, v, q_tokens, k_tokens, out, lse = saved
+def _backward(chunk_size, bq, bk, saved, d_out):
+    q, k, v, q_tokens, k_tokens, start, out, lse = saved
     d_out = d_out.astype(q.dtype)
     # sum_s p_s dp_s of the softmax gradient, without p (arXiv 2205.14135, appendix B.4).
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -143,7 +146,7 @@ def _backward(chunk_size, aligned, bq, bk, saved, d_out):
             dv = _add(dv, _einsum("BKGTS,BKGTH->BKSH", p.astype(q.dtype), d_i), j * bk)
             return dq, dk, dv
 
-        low, high = _range(i, bq, bk, k.shape[2], chunk_size, aligned)
+        low, high = _range(i, bq, bk, k.shape[2], chunk_size, start)
         dq = jnp.zeros(d_i.shape, jnp.float32)
         dq, dk, dv = jax.lax.fori_loop(low, high, key_block, (dq, *carry))
         return (dk, dv), dq.astype(q.dtype)
@@ -155,7 +158,7 @@ def _backward(chunk_size, aligned, bq, bk, saved, d_out):
     else:
         (dk, dv), dq = jax.lax.scan(query_block, zeros, jnp.arange(blocks))
         dq = _join(dq)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
 def _add(total, part, start):

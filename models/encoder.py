@@ -139,7 +139,7 @@ class Encoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.sizes.num_layers,
-            metadata_params={nn.meta.PARTITION_NAME: "layers"},
+            metadata_params={nn.meta.PARTITION_NAME: "encoder_layers"},
         )
         x_BTD, _ = scan(self.config, self.sizes, name="blocks")(x_BTD, angles_1TJ, tokens)
         return LayerNorm(self.config, name="norm_out")(x_BTD)

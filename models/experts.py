@@ -79,7 +79,7 @@ def swiglu_experts(
     Returns:
       (y_TD in the dtype of x_TD, ExpertStats). Gradients reach x, both scales and the weights.
     """
-    num_tokens, num_experts, num_pairs = x_TD.shape[0], w_gate_EDF.shape[0], len(routing.token_M)
+    num_experts, num_pairs = len(w_gate_EDF), len(routing.token_M)
     order_M, load_E = sort_by_expert(routing.expert_M, num_experts)
     if capacity is None:
         pair_R = jnp.where(jnp.arange(num_pairs) < load_E.sum(), order_M, num_pairs)
@@ -102,16 +102,27 @@ def swiglu_experts(
 
         matmul = batched
 
-    # Unused rows read zeros and are dropped on the way back, so no NaN leaks from them.
-    token_R = routing.token_M.at[pair_R].get(mode="fill", fill_value=num_tokens)
-    rows_RD = x_TD.at[token_R].get(mode="fill", fill_value=0)
-    rows_RD = _scale(rows_RD, routing.input_scale_M, pair_R)
+    rows_RD = read_pairs(x_TD, routing, pair_R)
     gate_RF, up_RF = matmul(rows_RD, w_gate_EDF), matmul(rows_RD, w_up_EDF)
     out_RD = matmul(swiglu(gate_RF, up_RF), w_down_EFD)
-    out_RD = _scale(out_RD, routing.output_scale_M, pair_R)
-    y_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    y_TD = y_TD.at[token_R].add(out_RD.astype(jnp.float32), mode="drop")
-    return y_TD.astype(x_TD.dtype), ExpertStats(load_E, dropped)
+    return write_pairs(out_RD, routing, pair_R, x_TD), ExpertStats(load_E, dropped)
+
+
+def read_pairs(x_TD, routing: Routing, pair_R):
+    """What the experts of the pairs read: their tokens, scaled; zeros where pair_R is M."""
+    token_R = routing.token_M.at[pair_R].get(mode="fill", fill_value=len(x_TD))
+    return _scale(x_TD.at[token_R].get(mode="fill", fill_value=0), routing.input_scale_M, pair_R)
+
+
+def write_pairs(y_RD, routing: Routing, pair_R, x_TD):
+    """Add up for each token what its pairs gave, scaled; an array like x_TD.
+
+    What an unused row holds is dropped, so no NaN leaks from it.
+    """
+    token_R = routing.token_M.at[pair_R].get(mode="fill", fill_value=len(x_TD))
+    y_RD = _scale(y_RD, routing.output_scale_M, pair_R).astype(jnp.float32)
+    y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_R].add(y_RD, mode="drop")
+    return y_TD.astype(x_TD.dtype)
 
 
 def _scale(rows, scale_M, pair_R):

@@ -197,7 +197,7 @@ def _blocks(model, params, prompts, max_tokens, sampling, seed, first_row, stop_
             finished_B, block):  # fmt: skip
     mesh = jax.sharding.get_abstract_mesh()
     B = len(prompts)
-    rows = B if mesh.empty else B + -B % sharding.batch_parts(mesh)
+    rows = B if mesh.empty else B + -B % sharding.parts("batch", mesh)
     longest = max(map(len, prompts))
     # The last token of a prompt is the first input of the decoding loop.
     T = max(1, longest - 1)

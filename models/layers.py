@@ -148,7 +148,7 @@ class SwiGLU(nn.Module):
         up_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
         h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "act_mlp")
         y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)
-        return constrain(y_BTD, "batch", "length", "act_embed")
+        return constrain(y_BTD, "batch", "residual_length", "act_embed")
 
 
 def swiglu(gate, up):

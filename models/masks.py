@@ -13,6 +13,8 @@ class Tokens(flax.struct.PyTreeNode):
 
     positions_BT: jax.Array
     segments_BT: jax.Array
+    # Whether the tokens of a row are in zig-zag order, see `context`.
+    dealt: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def visible(q: Tokens, k: Tokens, chunk_size: int):

@@ -19,9 +19,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from ..configs.schema import ModelConfig
-from . import sharding
-from .experts import Routing, swiglu_experts
+from . import context, exchange, sharding
+from .experts import Routing, read_pairs, sort_by_expert, swiglu_experts, write_pairs
 from .layers import SwiGLU, contract, normal, param, residual_std
+from .masks import Tokens
 from .sharding import constrain
 
 
@@ -32,6 +33,22 @@ class Choice(NamedTuple):
     expert_BM: jax.Array
     input_scale_BM: jax.Array | None
     output_scale_BM: jax.Array | None
+
+
+class RouterSums(flax.struct.PyTreeNode):
+    """What one layer's router did, as sums over tokens, padding apart; parts of a batch add up.
+
+    tokens: how many. count_E: pairs that each expert was chosen for. kept: pairs within capacity.
+    prob_E: of each expert. entropy: of a token's distribution over experts, nats. z: the squares
+    of logsumexp(logits).
+    """
+
+    tokens: jax.Array
+    count_E: jax.Array
+    kept: jax.Array
+    prob_E: jax.Array
+    entropy: jax.Array
+    z: jax.Array
 
 
 class RouterStats(flax.struct.PyTreeNode):
@@ -85,38 +102,51 @@ def capacity(config: ModelConfig, row_length: int, factor: float) -> int:
     return max(1, min(row_length, math.ceil(factor * even)))
 
 
-def drop_overflow(choice: Choice, num_experts: int, limit: int) -> Choice:
-    """Mark as unused the pairs beyond the first `limit` of each expert in each row."""
-    chosen_BME = jax.nn.one_hot(choice.expert_BM, num_experts, dtype=jnp.int32)
+def drop_overflow(choice: Choice, num_experts: int, limit: int, dealt: bool = False) -> Choice:
+    """Mark as unused the pairs beyond the first `limit` of each expert in each row.
+
+    Args:
+      dealt: tokens are in zig-zag order, but the first to come are those in the natural one.
+    """
+    expert_BM = context.undeal(choice.expert_BM) if dealt else choice.expert_BM
+    chosen_BME = jax.nn.one_hot(expert_BM, num_experts, dtype=jnp.int32)
     place_BM = jnp.sum(jnp.cumsum(chosen_BME, axis=1) * chosen_BME, axis=-1)
-    kept_BM = jnp.where(place_BM <= limit, choice.expert_BM, num_experts)
-    return choice._replace(expert_BM=kept_BM)
+    kept_BM = jnp.where(place_BM <= limit, expert_BM, num_experts)
+    return choice._replace(expert_BM=context.deal(kept_BM) if dealt else kept_BM)
 
 
-def router_stats(logits_BTE, chosen_BM, kept_BM, valid_BT, config: ModelConfig) -> RouterStats:
-    """Statistics and auxiliary losses over all tokens of the batch.
+def router_sums(logits_BTE, chosen_BM, kept_BM, valid_BT) -> RouterSums:
+    """What the router did with these tokens."""
+    E = logits_BTE.shape[-1]
+    mask_BT1 = valid_BT[..., None]
+    prob_BTE = jnp.where(mask_BT1, jax.nn.softmax(logits_BTE), 0.0)
+    log_BTE = jnp.where(mask_BT1, jax.nn.log_softmax(logits_BTE), 0.0)
+    z_BT = jnp.where(valid_BT, jax.nn.logsumexp(logits_BTE, axis=-1), 0.0)
+    return RouterSums(
+        tokens=jnp.sum(valid_BT),
+        count_E=jnp.sum(chosen_BM[..., None] == jnp.arange(E), axis=(0, 1)),
+        kept=jnp.sum(kept_BM < E),
+        prob_E=jnp.sum(prob_BTE, axis=(0, 1)),
+        entropy=-jnp.sum(prob_BTE * log_BTE),
+        z=jnp.sum(z_BT**2),
+    )
+
+
+def router_stats(sums: RouterSums, config: ModelConfig) -> RouterStats:
+    """Statistics and auxiliary losses from the sums of one layer, or of a stack of layers.
 
     Load balancing is E * sum_e load_e * mean probability_e (Switch, arXiv 2101.03961), 1 where
     even; the z-loss is the mean of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906).
     """
-    E = config.num_experts
-    tokens = jnp.maximum(jnp.sum(valid_BT), 1)
-    mask_BT1 = valid_BT[..., None]
-    prob_BTE = jnp.where(mask_BT1, jax.nn.softmax(logits_BTE), 0.0)
-    log_BTE = jnp.where(mask_BT1, jax.nn.log_softmax(logits_BTE), 0.0)
-    experts = jnp.arange(E)
-    count_E = jnp.sum(chosen_BM[..., None] == experts, axis=(0, 1))
-    kept = jnp.sum(kept_BM < E)
-    pairs = jnp.maximum(jnp.sum(count_E), 1)
-    load_E = count_E / pairs
-    balance = E * jnp.sum(load_E * jnp.sum(prob_BTE, axis=(0, 1)) / tokens)
-    z_BT = jnp.where(valid_BT, jax.nn.logsumexp(logits_BTE, axis=-1), 0.0)
+    tokens = jnp.maximum(sums.tokens, 1)
+    pairs = jnp.maximum(jnp.sum(sums.count_E, axis=-1), 1)
+    load_E = sums.count_E / pairs[..., None]
+    balance = config.num_experts * jnp.sum(load_E * sums.prob_E, axis=-1) / tokens
     return RouterStats(
         load_E=load_E,
-        entropy=-jnp.sum(prob_BTE * log_BTE) / tokens,
-        dropped=1.0 - kept / pairs,
-        loss=config.load_balance_weight * balance
-        + config.router_z_weight * jnp.sum(z_BT**2) / tokens,
+        entropy=sums.entropy / tokens,
+        dropped=1.0 - sums.kept / pairs,
+        loss=config.load_balance_weight * balance + config.router_z_weight * sums.z / tokens,
     )
 
 
@@ -126,13 +156,14 @@ class MoE(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD, valid_BT):
-        """Returns the output [B, T, D] and the router's statistics."""
+    def __call__(self, x_BTD, tokens: Tokens):
+        """Returns the output [B, T, D] and the router's sums."""
         c = self.config
         D, E, F = c.embed_dim, c.num_experts, c.expert_dim
         read, write = normal(D**-0.5), normal(residual_std(F, c))
         router_DE = param(self, "router_DE", (D, E), ("embed", "router"), read, c.param_dtype)
-        up_names, down_names = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        up_names = ("experts", "expert_embed", "mlp")
+        down_names = ("experts", "mlp", "expert_embed")
         w_gate_EDF = param(self, "w_gate_EDF", (E, D, F), up_names, read, c.param_dtype)
         w_up_EDF = param(self, "w_up_EDF", (E, D, F), up_names, read, c.param_dtype)
         w_down_EFD = param(self, "w_down_EFD", (E, F, D), down_names, write, c.param_dtype)
@@ -142,66 +173,95 @@ class MoE(nn.Module):
 
         # In float32 whatever the rest: a rounded logit sends a token to another expert.
         logits_BTE = contract("BTD,DE->BTE", x_BTD, router_DE, "float32")
+        logits_BTE = constrain(logits_BTE, "batch", "length", None)
+        valid_BT = tokens.segments_BT != 0
+        # The dim of the pairs: an expert's choice may be anywhere in the row.
+        pairs = "length"
         if c.router == "expert_choice":
             choice = kept = choose_tokens(logits_BTE, valid_BT, c)
             limit = capacity(c, x_BTD.shape[1], c.capacity_factor or 1.0)
+            pairs = None
         else:
             choice = kept = choose_experts(logits_BTE, bias_E, valid_BT, c)
             limit = None
             if c.capacity_factor:
                 limit = capacity(c, x_BTD.shape[1], c.capacity_factor)
-                kept = drop_overflow(choice, E, limit)
-        stats = router_stats(logits_BTE, choice.expert_BM, kept.expert_BM, valid_BT, c)
-        y_BTD = apply_experts(x_BTD, kept, w_gate_EDF, w_up_EDF, w_down_EFD, limit, c.compute_dtype)
+                kept = drop_overflow(choice, E, limit, tokens.dealt)
+        sums = router_sums(logits_BTE, choice.expert_BM, kept.expert_BM, valid_BT)
+        weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
+        y_BTD = apply_experts(x_BTD, kept, weights, limit, pairs, c.compute_dtype)
         if c.shared_expert:
             y_BTD = y_BTD + SwiGLU(c, F, name="shared")(x_BTD)
-        return constrain(y_BTD, "batch", "length", "act_embed"), stats
+        return constrain(y_BTD, "batch", "residual_length", "act_embed"), sums
 
 
-def apply_experts(x_BTD, choice: Choice, w_gate_EDF, w_up_EDF, w_down_EFD, limit, dtype):
+def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
     """Each token's sum over its experts, with experts split over the mesh axis `expert`.
 
-    Devices of one `expert` group gather each other's tokens, compute the pairs of their own
-    experts and add up what belongs together; the hidden width is split over `tensor`.
+    Each device sends the pairs of its own tokens to the devices that have their experts, and gets
+    the results back. The hidden width is split over `tensor`.
 
     Args:
+      weights: w_gate_EDF, w_up_EDF, w_down_EFD.
       limit: most pairs of one row that an expert takes, None if there is no bound.
+      pairs: logical axis of the pairs' dim.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    split = {} if mesh.empty else {a: n for a, n in mesh.shape.items() if n > 1}
+    num_experts = len(weights[0])
+    split = sharding.split_axes()
+    rows = out = PartitionSpec(None, None, None)
+    if split:
+        rows = sharding.activation(x_BTD.shape, ("batch", "length", None))
+        out = sharding.activation(x_BTD.shape, ("batch", "residual_length", None))
 
-    def local(x_BTD, choice, w_gate_EDF, w_up_EDF, w_down_EFD):
-        experts = w_gate_EDF.shape[0]
-        if "expert" in split:
-            x_BTD, choice = jax.tree.map(
-                lambda a: jax.lax.all_gather(a, "expert", axis=0, tiled=True), (x_BTD, choice)
-            )
-            mine_BM = choice.expert_BM - jax.lax.axis_index("expert") * experts
-            here_BM = (mine_BM >= 0) & (mine_BM < experts)
-            choice = choice._replace(expert_BM=jnp.where(here_BM, mine_BM, experts))
+    def local(x_BTD, choice, weights):
         B, T, D = x_BTD.shape
-        pairs = choice.expert_BM.size
-        row_B1 = jnp.arange(B)[:, None]
-        choice = choice._replace(token_BM=choice.token_BM + T * row_B1)
+        token_BM, expert_BM = choice.token_BM, choice.expert_BM
+        if rows[1]:  # the row goes on on other devices
+            token_BM = token_BM - T * jax.lax.axis_index(context.AXIS)
+            here_BM = (token_BM >= 0) & (token_BM < T)
+            token_BM = jnp.where(here_BM, token_BM, 0)
+            expert_BM = jnp.where(here_BM, expert_BM, num_experts)
+        token_BM = token_BM + T * jnp.arange(B)[:, None]
+        choice = choice._replace(token_BM=token_BM, expert_BM=expert_BM)
         routing = Routing(*jax.tree.map(lambda a: a.reshape(-1), choice))
-        y_TD, _ = swiglu_experts(
-            x_BTD.reshape(B * T, D), routing, w_gate_EDF, w_up_EDF, w_down_EFD,
-            capacity=None if limit is None else B * limit,
-            expected_pairs=pairs // split.get("expert", 1), dtype=dtype,
-        )  # fmt: skip
-        if "tensor" in split:
-            y_TD = jax.lax.psum(y_TD, "tensor")
-        y_BTD = y_TD.reshape(B, T, D)
+        x_TD = x_BTD.reshape(B * T, D)
+        bound = None if limit is None else B * limit
         if "expert" in split:
-            y_BTD = jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
-        return y_BTD
+            y_TD = _exchanged(x_TD, routing, weights, num_experts, bound, dtype)
+        else:
+            y_TD, _ = swiglu_experts(x_TD, routing, *weights, capacity=bound, dtype=dtype)
+        y_BTD = y_TD.reshape(B, T, D)
+        if "tensor" in split and out[1] != rows[1]:
+            return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(y_BTD, "tensor") if "tensor" in split else y_BTD
 
     if not split:
-        return local(x_BTD, choice, w_gate_EDF, w_up_EDF, w_down_EFD)
-    up = sharding.resolve("experts", w_gate_EDF.shape, ("experts", None, "act_mlp"), mesh)
-    down = sharding.resolve("experts", w_down_EFD.shape, ("experts", "act_mlp", None), mesh)
-    rows = sharding.resolve("tokens", x_BTD.shape, ("batch", "length", None), mesh)
-    pair_rows = jax.tree.map(lambda _: PartitionSpec(rows[0]), choice)
-    return jax.shard_map(
-        local, in_specs=(rows, pair_rows, up, up, down), out_specs=rows, check_vma=False
-    )(x_BTD, choice, w_gate_EDF, w_up_EDF, w_down_EFD)
+        return local(x_BTD, choice, weights)
+    up = sharding.activation(weights[0].shape, ("experts", None, "act_mlp"))
+    down = sharding.activation(weights[2].shape, ("experts", "act_mlp", None))
+    of_pair = sharding.activation(x_BTD.shape[:2], ("batch", pairs))
+    in_specs = (rows, jax.tree.map(lambda _: of_pair, choice), (up, up, down))
+    return sharding.per_device(local, in_specs, out)(x_BTD, choice, weights)
+
+
+def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):
+    """`swiglu_experts` where each device of the group has some of the experts."""
+    here, num_pairs = len(weights[0]), len(routing.token_M)
+    devices = num_experts // here
+    # An unused pair has expert `num_experts`, so its device is none of the group.
+    order_M, send_n = sort_by_expert(routing.expert_M // here, devices)
+    pair_M = jnp.where(jnp.arange(num_pairs) < send_n.sum(), order_M, num_pairs)
+    plan = exchange.plan(send_n)
+    slots = num_pairs if bound is None else min(num_pairs, here * bound)
+    rows_RD = exchange.send(read_pairs(x_TD, routing, pair_M), plan, slots)
+    # Empty slots come as 0.
+    number_M1 = (routing.expert_M[order_M] % here + 1)[:, None]
+    number_R = jnp.ravel(exchange.send(number_M1, plan, slots))
+    expert_R = jnp.where(number_R > 0, number_R - 1, here)
+    y_RD, _ = swiglu_experts(
+        rows_RD, Routing(jnp.arange(len(rows_RD)), expert_R), *weights,
+        capacity=None if bound is None else devices * bound,
+        expected_pairs=num_pairs, dtype=dtype,
+    )  # fmt: skip
+    y_MD = exchange.bring_back(y_RD, plan, num_pairs)
+    return write_pairs(y_MD, routing, pair_M, x_TD)

@@ -4,6 +4,7 @@ import jax
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
+from . import pipeline
 
 # All of it, matmul results only, or layer inputs only.
 REMAT = {
@@ -11,6 +12,13 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def stage_policy(config: ModelConfig):
+    """The same for a tick of the pipeline, which never saves the weights it uses."""
+    if config.remat == "none":
+        return jax.checkpoint_policies.save_anything_except_these_names(pipeline.WEIGHTS)
+    return REMAT[config.remat]
 
 
 def rematerialized(layer: type[nn.Module], config: ModelConfig) -> type[nn.Module]:

@@ -14,6 +14,7 @@ import flax
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..configs.errors import ConfigError
@@ -21,27 +22,38 @@ from ..configs.schema import MeshConfig
 
 AXES = tuple(f.name for f in dataclasses.fields(MeshConfig))
 
-# Logical axis -> mesh axes. Parameters first, then activations.
+# Logical axis -> mesh axes. Parameters first, then activations. Parameters and optimizer state lie
+# split over all axes that split tokens within a slice, and are gathered where they are used.
 RULES: dict[str, tuple[str, ...]] = {
-    "layers": (),
+    "layers": ("pipeline",),
+    "encoder_layers": (),
     "vocab": ("tensor",),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert", "context"),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
     "experts": ("expert",),
+    "expert_embed": ("fsdp", "context"),
     "router": (),
     "norm": (),
     "patches": (),
-    "batch": ("data", "fsdp", "expert"),
-    "length": (),
+    "batch": ("slices", "data", "fsdp", "expert"),
+    "length": ("context",),
+    # Between attention and MLP each device of a tensor group keeps its own part of the length
+    # (sequence parallelism, arXiv 2205.05198).
+    "residual_length": ("context", "tensor"),
+    "loss_length": ("context", "pipeline"),
     "act_embed": (),
     "act_heads": ("tensor",),
     "act_kv_heads": ("tensor",),
     "act_mlp": ("tensor",),
     "act_vocab": ("tensor",),
 }
+
+# Lengths are whatever the caller has, down to one token of generation: one that does not divide
+# is not split. `loop` refuses a training length that does not.
+_MAY_STAY_WHOLE = ("length", "residual_length", "loss_length")
 
 
 class Param(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -95,8 +107,23 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
             f"{product} = {fixed} must equal the {len(devices)} devices here; "
             "set one axis to -1 to take what is left"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    return Mesh(_arrange(tuple(sizes.values()), devices), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def _arrange(shape, devices) -> np.ndarray:
+    """Devices so that neighbours on the last axes are neighbours in the network.
+
+    Where the hardware tells its slices apart, the first axis joins them over the data-centre
+    network and no other axis leaves one.
+    """
+    if len({getattr(d, "slice_index", 0) for d in devices}) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    slices, within = shape[0], shape[1:]
+    have = len({d.slice_index for d in devices})
+    if slices != have:
+        raise ConfigError(f"mesh.slices={slices} must equal the {have} slices here")
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *within), (slices, *(1 for _ in within)), devices, allow_split_physical_axes=True
     )
 
 
@@ -123,32 +150,62 @@ def resolve(what: str, shape, names, mesh) -> PartitionSpec:
         if twice := used & set(axes):
             raise ConfigError(f"{what}: mesh axis {twice.pop()!r} would split two dims of {names}")
         used |= set(axes)
-        parts = math.prod(mesh.shape[a] for a in axes)
-        if dim % parts:
-            sizes = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in axes)
-            total = f" = {parts}" if len(axes) > 1 else ""
-            raise ConfigError(f"{what}: {name}={dim} must be a multiple of {sizes}{total}")
+        if dim % math.prod(mesh.shape[a] for a in axes):
+            raise ConfigError(f"{what}: {name}={dim} must be a multiple of {product(name, mesh)}")
         spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
     return PartitionSpec(*spec)
 
 
+def activation(shape, names) -> PartitionSpec:
+    """The `PartitionSpec` of an activation on the current mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = [
+        None if name in _MAY_STAY_WHOLE and dim % parts(name, mesh) else name
+        for dim, name in zip(shape, names, strict=True)
+    ]
+    return resolve("activation", shape, names, mesh)
+
+
 def constrain(x, *names: str | None):
     """Split an activation by the logical names of its dims; does nothing outside a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not split_axes():
         return x
-    return jax.lax.with_sharding_constraint(x, resolve("activation", x.shape, names, mesh))
+    return jax.lax.with_sharding_constraint(x, activation(x.shape, names))
+
+
+def parts(name: str, mesh=None) -> int:
+    """Into how many parts a logical axis is split; on the current mesh by default."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(mesh.shape.get(a, 1) for a in RULES[name])
+
+
+def product(name: str, mesh) -> str:
+    """`parts` as its arithmetic, for messages: `mesh.data=2 * mesh.fsdp=4 = 8`."""
+    axes = [f"mesh.{a}={mesh.shape[a]}" for a in RULES[name] if mesh.shape[a] > 1]
+    if not axes:
+        return "1"
+    return " * ".join(axes) + (f" = {parts(name, mesh)}" if len(axes) > 1 else "")
+
+
+def split_axes() -> dict[str, int]:
+    """The axes of the current mesh that split anything, with their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty else {a: n for a, n in mesh.shape.items() if n > 1}
+
+
+def per_device(f, in_specs, out_specs):
+    """`jax.shard_map` over all axes of the current mesh that no enclosing one has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        f, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How the arrays of a batch [B, ...] lie on the mesh: split along B."""
     axes = tuple(a for a in RULES["batch"] if mesh.shape[a] > 1)
     return NamedSharding(mesh, PartitionSpec(axes or None))
-
-
-def batch_parts(mesh: Mesh) -> int:
-    """Into how many parts the batch is split; B must be a multiple of it."""
-    return math.prod(mesh.shape[a] for a in RULES["batch"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

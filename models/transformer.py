@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import sharding
+from . import context, pipeline, sharding
 from .attention import Attention
 from .audio import Audio, AudioEncoder, no_audio
 from .cache import Cache
 from .fusion import Features, fuse
 from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
 from .masks import Tokens, default_tokens
-from .moe import MoE
-from .remat import rematerialized
+from .moe import MoE, RouterSums, router_stats
+from .remat import rematerialized, stage_policy
+from .sharding import constrain
 from .vision import Images, VisionEncoder, no_images
 
 
@@ -51,15 +52,17 @@ class Layer(nn.Module):
     def __call__(self, x_BTD, tokens, cache):
         c = self.config
         h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
+        h_BTD = constrain(h_BTD, "batch", "length", "act_embed")
         attention = Attention(c, c.uses_rope(self.index), name="attention")
         a_BTD, cache = attention(h_BTD, tokens, cache)
         x_BTD = x_BTD + a_BTD
         h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
+        h_BTD = constrain(h_BTD, "batch", "length", "act_embed")
         if c.is_moe(self.index):
-            y_BTD, stats = MoE(c, name="moe")(h_BTD, tokens.segments_BT != 0)
+            y_BTD, sums = MoE(c, name="moe")(h_BTD, tokens)
         else:
-            y_BTD, stats = SwiGLU(c, c.mlp_dim, name="mlp")(h_BTD), None
-        return x_BTD + y_BTD, cache, stats
+            y_BTD, sums = SwiGLU(c, c.mlp_dim, name="mlp")(h_BTD), None
+        return x_BTD + y_BTD, cache, sums
 
 
 class Block(nn.Module):
@@ -74,9 +77,9 @@ class Block(nn.Module):
         for j in range(self.num_layers):
             name = f"layer_{j}"
             cache = None if caches is None else caches[name]
-            x_BTD, new[name], stats = Layer(self.config, j, name=name)(x_BTD, tokens, cache)
-            if stats is not None:
-                router[name] = stats
+            x_BTD, new[name], sums = Layer(self.config, j, name=name)(x_BTD, tokens, cache)
+            if sums is not None:
+                router[name] = sums
         return x_BTD, (None if caches is None else new, router)
 
 
@@ -128,9 +131,22 @@ class Transformer(nn.Module):
             if media is not None:
                 features = media if isinstance(media, Features) else encoder(c, name=name)(media)
                 x_BTD = fuse(x_BTD, tokens_BT, token_id, features)
+        if cache is None:
+            # Attention to a cache looks tokens up by position; without one, order is of use.
+            x_BTD = context.deal(x_BTD)
+            tokens = jax.tree.map(context.deal, tokens).replace(
+                dealt=context.devices(x_BTD.shape[1]) > 1
+            )
+        x_BTD = constrain(x_BTD, "batch", "residual_length", "act_embed")
         blocks, rest = divmod(c.num_layers, c.period)
         block = rematerialized(Block, c)
-        if blocks:
+        stages = sharding.parts("layers")
+        if blocks and stages > 1 and cache is None and not self.is_initializing():
+            x_BTD, router["blocks"] = pipeline.run(
+                self._block, self.variables["params"]["blocks"], x_BTD, tokens,
+                c.pipeline_microbatches, stage_policy(c),
+            )  # fmt: skip
+        elif blocks:
             scan = nn.scan(
                 block,
                 variable_axes={"params": 0},
@@ -146,6 +162,8 @@ class Transformer(nn.Module):
             tail = block(c, rest, name="tail")
             x_BTD, (new["tail"], router["tail"]) = tail(x_BTD, caches.get("tail"), tokens)
 
+        if tokens.dealt:
+            x_BTD = context.undeal(x_BTD)
         hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
         table_DV = table_VD.T if c.tie_embeddings else Unembed(c, name="unembed")()
         # Rounding the logits would cost what the float32 accumulation has won.
@@ -153,7 +171,16 @@ class Transformer(nn.Module):
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
             cache = Cache(new, lengths_B)
+        router = jax.tree.map(
+            lambda sums: router_stats(sums, c), router, is_leaf=lambda x: isinstance(x, RouterSums)
+        )
         return Output(logits_BTV, hidden_BTD, cache, router)
+
+    def _block(self, params, x_BTD, tokens):
+        """One block on its own, for the pipeline."""
+        block = Block(self.config, self.config.period, parent=None)
+        x_BTD, (_, sums) = block.apply({"params": params}, x_BTD, None, tokens)
+        return x_BTD, sums
 
 
 def unembed_table(config: ModelConfig, params):

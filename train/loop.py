@@ -8,7 +8,7 @@ import jax
 
 from ..configs import schema
 from ..configs.errors import ConfigError, UserError
-from ..models import sharding
+from ..models import processes, sharding
 from ..models.transformer import Transformer, abstract_params
 from . import metrics
 from .checkpoint import Checkpoints
@@ -42,15 +42,17 @@ def train(
     workdir = _writable(pathlib.Path(workdir))
     mesh = sharding.make_mesh(c.mesh)
     _check_batch(c, mesh)
-    tokenizer = prepare_tokenizer(c, workdir)
     rows = sharding.local_rows(mesh, c.train.batch_size)
-    loader = make_train_loader(c.data, tokenizer, c.train.batch_size, rows, c.train.seed)
+    with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
+        tokenizer = prepare_tokenizer(c, workdir)
+        loader = make_train_loader(c.data, tokenizer, c.train.batch_size, rows, c.train.seed)
 
     model = Transformer(c.model)
     boxed = abstract_params(c.model)
     tx = make_optimizer(c, boxed)
     places = abstract_state(c, tx, mesh)
-    print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
+    if processes.is_first():
+        print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
 
     with jax.set_mesh(mesh), Checkpoints(workdir, c, tokenizer_files(workdir)) as checkpoints:
         restored = checkpoints.restore(places)
@@ -60,9 +62,9 @@ def train(
             state, position = restored
             loader.set_state(position)
         start = int(state.step)
-        metrics.write_json(workdir / "config.json", schema.to_dict(c))
-        print(f"step {start} of {c.train.steps}; compiling", flush=True)
-
+        if processes.is_first():
+            metrics.write_json(workdir / "config.json", schema.to_dict(c))
+            print(f"step {start} of {c.train.steps}; compiling", flush=True)
         log = metrics.RunLog(c, workdir, start)
         step_fn = make_train_step(c, model, tx, tokenizer.token_bytes, places)
         for step in range(start + 1, c.train.steps + 1):
@@ -74,10 +76,16 @@ def train(
                 for name, evaluate in (evaluators or {}).items():
                     log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
             if last or step % c.train.save_every == 0:
-                checkpoints.save(state, step, loader.get_state())
+                checkpoints.save(state, step, _data_position(loader))
         log.finish()
         loader.close()
     return state
+
+
+def _data_position(loader) -> dict:
+    """Where all rows of the global batch have got to, whichever process reads them."""
+    parts = processes.gather(loader.get_state())
+    return {row: place for part in parts for row, place in part.items()}
 
 
 def _writable(workdir: pathlib.Path) -> pathlib.Path:
@@ -91,11 +99,23 @@ def _writable(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _check_batch(c: schema.Config, mesh) -> None:
-    """Every microbatch must split evenly over the devices."""
-    rows, parts = c.train.batch_size // c.train.microbatches, sharding.batch_parts(mesh)
-    if rows % parts:
-        axes = " * ".join(f"mesh.{a}={mesh.shape[a]}" for a in sharding.RULES["batch"])
+    """Every microbatch must split evenly over the devices, and every row too."""
+    rows, axes = c.train.batch_size // c.train.microbatches, sharding.product("batch", mesh)
+    if rows % (parts := sharding.parts("batch", mesh)):
         raise ConfigError(
             f"train.batch_size={c.train.batch_size} / train.microbatches={c.train.microbatches} = "
-            f"{rows} must be a multiple of {axes} = {parts}"
+            f"{rows} must be a multiple of {axes}"
+        )
+    stages = sharding.parts("layers", mesh)
+    turns = c.model.pipeline_microbatches or stages
+    if stages > 1 and rows // parts % turns:
+        raise ConfigError(
+            f"train.batch_size={c.train.batch_size} / train.microbatches={c.train.microbatches} = "
+            f"{rows} must be a multiple of {turns} microbatches in the pipeline times {axes}"
+        )
+    devices = sharding.parts("length", mesh)
+    if devices > 1 and c.data.seq_len % (2 * devices):
+        raise ConfigError(
+            f"data.seq_len={c.data.seq_len} must be a multiple of 2 * "
+            f"{sharding.product('length', mesh)}: each device has two blocks of a row"
         )

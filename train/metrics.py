@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..configs.schema import Config, ModelConfig
+from ..models.processes import is_first
 from ..models.transformer import abstract_params, count_params
 from .optimizer import schedule
 
@@ -74,6 +75,8 @@ def peak_flops(config: ModelConfig) -> float | None:
 class RunLog:
     """Turns what steps return into `metrics.jsonl`, event files and a progress line.
 
+    Of several processes only the first writes.
+
     The numbers of a step are fetched only once the next one is under way, so that the device
     never waits for the host.
 
@@ -95,14 +98,16 @@ class RunLog:
         )
         self.peak = peak_flops(config.model)
 
-        path = workdir / "metrics.jsonl"
-        kept = [m for m in read(path) if m["step"] <= start]
-        write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
-        self.file = open(path, "a", encoding="utf-8")
-        self.events = SummaryWriter(str(workdir / "events"), purge_step=start + 1)
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
+        kept = []
+        self.file = self.events = self.bar = None
+        if is_first():
+            path = workdir / "metrics.jsonl"
+            kept = [m for m in read(path) if m["step"] <= start]
+            write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
+            self.file = open(path, "a", encoding="utf-8")
+            self.events = SummaryWriter(str(workdir / "events"), purge_step=start + 1)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
 
         self.last: dict = kept[-1] if kept else {}
         self.pending: tuple[int, dict, dict] | None = None
@@ -157,6 +162,8 @@ class RunLog:
         # JSON has no number for what is not finite.
         bad = {k: None for k, v in scalars.items() if not math.isfinite(v)}
         self.last = {"step": step, **record, **bad}
+        if self.file is None or self.events is None:
+            return
         self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
         self.file.flush()
         for name, value in scalars.items():
@@ -168,10 +175,12 @@ class RunLog:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
 
-    def finish(self) -> dict:
-        """Write the last record, `results.json` and `loss.png`; returns the results."""
+    def finish(self) -> None:
+        """Write the last record, `results.json` and `loss.png`."""
         # No step follows the last one to be timed against.
         self._flush(lambda step: {})
+        if self.file is None or self.events is None:
+            return
         self.file.close()
         self.events.close()
         if self.bar is not None:
@@ -191,7 +200,6 @@ class RunLog:
             results["tokens_per_second"] = self.tokens_per_step / results["step_seconds"]
         write_json(self.workdir / "results.json", results)
         plot_losses(self.workdir)
-        return results
 
 
 SHOWN = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second", "validation_bits_per_byte")

@@ -76,7 +76,9 @@ def _per_parameter(boxed, f):
 
 def _own(names):
     """Dims of one parameter, without those that only stack many of them."""
-    return [i for i, name in enumerate(names) if name not in ("layers", "experts")]
+    return [
+        i for i, name in enumerate(names) if name not in ("layers", "encoder_layers", "experts")
+    ]
 
 
 def _muon_dims(names):
@@ -88,6 +90,6 @@ def _muon_dims(names):
     own = _own(names)
     if len(own) < 2 or {"vocab", "patches", "router"} & set(names):
         return None
-    rows = own[:1] if names[own[0]] == "embed" else own[:-1]
+    rows = own[:1] if names[own[0]].endswith("embed") else own[:-1]
     columns = [i for i in own if i not in rows]
     return optax.contrib.MuonDimensionNumbers(tuple(rows), tuple(columns))

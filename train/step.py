@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ..configs.schema import Config
 from ..models.moe import RouterStats
@@ -60,7 +61,9 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
         return TrainState(state.step + 1, params, opt_state), metrics
 
     out = jax.tree.map(lambda x: x.sharding, places)
-    return jax.jit(step, donate_argnums=0, out_shardings=(out, None))
+    # Metrics are whole everywhere: every process of several can read them.
+    whole = NamedSharding(out.step.mesh, PartitionSpec())
+    return jax.jit(step, donate_argnums=0, out_shardings=(out, whole))
 
 
 def split(batch, parts: int):

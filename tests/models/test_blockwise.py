@@ -61,14 +61,12 @@ def packed(rows, length=T):
 
 
 @functools.cache
-def jitted(chunk_size, aligned, block):
+def jitted(chunk_size, start, block):
     """Output and gradients of `attend`, compiled with its blocks made this small; 0 = one block."""
 
     def run(q, k, v, d_out, q_tokens, k_tokens):
         def f(q, k, v):
-            return blockwise.attend(
-                q, k, v, q_tokens, k_tokens, chunk_size=chunk_size, aligned=aligned
-            )
+            return blockwise.attend(q, k, v, q_tokens, k_tokens, chunk_size=chunk_size, start=start)
 
         out, pull = jax.vjp(f, q, k, v)
         return out, *pull(d_out)
@@ -101,7 +99,7 @@ documents = st.lists(st.lists(st.integers(1, T), max_size=6), min_size=B, max_si
 def test_blocks_give_what_the_formula_gives(chunk_size, K, block, rows, seed):
     args = arrays(np.random.default_rng(seed), K)
     tokens = packed(rows)
-    got = jitted(chunk_size, True, block)(*args, tokens, tokens)
+    got = jitted(chunk_size, 0, block)(*args, tokens, tokens)
     check(got, oracle(*(x.astype(np.float64) for x in args), tokens, tokens, chunk_size))
 
 
@@ -113,7 +111,7 @@ def test_keys_in_any_order(chunk_size):
     positions = np.stack([rng.permutation(S) for _ in range(B)]).astype(np.int32)
     k_tokens = Tokens(jnp.array(positions), jnp.array(rng.integers(0, 2, (B, S), np.int32)))
     q_tokens = Tokens(jnp.array(rng.integers(0, S, (B, T), np.int32)), jnp.ones((B, T), np.int32))
-    got = jitted(chunk_size, False, 16)(*args, q_tokens, k_tokens)
+    got = jitted(chunk_size, None, 16)(*args, q_tokens, k_tokens)
     exact = (x.astype(np.float64) for x in args)
     check(got, oracle(*exact, q_tokens, k_tokens, chunk_size))
 
@@ -122,7 +120,7 @@ def test_keys_in_any_order(chunk_size):
 def test_large_scores_do_not_overflow(block):
     q, k, v, d_out = arrays(np.random.default_rng(4), 2)
     tokens = packed([[T], [9, 30]])
-    out, *gradients = jitted(7, True, block)(q * 1e3, k * 1e3, v, d_out, tokens, tokens)
+    out, *gradients = jitted(7, 0, block)(q * 1e3, k * 1e3, v, d_out, tokens, tokens)
     assert all(np.all(np.isfinite(x)) for x in (out, *gradients))
     assert np.abs(out).max() <= np.abs(v).max() * 1.001
 
@@ -131,7 +129,7 @@ def test_large_scores_do_not_overflow(block):
 def test_padding_gives_zeros_and_gets_none(block):
     args = arrays(np.random.default_rng(5), 2)
     tokens = packed([[20], []])
-    out, dq, dk, dv = jitted(7, True, block)(*args, tokens, tokens)
+    out, dq, dk, dv = jitted(7, 0, block)(*args, tokens, tokens)
     padding = np.asarray(tokens.segments_BT) == 0
     for x in (out, dq, dk, dv):
         assert np.all(np.asarray(x)[padding] == 0.0)
@@ -142,7 +140,7 @@ def test_padding_gives_zeros_and_gets_none(block):
 def test_no_gradient_flows_to_later_keys(chunk_size):
     q, k, v, _ = arrays(np.random.default_rng(6), 2)
     tokens = packed([[T], [T]])
-    run = jitted(chunk_size, True, 16)
+    run = jitted(chunk_size, 0, 16)
     t, s = np.arange(T)[:, None], np.arange(T)[None, :]
     allowed = s <= t
     if chunk_size:
@@ -165,7 +163,7 @@ def test_no_gradient_flows_to_later_keys(chunk_size):
 def test_documents_of_a_row_do_not_touch(block):
     args = arrays(np.random.default_rng(7), 2)
     tokens = packed([[19, 22], [19, 9, 13]])
-    run = jitted(7, True, block)
+    run = jitted(7, 0, block)
     other = [x.copy() for x in args]
     for x in other:
         x[:, 19:] = np.random.default_rng(8).normal(size=x[:, 19:].shape)
@@ -177,7 +175,7 @@ def test_documents_of_a_row_do_not_touch(block):
 def test_bfloat16_is_close_and_stays_bfloat16():
     args = tuple(jnp.array(x, jnp.bfloat16) for x in arrays(np.random.default_rng(9), 2))
     tokens = packed([[T], [12, 20]])
-    got = jitted(7, True, 16)(*args, tokens, tokens)
+    got = jitted(7, 0, 16)(*args, tokens, tokens)
     assert all(x.dtype == jnp.bfloat16 for x in got)
     want = oracle(*(np.asarray(x, np.float64) for x in args), tokens, tokens, 7)
     for x, y in zip(got, want, strict=True):

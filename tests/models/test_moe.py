@@ -9,6 +9,7 @@ import pytest
 
 from puna.configs.schema import MeshConfig, ModelConfig, check_model
 from puna.models import moe, sharding
+from puna.models.masks import Tokens, default_tokens
 
 BASE = ModelConfig(
     embed_dim=12, num_layers=1, moe_interval=1, num_experts=4, experts_per_token=2, expert_dim=8,
@@ -21,10 +22,17 @@ def init(config, seed=0, shape=(3, 10)):
     layer = moe.MoE(config)
     x_BTD = jax.random.normal(jax.random.key(seed + 1), (*shape, config.embed_dim))
     valid_BT = jnp.ones(shape, bool).at[0, -3:].set(False)
-    variables = layer.init(jax.random.key(seed), x_BTD, valid_BT)
+    variables = layer.init(jax.random.key(seed), x_BTD, default_tokens(shape))
     params = sharding.unbox(variables["params"])
     params["router_DE"] = params["router_DE"] * 3
     return layer, params, x_BTD, valid_BT
+
+
+def apply(layer, params, x_BTD, valid_BT):
+    """Output and statistics; tokens that are not valid are padding."""
+    tokens = Tokens(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT.astype(jnp.int32))
+    y_BTD, sums = layer.apply({"params": params}, x_BTD, tokens)
+    return y_BTD, moe.router_stats(sums, layer.config)
 
 
 def swiglu(x, gate, up, down):
@@ -74,7 +82,7 @@ def test_equals_a_loop_over_all_experts(router, top, factor):
 
     @jax.jit
     def ours(params, x_BTD):
-        y_BTD, _ = layer.apply({"params": params}, x_BTD, valid_BT)
+        y_BTD, _ = apply(layer, params, x_BTD, valid_BT)
         return jnp.sum(jnp.sin(y_BTD)), y_BTD
 
     used_BTE = used_pairs(config, params, x_BTD, valid_BT, limit)
@@ -98,7 +106,7 @@ def test_experts_without_tokens_get_no_gradient():
     params["router_DE"] = jnp.full_like(params["router_DE"], -1.0).at[:, 2].set(1.0)
 
     def loss(params):
-        return jnp.sum(layer.apply({"params": params}, x_BTD, valid_BT)[0] ** 2)
+        return jnp.sum(apply(layer, params, x_BTD, valid_BT)[0] ** 2)
 
     grads = jax.jit(jax.grad(loss))(params)
     for name in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"):
@@ -109,7 +117,7 @@ def test_experts_without_tokens_get_no_gradient():
 def test_statistics():
     config = dataclasses.replace(BASE, load_balance_weight=1.0)
     layer, params, x_BTD, valid_BT = init(config)
-    _, stats = layer.apply({"params": params}, x_BTD, valid_BT)
+    _, stats = apply(layer, params, x_BTD, valid_BT)
     logits = np.asarray(x_BTD @ params["router_DE"])[np.asarray(valid_BT)]
     chosen = np.argsort(-logits, axis=-1)[:, :2]
     load = np.bincount(chosen.ravel(), minlength=4) / chosen.size
@@ -119,7 +127,7 @@ def test_statistics():
     np.testing.assert_allclose(stats.loss, 4 * (load * prob.mean(0)).sum(), rtol=1e-5)
     assert stats.dropped == 0
     z = dataclasses.replace(BASE, router_z_weight=1.0)
-    _, stats = moe.MoE(z).apply({"params": params}, x_BTD, valid_BT)
+    _, stats = apply(moe.MoE(z), params, x_BTD, valid_BT)
     np.testing.assert_allclose(stats.loss, (np.log(np.exp(logits).sum(-1)) ** 2).mean(), rtol=1e-5)
 
 
@@ -127,7 +135,7 @@ def test_capacity_drops_the_overflow_of_each_row():
     config = dataclasses.replace(BASE, experts_per_token=1, capacity_factor=1.0)
     layer, params, x_BTD, valid_BT = init(config)
     params["router_DE"] = params["router_DE"] * 0  # all tokens tie: all go to expert 0
-    _, stats = layer.apply({"params": params}, x_BTD, jnp.ones_like(valid_BT))
+    _, stats = apply(layer, params, x_BTD, jnp.ones_like(valid_BT))
     taken = moe.capacity(config, 10, 1.0)  # of 10 tokens in each row
     np.testing.assert_allclose(stats.dropped, 1 - taken / 10, rtol=1e-6)
 
@@ -136,7 +144,7 @@ def test_the_bias_moves_the_choice_and_not_the_score():
     config = dataclasses.replace(BASE, bias_update_rate=0.1, experts_per_token=1)
     layer, params, x_BTD, valid_BT = init(config)
     params["router_bias_E"] = jnp.array([0.0, 9.0, 0.0, 0.0])
-    y_BTD, stats = layer.apply({"params": params}, x_BTD, valid_BT)
+    y_BTD, stats = apply(layer, params, x_BTD, valid_BT)
     assert stats.load_E.tolist() == [0, 1, 0, 0]
     score_BT = jax.nn.sigmoid(x_BTD @ params["router_DE"])[..., 1:2]
     w = [params[f"w_{n}"][1] for n in ("gate_EDF", "up_EDF", "down_EFD")]
@@ -145,7 +153,7 @@ def test_the_bias_moves_the_choice_and_not_the_score():
     assert_close(y_BTD, expected + swiglu(x_BTD, *shared))
 
     def loss(params):
-        return jnp.sum(layer.apply({"params": params}, x_BTD, valid_BT)[0])
+        return jnp.sum(apply(layer, params, x_BTD, valid_BT)[0])
 
     assert not np.any(jax.grad(loss)(params)["router_bias_E"])
 
@@ -154,7 +162,7 @@ def test_expert_choice_loads_every_expert_evenly():
     config = dataclasses.replace(BASE, router="expert_choice")
     layer, params, x_BTD, _ = init(config)
     valid_BT = jnp.ones(x_BTD.shape[:2], bool)
-    y_BTD, stats = layer.apply({"params": params}, x_BTD, valid_BT)
+    y_BTD, stats = apply(layer, params, x_BTD, valid_BT)
     np.testing.assert_allclose(stats.load_E, 0.25)
     # Of each row every expert takes its 5 likeliest of 10 tokens, weighed by their probability.
     prob_BTE = jax.nn.softmax(x_BTD @ params["router_DE"])
@@ -180,7 +188,7 @@ def test_any_mesh_gives_the_same(router, factor, axes):
     layer, params, x_BTD, valid_BT = init(config, shape=(8, 6))
 
     def loss(params, x_BTD):
-        y_BTD, stats = layer.apply({"params": params}, x_BTD, valid_BT)
+        y_BTD, stats = apply(layer, params, x_BTD, valid_BT)
         return jnp.sum(jnp.sin(y_BTD)) + stats.loss, stats
 
     one = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x_BTD)

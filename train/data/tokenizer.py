@@ -5,6 +5,7 @@ import shutil
 
 from ...configs.errors import ConfigError
 from ...configs.schema import Config
+from ...models.processes import is_first
 from ...models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ...models.weights import run
 from .sources import iter_text
@@ -15,12 +16,16 @@ FOLDER = "tokenizer"
 def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
     """The run's tokenizer: that of its checkpoints, else what `data.tokenizer` says.
 
+    Of several processes the first has to go first; the others take what it has made.
+
     Raises:
       UserError: no such tokenizer, or one with more ids than the model has.
     """
     data, folder = config.data, workdir / FOLDER
     if run.steps(workdir):
         tokenizer = load_tokenizer(workdir)
+    elif not is_first():
+        tokenizer = load_tokenizer(folder)
     elif data.tokenizer == "bytes":
         tokenizer = byte_tokenizer()
     elif data.tokenizer == "train":
@@ -34,7 +39,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
             f"model.vocab_size={config.model.vocab_size} must be at least the "
             f"{tokenizer.vocab_size} ids of data.tokenizer={data.tokenizer}"
         )
-    if not run.steps(workdir):
+    if is_first() and not run.steps(workdir):
         # What an attempt with another tokenizer may have left.
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save(folder)

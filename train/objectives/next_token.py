@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from ...models import sharding
 from ...models.transformer import unembed_table
@@ -52,18 +53,74 @@ def cross_entropy(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss=0.
       The weighted sum with z-loss, which is differentiable, and nll_BT in nats, which is not.
     """
     inputs = (hidden_BTD, table_DV, targets_BT, weights_BT)
-    return _scan(*inputs, dtype, z_loss, loss_chunk, with_gradient=False)[:2]
+    return _on_mesh(*inputs, dtype, z_loss, loss_chunk, with_gradient=False)[:2]
 
 
-def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk, with_gradient):
+def _on_mesh(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk,
+             with_gradient):  # fmt: skip
+    """Total, nll_BT, d hidden and d table; each device works on its tokens and its vocabulary.
+
+    The gradient of the table is added up over devices once, not slice by slice, and straight into
+    the parts in which the table itself lies.
+    """
+    split = sharding.split_axes()
+    run = functools.partial(
+        _scan, dtype=dtype, z_loss=z_loss, loss_chunk=loss_chunk, with_gradient=with_gradient
+    )
+    if not split:
+        return run(hidden_BTD, table_DV, targets_BT, weights_BT)
+    rows = sharding.activation(hidden_BTD.shape, ("batch", "loss_length", None))
+    tokens = sharding.activation(targets_BT.shape, ("batch", "loss_length"))
+    table = sharding.activation(table_DV.shape, (None, "act_vocab"))
+    token_axes = _axes(tokens)
+    stored = sharding.activation(table_DV.shape, ("embed", "vocab"))
+    scattered = tuple(a for a in _axes(stored[:1]) if a in token_axes)
+    added = tuple(a for a in token_axes if a not in scattered)
+
+    def local(hidden_BTD, table_DV, targets_BT, weights_BT):
+        total, nll_BT, dhidden_BTD, dtable_DV = run(
+            hidden_BTD, table_DV, targets_BT, weights_BT, vocab_axis=table[1]
+        )
+        total = jax.lax.psum(total, token_axes)
+        if dtable_DV is not None:
+            if scattered:
+                dtable_DV = jax.lax.psum_scatter(
+                    dtable_DV, scattered, scatter_dimension=0, tiled=True
+                )
+            dtable_DV = jax.lax.psum(dtable_DV, added)
+        return total, nll_BT, dhidden_BTD, dtable_DV
+
+    out = (PartitionSpec(), tokens, rows, PartitionSpec(scattered or None, table[1]))
+    if not with_gradient:
+        out = (*out[:2], None, None)
+    return sharding.per_device(local, (rows, table, tokens, tokens), out)(
+        hidden_BTD, table_DV.astype(dtype), targets_BT, weights_BT
+    )
+
+
+def _axes(spec) -> tuple[str, ...]:
+    """The mesh axes of a `PartitionSpec`."""
+    return tuple(a for dim in spec if dim for a in ((dim,) if isinstance(dim, str) else dim))
+
+
+def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, *, dtype, z_loss, loss_chunk,
+          with_gradient, vocab_axis=None):  # fmt: skip
+    """The same on one device.
+
+    Args:
+      vocab_axis: mesh axis that the vocabulary is split over.
+    """
     B, T, D = hidden_BTD.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = B if mesh.empty else max(1, B // sharding.batch_parts(mesh))
-    t = max(1, min(T, loss_chunk // rows))
+    t = max(1, min(T, loss_chunk // B))
     slices = math.ceil(T / t)
     table = table_DV.astype(dtype)
+    V = table.shape[1]
+    first = jax.lax.axis_index(vocab_axis) * V if vocab_axis else 0
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+
+    def add_up(x):
+        return jax.lax.psum(x, vocab_axis) if vocab_axis else x
 
     def cut(x):
         """[B, T, ...] -> [slices, B, t, ...]; the positions added at the end weigh nothing."""
@@ -78,16 +135,19 @@ def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chun
         h, y, w = slice_
         h = h.astype(dtype)
         logits = dot("BtD,DV->BtV", h, table)
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        nll = lse - jnp.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+        top = jnp.max(logits, axis=-1)
+        top = jax.lax.pmax(top, vocab_axis) if vocab_axis else top
+        lse = top + jnp.log(add_up(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)))
+        hit = jnp.arange(V) + first == y[..., None]
+        nll = lse - add_up(jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
         total += jnp.sum(w * (nll + z_loss * lse**2))
         if not with_gradient:
             return (total, dtable_DV), (nll, None)
         p = jnp.exp(logits - lse[..., None]) * (1.0 + 2.0 * z_loss * lse)[..., None]
-        hit = jnp.arange(logits.shape[-1]) == y[..., None]
         dlogits = ((p - hit) * w[..., None]).astype(dtype)
         dtable_DV += dot("BtD,BtV->DV", h, dlogits)
-        return (total, dtable_DV), (nll, dot("BtV,DV->BtD", dlogits, table).astype(dtype))
+        dh = add_up(dot("BtV,DV->BtD", dlogits, table))
+        return (total, dtable_DV), (nll, dh.astype(dtype))
 
     start = (jnp.zeros(()), jnp.zeros(table_DV.shape) if with_gradient else None)
     parts = (cut(hidden_BTD), cut(targets_BT), cut(weights_BT))
@@ -96,7 +156,7 @@ def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chun
 
 
 def _forward(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk):
-    total, nll_BT, dhidden_BTD, dtable_DV = _scan(
+    total, nll_BT, dhidden_BTD, dtable_DV = _on_mesh(
         hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk, with_gradient=True
     )
     assert dhidden_BTD is not None and dtable_DV is not None

@@ -1,0 +1,123 @@
+"""Token exchange of an expert group: rows go to the devices of their experts and come back.
+
+For use inside `sharding.per_device`. Every device has room for all the rows that could come, so
+nothing is ever dropped. TPUs and GPUs send just the rows there are (`ragged_all_to_all`); other
+backends, which lack it, send the room as well. Letters: M rows of this device in the order of
+their destination, n devices, S slots for the rows of one device, R = n S.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+AXIS = "expert"
+
+
+class Plan(NamedTuple):
+    """How many rows go to and come from each device of the group."""
+
+    send_n: jax.Array
+    receive_n: jax.Array
+
+
+def plan(send_n) -> Plan:
+    """Tell each device how many rows to expect."""
+    return Plan(send_n, lax.all_to_all(send_n, AXIS, 0, 0, tiled=True))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def send(rows_MD, plan: Plan, slots: int):
+    """Rows to their devices: [R, D], those of device j from j S on, zeros where none came.
+
+    Args:
+      rows_MD: first the plan.send_n[0] rows for device 0, then those for device 1, ...
+      slots: S, at least what any device sends to another.
+    """
+    return lax.platform_dependent(
+        rows_MD, plan,
+        tpu=functools.partial(_send_ragged, slots=slots),
+        cuda=functools.partial(_send_ragged, slots=slots),
+        default=functools.partial(_send_padded, slots=slots),
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bring_back(rows_RD, plan: Plan, num_rows: int):
+    """The opposite of `send`: [M, D] in the order in which rows were sent; M = num_rows."""
+    return lax.platform_dependent(
+        rows_RD, plan,
+        tpu=functools.partial(_back_ragged, num_rows=num_rows),
+        cuda=functools.partial(_back_ragged, num_rows=num_rows),
+        default=functools.partial(_back_padded, num_rows=num_rows),
+    )  # fmt: skip
+
+
+# Each is a partial permutation of rows and the other its inverse, hence also its transpose.
+def _send_fwd(rows_MD, plan, slots):
+    return send(rows_MD, plan, slots), (plan, len(rows_MD))
+
+
+def _send_bwd(slots, saved, d_RD):
+    plan, num_rows = saved
+    return bring_back(d_RD, plan, num_rows), None
+
+
+def _back_fwd(rows_RD, plan, num_rows):
+    return bring_back(rows_RD, plan, num_rows), (plan, len(rows_RD))
+
+
+def _back_bwd(num_rows, saved, d_MD):
+    plan, rows = saved
+    return send(d_MD, plan, rows // len(plan.send_n)), None
+
+
+send.defvjp(_send_fwd, _send_bwd)
+bring_back.defvjp(_back_fwd, _back_bwd)
+
+
+def _starts(sizes_n):
+    return jnp.cumsum(sizes_n) - sizes_n
+
+
+def _send_padded(rows_MD, plan, *, slots):
+    place_S = jnp.arange(slots)
+    row_nS = _starts(plan.send_n)[:, None] + place_S
+    row_nS = jnp.where(place_S < plan.send_n[:, None], row_nS, len(rows_MD))
+    rows_nSD = rows_MD.at[row_nS].get(mode="fill", fill_value=0)
+    rows_nSD = lax.all_to_all(rows_nSD, AXIS, 0, 0, tiled=True)
+    return rows_nSD.reshape(-1, rows_MD.shape[1])
+
+
+def _back_padded(rows_RD, plan, *, num_rows):
+    n = len(plan.send_n)
+    slots = len(rows_RD) // n
+    rows_nSD = lax.all_to_all(rows_RD.reshape(n, slots, -1), AXIS, 0, 0, tiled=True)
+    row_M, end_n = jnp.arange(num_rows), jnp.cumsum(plan.send_n)
+    to_M = jnp.searchsorted(end_n, row_M, side="right")
+    slot_M = to_M * slots + row_M - _starts(plan.send_n)[jnp.minimum(to_M, n - 1)]
+    slot_M = jnp.where(to_M < n, slot_M, len(rows_RD))
+    return rows_nSD.reshape(len(rows_RD), -1).at[slot_M].get(mode="fill", fill_value=0)
+
+
+def _send_ragged(rows_MD, plan, *, slots):
+    n = len(plan.send_n)
+    mine = jnp.full((n,), lax.axis_index(AXIS) * slots, jnp.int32)
+    room_RD = jnp.zeros((n * slots, rows_MD.shape[1]), rows_MD.dtype)
+    starts_n = _starts(plan.send_n)
+    return lax.ragged_all_to_all(
+        rows_MD, room_RD, starts_n, plan.send_n, mine, plan.receive_n, axis_name=AXIS
+    )
+
+
+def _back_ragged(rows_RD, plan, *, num_rows):
+    n = len(plan.send_n)
+    room_MD = jnp.zeros((num_rows, rows_RD.shape[1]), rows_RD.dtype)
+    # Where the rows of each device start in the list it sent them from: it has to say so.
+    theirs_n = lax.all_to_all(_starts(plan.send_n), AXIS, 0, 0, tiled=True)
+    starts_n = jnp.arange(n, dtype=jnp.int32) * (len(rows_RD) // n)
+    return lax.ragged_all_to_all(
+        rows_RD, room_MD, starts_n, plan.receive_n, theirs_n, plan.send_n, axis_name=AXIS
+    )

@@ -1,0 +1,194 @@
+"""Several processes: the same numbers as one, and a word on who is missing or different."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from puna.configs.errors import UserError
+from puna.models.processes import roll_call
+
+CONFIG = """
+from puna.configs import base
+
+def get_config():
+    config = base.get_config()
+    config.model.update(
+        vocab_size=264, embed_dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_dim=24, compute_dtype="float32", moe_interval=2, num_experts=4, expert_dim=16,
+        load_balance_weight=0.01,
+    )
+    config.data.update(train="{folder}/train/*.txt", validation="{folder}/validation/*.txt",
+                       seq_len=32)
+    config.optimizer.update(warmup_steps=2, learning_rate=3e-3, eps=1e-3)
+    config.train.update(steps=6, batch_size=8, log_every=1, save_every=3, eval_every=3)
+    config.eval.batch_size = 8
+    return config
+"""
+
+
+def puna(*arguments, processes=1, devices=1):
+    """Run the command line, in several processes through `puna launch`."""
+    launch = [] if processes == 1 else ["launch", "-n", processes, f"--devices={devices}", "--"]
+    command = [sys.executable, "-m", "puna", *map(str, [*launch, *arguments])]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    if processes == 1:
+        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+def mesh(text):
+    return [f"--config.mesh.{part}" for part in text.split()]
+
+
+def losses(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    names = ("loss", "grad_norm", "router_entropy", "validation_loss")
+    return np.array([[json.loads(line).get(n, 0.0) for n in names] for line in lines])
+
+
+def call_all(abouts, timeout=5.0, num_processes=None):
+    """The roll call of processes that say these things; what each gets to hear."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    heard = {}
+
+    def one(i, about):
+        try:
+            roll_call(f"127.0.0.1:{port}", num_processes or len(abouts), i, about, timeout)
+        except UserError as e:
+            heard[i] = str(e)
+
+    threads = [threading.Thread(target=one, args=item) for item in abouts.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return heard
+
+
+def test_all_there_and_alike(capsys):
+    assert call_all({i: {"host": f"h{i}", "jax": "1"} for i in range(4)}) == {}
+    assert "4 processes on 4 hosts: jax 1" in capsys.readouterr().out
+
+
+def test_a_missing_process_is_named():
+    abouts = {i: {"host": f"h{i}", "jax": "1"} for i in (0, 2)}
+    heard = call_all(abouts, timeout=1.0, num_processes=4)
+    assert heard.keys() == {0, 2}
+    for text in heard.values():
+        assert "processes 1, 3 of 4 did not come within 1 s" in text
+
+
+def test_a_different_process_is_named():
+    abouts = {i: {"host": f"h{i}", "jax": "1"} for i in range(3)}
+    abouts[2]["jax"] = "2"
+    heard = call_all(abouts)
+    assert "process 2 on h2 differs from process 0 on h0: jax 2 and 1" in heard[0] == heard[2]
+
+
+def test_the_first_is_missing():
+    heard = call_all({1: {"host": "h"}}, timeout=1.0, num_processes=2)
+    assert "process 0 did not answer at 127.0.0.1" in heard[1]
+
+
+def test_strangers_on_the_port_are_passed_over():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    about = {"host": "h", "jax": "1"}
+    result = []
+
+    def first():
+        result.append(roll_call(f"127.0.0.1:{port}", 2, 0, about, 20))
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[]\n", b"\xff\n"):
+        for _ in range(100):
+            try:
+                with socket.create_connection(("127.0.0.1", port), 5) as line:
+                    line.sendall(garbage)
+                break
+            except ConnectionRefusedError:
+                threading.Event().wait(0.05)
+    roll_call(f"127.0.0.1:{port}", 2, 1, about, 20)
+    thread.join()
+    assert result == [None]
+
+
+@pytest.mark.slow
+def test_several_processes_are_one_run(corpus, tmp_path):
+    """Two and four processes, three meshes; four go on as one and as two on other meshes."""
+    config = tmp_path / "experiment.py"
+    config.write_text(CONFIG.format(folder=corpus))
+
+    def train(name, mesh_text, *more, **where):
+        folder = tmp_path / name
+        arguments = ["train", f"--config={config}", f"--workdir={folder}", *mesh(mesh_text), *more]
+        status, out, err = puna(*arguments, **where)
+        assert status == 0, err
+        return folder, out
+
+    one, _ = train("one", "data=1")
+    want = losses(one)
+    assert len(want) == 6 and want[-1, 3] > 0
+
+    two, out = train("two", "data=1 fsdp=2 expert=2", processes=2, devices=2)
+    assert "2 processes of 2 devices each" in out and out.count("step 1/6") == 1
+    np.testing.assert_allclose(losses(two), want, rtol=1e-5)
+
+    half = "--config.train.steps=3", "--config.optimizer.schedule=constant"
+    rest = "--config.train.steps=6", "--config.optimizer.schedule=constant"
+    whole, _ = train("whole", "data=1", *rest)
+    four, _ = train("four", "data=2 tensor=2", *half, processes=4)
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", four, copy], check=True)
+    train("four", "data=1", *rest)
+    np.testing.assert_allclose(losses(four), losses(whole), rtol=1e-5)
+    train("copy", "data=1 context=2", *rest, processes=2)
+    np.testing.assert_allclose(losses(copy), losses(whole), rtol=1e-5)
+
+    # A release is loaded by two processes, each reading its own part, and is the same model.
+    release = tmp_path / "release"
+    status, _, err = puna("convert", two, release, "--to=hf")
+    assert status == 0, err
+    results = []
+    for name, mesh_text, where in (
+        ("eval1", "data=1", {}),
+        ("eval2", "data=1 fsdp=2 tensor=2", {"processes": 2, "devices": 2}),
+    ):
+        arguments = ["eval", f"--config={config}", f"--checkpoint={release}"]
+        status, _, err = puna(*arguments, f"--workdir={tmp_path / name}", *mesh(mesh_text), **where)
+        assert status == 0, err
+        results.append(json.loads((tmp_path / name / "results.json").read_text()))
+    np.testing.assert_allclose(results[0]["loss"], results[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(results[0]["loss"], want[-1, 3], rtol=1e-5)
+    texts = []
+    for name, where in (("say1", {}), ("say2", {"processes": 2})):
+        extra = ["--mesh=data=1,fsdp=2"] if where else []
+        status, _, err = puna(
+            "generate", f"--checkpoint={release}", "--prompt=t1: the", "--max_tokens=8",
+            f"--workdir={tmp_path / name}", *extra, **where,
+        )  # fmt: skip
+        assert status == 0, err
+        texts.append(json.loads((tmp_path / name / "results.json").read_text())["text"])
+    assert texts[0] == texts[1] and texts[0]
+
+
+@pytest.mark.slow
+def test_a_users_mistake_ends_all_processes(corpus, tmp_path):
+    config = tmp_path / "experiment.py"
+    config.write_text(CONFIG.format(folder=corpus))
+    status, _, err = puna(
+        "train", f"--config={config}", f"--workdir={tmp_path / 'x'}", "--config.mesh.tensor=3",
+        processes=2,
+    )  # fmt: skip
+    assert status == 2
+    assert "puna: mesh.tensor=3 = 3 does not divide the 2 devices" in err
+    assert "Traceback" not in err
