@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 # 1 to 2 GB. WORKERS=0 runs in one process, for a debugger.
 WORKERS ?= 2
 # What the slow tests compare with and read, beyond [dev].
-SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks
+SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks,tpu
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 

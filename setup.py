@@ -31,7 +31,8 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    # The accelerator is the user's choice; the base install is CPU only.
+    # The accelerator is the user's choice; the base install is CPU only. Each holds a compiler that
+    # works without its hardware (`train/ahead.py`).
     "cuda": ["jax[cuda12]>=0.10.0"],
     "tpu": ["jax[tpu]>=0.10.0"],
     # Meta's own tokenizer.model files: Llama 1 and 2, then Llama 3 and 4.

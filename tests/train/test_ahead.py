@@ -1,0 +1,121 @@
+"""The whole training step compiles for TPUs and GPUs that are not here, and fits their memory.
+
+The slow tests run the README's commands. They need a compiler of an extra, never its hardware:
+`libtpu` is in [tpu], which `make slow` installs; the 2 GB of [cuda] it leaves to whoever wants it.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from puna.configs.errors import UserError
+from puna.train import ahead
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def wheel(name, extra):
+    missing = importlib.util.find_spec(name) is None
+    return pytest.mark.skipif(missing, reason=f"needs {name}: pip install 'puna[{extra}]'")
+
+
+for_tpu = wheel("libtpu", "tpu")
+for_gpu = wheel("jax_cuda12_plugin", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9-8", "one of v5e, v5p, v6e, a100, h100, h200 with a number"),
+        ("v5p", "such as v5p-256, 2xv5p-256 or h100-8"),
+        ("2xh100-8", "must be one of"),
+        ("v5p-24", "must count a power of two from 8 to 8192"),
+        ("v5e-512", "must count a power of two from 4 to 256"),
+        ("h100-12", "at most 8 GPUs or a multiple of 8"),
+    ],
+)
+def test_a_topology_that_is_none_is_one_line(topology, message):
+    with pytest.raises(UserError, match=message) as e:
+        ahead.devices(topology)
+    assert topology in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("topology", "extra"), [("v5p-256", r"puna\[tpu\]"), ("h100-8", r"puna\[cuda\]")]
+)
+def test_a_missing_compiler_says_what_to_install(monkeypatch, topology, extra):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"{topology} needs its compiler.*{extra}"):
+        ahead.devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "gib"), [("v5p-256", 95.74), ("2xv6e-64", 31.25), ("h100-8", 79.11)]
+)
+def test_memory_of_one_device(topology, gib):
+    assert ahead.memory_limit(topology) / 2**30 == pytest.approx(gib, abs=0.01)
+
+
+def python(*arguments):
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def compiled(tmp_path, *arguments):
+    figures = tmp_path / "figures.json"
+    python("benchmarks/compile_ahead.py", *arguments, f"--json={figures}")
+    return json.loads(figures.read_text())
+
+
+@for_tpu
+@pytest.mark.slow
+def test_topologies_have_as_many_devices_as_their_names_say():
+    names = ["v5p-8", "v5p-32", "v5p-256", "v5p-8192", "v5e-4", "v6e-256", "2xv5p-16"]
+    code = f"from puna.train import ahead; print([len(ahead.devices(n)) for n in {names}])"
+    assert json.loads(python("-c", code).splitlines()[-1]) == [4, 16, 128, 4096, 4, 256, 16]
+
+
+@for_tpu
+@pytest.mark.slow
+def test_llama_8b_fits_a_small_tpu_slice(tmp_path):
+    figures = compiled(
+        tmp_path, "--config=llama3:3.1-8b", "--topology=v5p-8", "--config.mesh.data=1",
+        "--config.mesh.fsdp=4", "--config.train.batch_size=4",
+    )  # fmt: skip
+    assert figures["fits"] and figures["peak"] > figures["arguments"] == figures["aliased"]
+
+
+@for_tpu
+@pytest.mark.slow
+def test_scout_fits_a_tpu_slice(tmp_path):
+    figures = compiled(
+        tmp_path, "--config=llama4:scout", "--topology=v5p-128", "--config.mesh.data=1",
+        "--config.mesh.fsdp=64", "--config.train.batch_size=64",
+    )  # fmt: skip
+    assert figures["fits"] and figures["devices"] == 64
+
+
+@for_tpu
+@pytest.mark.slow
+def test_memory_of_a_device_stays_flat_as_devices_and_batch_grow():
+    table = python("benchmarks/weak_scaling.py", "--devices=8,512")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    ratios = {cells[1]: float(cells[-1]) for cells in rows[2:]}
+    assert 0.9 <= ratios["data=64 fsdp=8"] <= 1.1
+    assert ratios["data=1 fsdp=512"] < 1.1  # less of the state, as much of all else
+
+
+@for_gpu
+@pytest.mark.slow
+def test_llama_8b_fits_a_node_of_h100(tmp_path):
+    figures = compiled(
+        tmp_path, "--config=llama3:3.1-8b", "--topology=h100-8", "--config.mesh.data=1",
+        "--config.mesh.fsdp=8", "--config.train.batch_size=8",
+    )  # fmt: skip
+    assert figures["fits"] and figures["devices"] == 8

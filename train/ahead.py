@@ -1,0 +1,237 @@
+"""Compile the real training step for hardware that is not here, and read off its memory.
+
+    devices = ahead.devices("v5p-256")
+    compiled = ahead.compile_step(config, devices)
+    ahead.memory(compiled).peak
+
+The TPU compiler comes with the `libtpu` wheel and the GPU compiler with JAX's CUDA plugin; both
+work where there is neither. They give the program that the hardware would run. Left out on
+purpose: the time that a step takes, of which no compiler has more than a guess.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from ..configs import schema
+from ..configs.errors import UserError
+from ..models import sharding
+from ..models.transformer import Transformer, abstract_params
+from .optimizer import make_optimizer
+from .state import abstract_state
+from .step import make_train_step
+
+_GIB = 2**30
+
+
+class Tpu(typing.NamedTuple):
+    """A generation of TPU."""
+
+    compiler_name: str
+    memory_gib: float  # of a chip, as its compiler counts it
+    cores_per_chip: int  # the number in a slice's name counts cores: v5p-256 has 128 chips
+    torus_dims: int
+    most_chips: int
+
+
+class Gpu(typing.NamedTuple):
+    """A model of GPU: what its compiler must be told, from NVIDIA's data sheets."""
+
+    name: str
+    compute_capability: int
+    cores: int
+    shared_memory_kib: int
+    l2_cache_mib: int
+    clock_ghz: float
+    memory_bytes: int
+    memory_bytes_per_second: float
+
+
+TPUS = {
+    "v5e": Tpu("v5e", 15.75, 1, 2, 256),
+    "v5p": Tpu("v5", 95.74, 2, 3, 4096),
+    "v6e": Tpu("v6e", 31.25, 1, 2, 256),
+}
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 164, 40, 1.41, 85_100_000_000, 2.04e12),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 228, 50, 1.98, 84_942_979_072, 3.35e12),
+    "h200": Gpu("NVIDIA H200", 9, 132, 228, 50, 1.98, 150_700_000_000, 4.8e12),
+}
+
+
+def devices(topology: str) -> list:
+    """Devices that can be compiled for and not run on.
+
+    Args:
+      topology: a slice as Google names it ("v5p-256", "v6e-64"), several of them over the
+        data-centre network ("2xv5p-256"), or GPUs in nodes of eight ("h100-8").
+
+    Raises:
+      UserError: no such topology, or its compiler is not installed.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)-([1-9]\d*)", topology)
+    slices, kind, count = found.groups() if found else ("", "", "")
+    slices, count = int(slices or 1), int(count or 0)
+    if kind in TPUS:
+        return _tpus(topology, TPUS[kind], slices, count)
+    if kind in GPUS and slices == 1:
+        return _gpus(topology, GPUS[kind], count)
+    raise UserError(
+        f"--topology={topology} must be one of {', '.join((*TPUS, *GPUS))} with a number, "
+        "such as v5p-256, 2xv5p-256 or h100-8"
+    )
+
+
+def _tpus(topology, tpu: Tpu, slices, cores):
+    chips, odd = divmod(cores, tpu.cores_per_chip)
+    power = chips.bit_length() - 1
+    if odd or chips != 2**power or not 4 <= chips <= tpu.most_chips:
+        most = tpu.most_chips * tpu.cores_per_chip
+        raise UserError(
+            f"--topology={topology} must count a power of two from {4 * tpu.cores_per_chip} "
+            f"to {most}"
+        )
+    _require("libtpu", topology, "tpu")
+    # The compiler looks for a TPU machine around it, and for other processes that hold its chips.
+    os.environ.update(
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        TPU_ACCELERATOR_TYPE="v5p-8",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+    )
+    dims = tpu.torus_dims
+    sides = [2 ** ((power + i) // dims) for i in range(dims)]
+    if chips == 4 and dims == 3:
+        sides = [2, 2, 1]
+    name = f"{tpu.compiler_name}:{'x'.join(map(str, sides))}"
+    found = topologies.get_topology_desc(name, "tpu", num_slices=slices)
+    return list(found.devices)
+
+
+def _gpus(topology, gpu: Gpu, count):
+    if count > 8 and count % 8:
+        raise UserError(f"--topology={topology} must have at most 8 GPUs or a multiple of 8")
+    _require("jax_cuda12_plugin", topology, "cuda")
+    nodes, each = (1, count) if count <= 8 else (count // 8, 8)
+    found = topologies.get_topology_desc(
+        "", "cuda", target_config=_target(gpu), topology=f"1x{nodes}x{each}"
+    )
+    return list(found.devices)
+
+
+def _target(gpu: Gpu) -> str:
+    """XLA's description of a GPU, a text proto of `stream_executor.GpuTargetConfigProto`."""
+    shared = gpu.shared_memory_kib * 1024
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{gpu.name}"
+        dnn_version_info {{ major: 9 minor: 10 patch: 2 }}
+        gpu_device_info {{
+          name: "{gpu.name}"
+          device_vendor: "NVIDIA Corporation"
+          cuda_compute_capability {{ major: {gpu.compute_capability} minor: 0 }}
+          core_count: {gpu.cores}
+          fpus_per_core: {128 if gpu.compute_capability >= 9 else 64}
+          clock_rate_ghz: {gpu.clock_ghz}
+          device_memory_size: {gpu.memory_bytes}
+          memory_bandwidth: {int(gpu.memory_bytes_per_second)}
+          l2_cache_size: {gpu.l2_cache_mib * 2**20}
+          shared_memory_per_block: {48 * 1024}
+          shared_memory_per_block_optin: {shared - 1024}
+          shared_memory_per_core: {shared}
+          registers_per_core_limit: 65536
+          registers_per_block_limit: 65536
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          threads_per_core_limit: 2048
+          thread_dim_limit_x: 1024
+          thread_dim_limit_y: 1024
+          thread_dim_limit_z: 64
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+          device_address_bits: 64
+        }}"""
+
+
+def _require(module, topology, extra):
+    if importlib.util.find_spec(module) is None:
+        raise UserError(
+            f"--topology={topology} needs its compiler, {module}: pip install 'puna[{extra}]'"
+        )
+
+
+def memory_limit(topology: str) -> int:
+    """Bytes that one device of a topology has for a program."""
+    kind = topology.split("-")[0].split("x")[-1]
+    return int(TPUS[kind].memory_gib * _GIB) if kind in TPUS else GPUS[kind].memory_bytes
+
+
+def compile_step(config: schema.Config, devices: list) -> jax.stages.Compiled:
+    """The training step of `loop.train`, compiled for `devices`, with text alone in its batch.
+
+    Raises:
+      ConfigError: the mesh of the configuration does not fit the devices.
+      jax.errors.JaxRuntimeError: the compiler's own verdict, "RESOURCE_EXHAUSTED" if it does
+        not fit a TPU's memory.
+    """
+    return lower_step(config, devices).compile()
+
+
+def lower_step(config: schema.Config, devices: list) -> jax.stages.Lowered:
+    """The first half of `compile_step`: traced and lowered, not yet compiled."""
+    mesh = sharding.make_mesh(config.mesh, devices)
+    tx = make_optimizer(config, abstract_params(config.model))
+    state = abstract_state(config, tx, mesh)
+    token_bytes_V = np.ones(config.model.vocab_size, np.int32)
+    step = make_train_step(config, Transformer(config.model), tx, token_bytes_V, state)
+    # Not `jax.set_mesh`: every constant made while tracing would be put on devices that are not
+    # there. The default device tells kernels which hardware they are for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(devices[0]):
+        return step.lower(state, _abstract_batch(config, mesh))
+
+
+def _abstract_batch(config: schema.Config, mesh):
+    shape = (config.train.batch_size, config.data.seq_len)
+    place = sharding.batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return dict.fromkeys(names, ids) | {"weights_BT": weights}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: what a compiled step takes, gives, and needs in between.
+
+    The state is an argument and an output in the same place, hence `aliased`. `peak` is the most
+    at any one time, arguments included, where the compiler says; else the sum.
+    """
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int
+
+
+def memory(compiled: jax.stages.Compiled) -> Memory:
+    """What one device needs for a compiled step."""
+    m = compiled.memory_analysis()
+    assert m is not None
+    total = (
+        m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+        + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+    )  # fmt: skip
+    return Memory(
+        m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes,
+        m.temp_size_in_bytes, m.generated_code_size_in_bytes, m.peak_memory_in_bytes or total,
+    )  # fmt: skip
