@@ -2,7 +2,7 @@
 
 TPU: splash attention, a Pallas kernel of JAX. GPU: cuDNN's fused attention. Else, and wherever
 those two would not do what `blockwise.attend` does or would be slower at it, that function. The
-choice falls when a program is lowered, so one that was traced on a laptop compiles for a pod.
+choice is by the mesh's devices, which need not be there: see `train/ahead.py`.
 """
 
 import functools
@@ -40,19 +40,26 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
     Returns:
       [B, T, N, H] in q's dtype; zeros for a query that sees nothing.
     """
-    operands = (q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens)
-    kernels = {}
-    # The kernels round float32 operands, which whoever asks for float32 does not want.
     whole = isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]
+    # The kernels round float32 operands, which whoever asks for float32 does not want.
     if whole and q_BTNH.dtype == jnp.bfloat16:
-        if _fits_splash(q_BTNH):
-            kernels["tpu"] = functools.partial(_splash, chunk_size=chunk_size)
-        if _fits_cudnn(q_BTNH, k_BSKH):
-            kernels["cuda"] = functools.partial(_cudnn, chunk_size=chunk_size)
-    anywhere = functools.partial(blockwise.attend, chunk_size=chunk_size, start=start)
-    if not kernels:
-        return anywhere(*operands)
-    return jax.lax.platform_dependent(*operands, **kernels, default=anywhere)
+        platform = _platform()
+        if platform == "tpu" and _fits_splash(q_BTNH):
+            return _splash(q_BTNH, k_BSKH, v_BSKH, q_tokens, chunk_size)
+        if platform == "gpu" and _fits_cudnn(q_BTNH, k_BSKH):
+            return _cudnn(q_BTNH, k_BSKH, v_BSKH, q_tokens, chunk_size)
+    return blockwise.attend(
+        q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens, chunk_size=chunk_size, start=start
+    )
+
+
+def _platform():
+    """Of the mesh that is traced for.
+
+    Not `lax.platform_dependent`, which would save for the gradient what every branch might need.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def _zero_padding(out_BTNH, tokens: Tokens):
@@ -65,7 +72,7 @@ def _fits_splash(q_BTNH):
     return T % _SPLASH_BLOCKS[-1] == 0 and T <= _SPLASH_LONGEST
 
 
-def _splash(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, _, *, chunk_size):
+def _splash(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, chunk_size):
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     T, N, H = q_BTNH.shape[1:]
@@ -129,7 +136,7 @@ def _fits_cudnn(q_BTNH, k_BTKH):
     return True
 
 
-def _cudnn(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, _, *, chunk_size):
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, chunk_size):
     # Causal by place in the row lets it pass over half of the blocks; the mask does the rest.
     mask_B1TT = visible(tokens, tokens, chunk_size)[:, None]
     out_BTNH = jax.nn.dot_product_attention(

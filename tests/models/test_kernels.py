@@ -46,7 +46,7 @@ def packed(length=T) -> Tokens:
 
 def value_and_gradient(form, q, k, v, w):
     def total(q, k, v):
-        out = form(q, k, v, packed(), packed()).astype(jnp.float32)
+        out = form(q, k, v).astype(jnp.float32)
         return jnp.sum(out * w), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
@@ -60,12 +60,16 @@ def test_splash_equals_blockwise(interpreted, monkeypatch, head_dim, chunk_size,
     if not fused:
         monkeypatch.setattr(kernels, "_FUSED_LONGEST", 0)
     arrays = operands(head_dim)
-    splash = functools.partial(kernels._splash, chunk_size=chunk_size)
+    tokens = packed()
     expected = value_and_gradient(
-        functools.partial(blockwise.attend, chunk_size=chunk_size, start=0), *arrays
+        lambda q, k, v: blockwise.attend(q, k, v, tokens, tokens, chunk_size=chunk_size, start=0),
+        *arrays,
     )
-    padding = np.asarray(packed().segments_BT == 0)
-    for actual, wanted in zip(value_and_gradient(splash, *arrays), expected, strict=True):
+    actuals = value_and_gradient(
+        lambda q, k, v: kernels._splash(q, k, v, tokens, chunk_size), *arrays
+    )
+    padding = np.asarray(tokens.segments_BT == 0)
+    for actual, wanted in zip(actuals, expected, strict=True):
         # bfloat16 operands, and one rounding more: splash takes its scale inside of q.
         np.testing.assert_allclose(actual, wanted, rtol=0.02, atol=0.01 * np.abs(wanted).max())
         assert not actual[padding].any()
@@ -79,10 +83,13 @@ def step(q, k, v, tokens, *, start=0):
 
 
 def tpu_kernels(dtype=jnp.bfloat16, length=T, start=0, platform="tpu"):
-    """How many Pallas kernels a gradient step has when lowered for a platform, here."""
+    """How many Pallas kernels a gradient step has on a mesh of one device that is not here."""
     q, k, v, _ = operands(128, dtype, length)
-    traced = jax.jit(functools.partial(step, start=start)).trace(q, k, v, packed(length))
-    lowered = traced.lower(lowering_platforms=(platform,)).as_text()
+    device = jax.sharding.AbstractDevice("TPU v5", 2, platform)
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(functools.partial(step, start=start)).trace(q, k, v, packed(length))
+        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
     return lowered.count("stablehlo.custom_call @tpu_custom_call")
 
 
