@@ -9,6 +9,7 @@ import pathlib
 import re
 import sys
 import threading
+import traceback
 
 from absl import flags
 
@@ -303,6 +304,10 @@ def main() -> None:
         sys.stderr.flush()
         # Threads that still read or save must not keep a failed command alive.
         os._exit(2)
+    except Exception:
+        traceback.print_exc()
+        # Threads and JAX's own way out would wait for processes that may be gone.
+        os._exit(1)
     except KeyboardInterrupt:
         print("puna: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -35,6 +35,7 @@ def evaluate_loss(config: Config, model, params, tokenizer, mesh) -> dict[str, f
     rows = make_eval_rows(config.data, tokenizer, config.data.validation, config.data.seq_len)
     rows = itertools.islice(rows, config.eval.max_rows or None)
     nll = tokens = bytes_ = 0.0
+    processes.wait("evaluation")
     with jax.set_mesh(mesh):
         for batch in batches(rows, size):
             device = sharding.put_batch(mesh, batch, list(range(size)), size)

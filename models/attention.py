@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import blockwise as kernels
-from . import context, rope, sharding
+from . import context, kernels, rope, sharding
 from .cache import LayerCache
 from .layers import contract, normal, param, residual_std, rms_norm
 from .masks import Tokens

@@ -69,11 +69,11 @@ def choose_experts(logits_BTE, bias_E, valid_BT, config: ModelConfig) -> Choice:
     """Token choice: each token takes its `experts_per_token` best experts."""
     A, E = config.experts_per_token, config.num_experts
     if bias_E is None:
-        top_BTA, expert_BTA = jax.lax.top_k(logits_BTE, A)
+        top_BTA, expert_BTA = _top_k(logits_BTE, A, "length")
     else:
         # The bias decides who is chosen, never how much a chosen expert counts (2412.19437).
         score = jax.nn.sigmoid if config.router == "sigmoid" else jax.nn.softmax
-        _, expert_BTA = jax.lax.top_k(score(logits_BTE) + jax.lax.stop_gradient(bias_E), A)
+        _, expert_BTA = _top_k(score(logits_BTE) + jax.lax.stop_gradient(bias_E), A, "length")
         top_BTA = jnp.take_along_axis(logits_BTE, expert_BTA, axis=-1)
     expert_BTA = jnp.where(valid_BT[..., None], expert_BTA, E)
     B, T = valid_BT.shape
@@ -89,11 +89,22 @@ def choose_tokens(logits_BTE, valid_BT, config: ModelConfig) -> Choice:
     B, T, E = logits_BTE.shape
     C = capacity(config, T, config.capacity_factor or 1.0)
     score_BTE = jnp.where(valid_BT[..., None], jax.nn.softmax(logits_BTE), 0.0)
-    score_BEC, token_BEC = jax.lax.top_k(jnp.swapaxes(score_BTE, 1, 2), C)
+    score_BEC, token_BEC = _top_k(jnp.swapaxes(score_BTE, 1, 2), C, None)
     expert_BEC = jnp.where(score_BEC > 0, jnp.arange(E)[:, None], E)
     return Choice(
         token_BEC.reshape(B, E * C), expert_BEC.reshape(B, E * C), None, score_BEC.reshape(B, E * C)
     )
+
+
+def _top_k(x, k: int, second: str | None):
+    """`top_k` over the last dim of an array split along its first two, "batch" and `second`.
+
+    Left to itself the compiler gathers all rows of the batch on every device.
+    """
+    if not sharding.split_axes():
+        return jax.lax.top_k(x, k)
+    spec = sharding.activation(x.shape, ("batch", second, None))
+    return sharding.per_device(lambda x: tuple(jax.lax.top_k(x, k)), (spec,), (spec, spec))(x)
 
 
 def capacity(config: ModelConfig, row_length: int, factor: float) -> int:
@@ -109,6 +120,7 @@ def drop_overflow(choice: Choice, num_experts: int, limit: int, dealt: bool = Fa
       dealt: tokens are in zig-zag order, but the first to come are those in the natural one.
     """
     expert_BM = context.undeal(choice.expert_BM) if dealt else choice.expert_BM
+    expert_BM = constrain(expert_BM, "batch", None)  # counting needs the whole row
     chosen_BME = jax.nn.one_hot(expert_BM, num_experts, dtype=jnp.int32)
     place_BM = jnp.sum(jnp.cumsum(chosen_BME, axis=1) * chosen_BME, axis=-1)
     kept_BM = jnp.where(place_BM <= limit, expert_BM, num_experts)

@@ -6,11 +6,10 @@ before it: each tells the first who and what it is, and hears "go" or why not.
 
 import contextlib
 import hashlib
+import itertools
 import json
-import os
 import platform
 import socket
-import sys
 import time
 from importlib import metadata
 
@@ -21,6 +20,8 @@ from ..configs.errors import UserError
 
 # Of a message; nobody has more to say.
 _MOST_BYTES = 65536
+# Names a barrier must have once only; all processes count alike.
+_waits = itertools.count()
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -219,14 +220,25 @@ def is_first() -> bool:
 @contextlib.contextmanager
 def first_goes_first(what: str):
     """Let the first process do something alone; the others do it after it has."""
-    from orbax.checkpoint import multihost
-
-    first = is_first()
-    if jax.process_count() > 1 and not first:
-        multihost.sync_global_processes(what, timeout=3600)
+    if not is_first():
+        wait(what)
     yield
-    if jax.process_count() > 1 and first:
-        multihost.sync_global_processes(what, timeout=3600)
+    if is_first():
+        wait(what)
+
+
+def wait(what: str) -> None:
+    """Go on when all processes are here, for an hour at most; `what` must be the same in all.
+
+    Before programs that talk to each other, since CPU devices give each other seconds to show up
+    and compiling may take one process a minute longer than another.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        barrier = multihost.get_barrier_sync_fn()
+        assert barrier is not None
+        barrier(key=f"puna/{what}/{next(_waits)}", timeout_ms=3_600_000)
 
 
 def gather(value) -> list:
@@ -250,10 +262,3 @@ def on_host(x) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
-def leave(status: int) -> None:
-    """End this process at once: JAX's own exit would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

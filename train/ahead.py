@@ -16,7 +16,6 @@ import re
 import typing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
@@ -26,7 +25,7 @@ from ..models import sharding
 from ..models.transformer import Transformer, abstract_params
 from .optimizer import make_optimizer
 from .state import abstract_state
-from .step import make_train_step
+from .step import abstract_batch, make_train_step
 
 _GIB = 2**30
 
@@ -195,16 +194,7 @@ def lower_step(config: schema.Config, devices: list) -> jax.stages.Lowered:
     # Not `jax.set_mesh`: every constant made while tracing would be put on devices that are not
     # there. The default device tells kernels which hardware they are for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(devices[0]):
-        return step.lower(state, _abstract_batch(config, mesh))
-
-
-def _abstract_batch(config: schema.Config, mesh):
-    shape = (config.train.batch_size, config.data.seq_len)
-    place = sharding.batch_sharding(mesh)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    return dict.fromkeys(names, ids) | {"weights_BT": weights}
+        return step.lower(state, abstract_batch(config, mesh))
 
 
 @dataclasses.dataclass(frozen=True)

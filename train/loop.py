@@ -16,7 +16,7 @@ from .data import make_train_loader
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .optimizer import make_optimizer
 from .state import TrainState, abstract_state, init_state
-from .step import make_train_step
+from .step import abstract_batch, make_train_step
 
 Evaluator = Callable[..., dict[str, float]]
 
@@ -67,6 +67,8 @@ def train(
             print(f"step {start} of {c.train.steps}; compiling", flush=True)
         log = metrics.RunLog(c, workdir, start)
         step_fn = make_train_step(c, model, tx, tokenizer.token_bytes, places)
+        step_fn = step_fn.lower(places, abstract_batch(c, mesh)).compile()
+        processes.wait("compiled")
         for step in range(start + 1, c.train.steps + 1):
             batch = sharding.put_batch(mesh, log.fetch(loader), rows, c.train.batch_size)
             state, values = step_fn(state, batch)

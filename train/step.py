@@ -6,6 +6,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..configs.schema import Config
+from ..models import sharding
 from ..models.moe import RouterStats
 from ..models.transformer import Transformer
 from .objectives import next_token
@@ -64,6 +65,16 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
     # Metrics are whole everywhere: every process of several can read them.
     whole = NamedSharding(out.step.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(out, whole))
+
+
+def abstract_batch(config: Config, mesh):
+    """Shapes, dtypes and places of a batch of text."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
+    place = sharding.batch_sharding(mesh)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+    return dict.fromkeys(names, ids) | {"weights_BT": weights}
 
 
 def split(batch, parts: int):

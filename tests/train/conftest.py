@@ -1,8 +1,23 @@
 """A tiny experiment on text files, shared by the tests of training and evaluation."""
 
+import importlib.util
+import pathlib
+
 import pytest
 
 from puna.configs import base
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="session")
+def matrix():
+    """`benchmarks/mesh_matrix.py`, which compares a mesh with one device."""
+    spec = importlib.util.spec_from_file_location("mesh_matrix", BENCHMARKS / "mesh_matrix.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,43 @@
+"""Every mesh gives the numbers of one device; the whole matrix is slow, a sample of it is not."""
+
+import pytest
+
+from puna.models import blockwise
+
+SAMPLE = [
+    ("dense", "pipeline4"),
+    ("dense", "fsdp2.context2.tensor2"),
+    ("scout", "expert2.context2.tensor2"),
+    ("scout, capacity", "pipeline2.expert2.context2"),
+    ("vision", "fsdp2.expert2.tensor2"),
+]
+MODELS = ("dense", "scout", "scout, capacity", "maverick", "vision")
+KINDS = ("loss", "gradient norm", "router", "gradient", "params")
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of attention in a row, some of them passed over, as in a long one."""
+    monkeypatch.setattr(blockwise, "_ONE_BLOCK", 0)
+    monkeypatch.setattr(blockwise, "_BLOCK", 8)
+
+
+def check(matrix, name, mesh):
+    found = matrix.case(name, mesh)
+    worst = {kind: found[kind] for kind in KINDS}
+    assert max(worst.values()) <= matrix.TOLERANCE, found
+
+
+@pytest.mark.parametrize("name,mesh", SAMPLE)
+def test_a_sample_of_the_matrix(matrix, name, mesh):
+    check(matrix, name, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_whole_matrix(matrix, name):
+    """One test a model, since they share the run on one device."""
+    assert len(matrix.MESHES) >= 24 and MODELS == tuple(matrix.MODELS)
+    for mesh in matrix.MESHES:
+        if (name, mesh) not in SAMPLE:
+            check(matrix, name, mesh)
