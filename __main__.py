@@ -4,6 +4,7 @@ The only place that wires the layers together.
 """
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -296,6 +297,7 @@ def main() -> None:
     threading.excepthook = lambda args: None
     # TensorStore's own threads answer an event loop that a failed save has left behind.
     sys.unraisablehook = lambda args: None
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         _run(sys.argv[1:])
     except (errors.UserError, OSError) as e:

@@ -193,6 +193,9 @@ class TrainConfig:
     log_every: int = key(10, "steps between logged steps", POSITIVE)
     save_every: int = key(500, "steps between checkpoints, the last step apart", POSITIVE)
     keep: int = key(2, "newest checkpoints kept", POSITIVE)
+    keep_every: int = key(0, "checkpoints of steps kept for ever; 0 = none", at_least(0))
+    local_dir: str = key("", "faster disk for checkpoints between those; empty = none")
+    local_every: int = key(50, "steps between checkpoints in local_dir", POSITIVE)
     eval_every: int = key(500, "steps between evaluations; 0 = only at the end", at_least(0))
 
 
@@ -412,6 +415,12 @@ def check(c: Config) -> None:
             f"model.vocab_size={c.model.vocab_size}"
         )
     _multiple("train.batch_size", c.train.batch_size, "train.microbatches", c.train.microbatches)
+    _multiple("train.keep_every", c.train.keep_every, "train.save_every", c.train.save_every)
+    if c.train.local_dir and c.train.local_every >= c.train.save_every:
+        raise ConfigError(
+            f"train.local_every={c.train.local_every} must be below "
+            f"train.save_every={c.train.save_every} where train.local_dir is given"
+        )
     if c.optimizer.name == "muon" and c.model.param_dtype != "float32":
         raise ConfigError(
             f"model.param_dtype={c.model.param_dtype} must be float32 where optimizer.name=muon"

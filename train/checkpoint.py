@@ -1,28 +1,36 @@
-"""Writing and restoring checkpoints with Orbax: asynchronous, atomic, the newest few kept.
+"""Writing and restoring checkpoints with Orbax: asynchronous, atomic, checksummed, the newest kept.
 
 One holds all that the run needs to go on bit for bit: parameters, optimizer, data position, the
-resolved config and the tokenizer. `models/weights/run.py` has the layout.
+resolved config and the tokenizer. `models/weights/run.py` has the layout and the checksums. Between
+two of them `train.local_dir` can take others, on a disk that is faster and may be lost.
 """
 
 import base64
+import itertools
 import logging
 import pathlib
 import re
+from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
 
 from ..configs.errors import UserError
 from ..configs.schema import Config, to_dict
+from ..models import processes
 from ..models.weights import run
+from ..models.weights.tensors import warn
 from .state import TrainState
 
 # What may differ between the run that saved and the run that goes on: where numbers are computed,
-# what is reported, and how long to go on.
+# what is reported and kept, and how long to go on.
 _FREE = (
     *("mesh.", "eval.", "data.workers", "data.data_dir", "data.validation", "train.steps"),
-    *("train.log_every", "train.save_every", "train.eval_every", "train.keep", "train.loss_chunk"),
+    *("train.log_every", "train.save_every", "train.eval_every", "train.keep", "train.local_"),
+    "train.loss_chunk",
 )
+# An array is stored in pieces of at most this size; each is unpacked as a whole to be read.
+_CHUNK_BYTES = 4 * 2**20
 
 
 class Checkpoints:
@@ -38,14 +46,21 @@ class Checkpoints:
         # Orbax logs what it also raises, with the tracebacks of its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.workdir = workdir
+        self.train = config.train
         self.config = to_dict(config)
         self.tokenizer = {n: base64.b64encode(b).decode() for n, b in tokenizer_files.items()}
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.train.keep, cleanup_tmp_directories=True
-        )
-        self.manager = ocp.CheckpointManager(
-            (workdir / run.CHECKPOINTS).absolute(), options=options
-        )
+        self.local = None
+        if config.train.local_dir:
+            # Runs that share the disk must not take each other's.
+            self.local = pathlib.Path(config.train.local_dir, *workdir.absolute().parts[1:])
+        self._managers: dict[pathlib.Path, ocp.CheckpointManager] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether the state after this step is to be saved."""
+        return self._due(step) or (self.local is not None and not step % self.train.local_every)
+
+    def _due(self, step: int) -> bool:
+        return step == self.train.steps or not step % self.train.save_every
 
     def save(self, state: TrainState, step: int, data_position: dict) -> None:
         """Start saving; the step goes on while files are written.
@@ -53,28 +68,41 @@ class Checkpoints:
         Raises:
           UserError: this or the save before it could not be written.
         """
-        meta = {"config": self.config, "data": data_position, "tokenizer": self.tokenizer}
-        with _explained(self.workdir, "save"):
-            self.manager.save(
+        rest = {"step": state.step, "opt_state": state.opt_state}
+        meta = run.seal(
+            {"config": self.config, "data": data_position, "tokenizer": self.tokenizer},
+            params=state.params, optimizer=rest,
+        )  # fmt: skip
+        folder = self.workdir if self._due(step) or self.local is None else self.local
+        with _explained(folder, "save"):
+            self._manager(folder).save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state.params),
-                    optimizer=ocp.args.StandardSave(
-                        {"step": state.step, "opt_state": state.opt_state}
-                    ),
+                    params=_in_chunks(state.params),
+                    optimizer=_in_chunks(rest),
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
-        """The newest state and its data position, or None where nothing is saved yet.
+        """The newest whole state and its data position, or None where nothing is saved yet.
+
+        Damaged checkpoints that are newer than a whole one are renamed, with a warning.
 
         Raises:
-          UserError: the checkpoint is damaged, or of another config (which names the key).
+          UserError: all are damaged, or of another config (which names the key).
         """
-        if not run.steps(self.workdir):
-            return None
-        folder = run.find(self.workdir)
+        folders = [run.find(self.workdir, step) for step in run.steps(self.workdir)]
+        if self.local is not None:
+            self._leave_another_run(self.local)
+            folders += [run.find(self.local, step) for step in run.steps(self.local)]
+        folders.sort(key=lambda folder: int(folder.name), reverse=True)
+        found = newest_whole(folders, lambda folder: self._read(folder, abstract))
+        for folder in filter(None, (self.workdir, self.local)):
+            self._manager(folder)  # which also removes what a killed save has left
+        return found
+
+    def _read(self, folder, abstract):
         meta = run.read_meta(folder)
         self._check_config(folder, meta["config"])
         params = run.restore(folder, "params", abstract.params)
@@ -91,17 +119,94 @@ class Checkpoints:
                     "go on with the same config, or take another --workdir"
                 )
 
+    def _leave_another_run(self, local):
+        """Set aside local checkpoints whose workdir was removed: this run is a new one."""
+        stale = bool(run.steps(local)) and not (self.workdir / "config.json").exists()
+        # All have looked before the first one renames, and go on after it has.
+        if any(processes.gather(stale)):
+            if processes.is_first():
+                kept = _set_aside(local / run.CHECKPOINTS, "old")
+                warn(f"{local} has checkpoints of an earlier {self.workdir}; they are now {kept}")
+            processes.gather(None)
+
+    def _manager(self, folder: pathlib.Path) -> ocp.CheckpointManager:
+        if folder not in self._managers:
+            main = folder == self.workdir
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.train.keep if main else 1,
+                keep_period=self.train.keep_every or None if main else None,
+                cleanup_tmp_directories=True,
+            )
+            with _explained(folder, "save"):
+                path = (folder / run.CHECKPOINTS).absolute()
+                path.mkdir(parents=True, exist_ok=True)
+                self._managers[folder] = ocp.CheckpointManager(path, options=options)
+        return self._managers[folder]
+
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
         """Wait for the last save."""
+        for folder, manager in self._managers.items():
+            try:
+                if error is None:
+                    with _explained(folder, "save"):
+                        manager.wait_until_finished()
+            finally:
+                manager.close()
+
+
+def set_aside_unreadable(workdir: pathlib.Path) -> None:
+    """Make the newest checkpoint of a run one that says what it is, if there is such a one."""
+    folders = [run.find(workdir, step) for step in reversed(run.steps(workdir))]
+    newest_whole(folders, run.read_meta)
+
+
+def newest_whole(folders: list[pathlib.Path], read: Callable):
+    """What `read` makes of the first checkpoint that is not damaged; those before it are set aside.
+
+    They are renamed only if there is such a one: where none can be read the fault may lie
+    elsewhere. With several processes all of them call this together.
+
+    Returns:
+      What `read` returned, or None where there are no checkpoints.
+
+    Raises:
+      UserError: all are damaged; it says how the first is.
+    """
+    damaged: dict[pathlib.Path, run.Damaged] = {}
+    # Asking all of them is also waiting for all: none renames before all have looked.
+    processes.gather(None)
+    for folder in folders:
+        found = None
         try:
-            if error is None:
-                with _explained(self.workdir, "save"):
-                    self.manager.wait_until_finished()
-        finally:
-            self.manager.close()
+            found = read(folder)
+        except run.Damaged as error:
+            damaged[folder] = error
+        if not all(processes.gather(folder not in damaged)):
+            damaged.setdefault(folder, run.Damaged(f"{folder}: damaged checkpoint"))
+            continue
+        if processes.is_first():
+            for bad, error in damaged.items():
+                warn(f"{error}; it is now {_set_aside(bad, 'damaged').name}, {folder} is used")
+        processes.gather(None)
+        return found
+    for error in damaged.values():
+        raise error
+    return None
+
+
+def _set_aside(folder: pathlib.Path, why: str) -> pathlib.Path:
+    """Rename a folder to a name that nothing has yet."""
+    names = (f"{folder.name}.{why}{n or ''}" for n in itertools.count())
+    free = next(p for p in map(folder.with_name, names) if not p.exists())
+    return folder.rename(free)
+
+
+def _in_chunks(tree) -> ocp.args.StandardSave:
+    options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+    return ocp.args.StandardSave(tree, save_args=options)
 
 
 class _explained:

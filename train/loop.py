@@ -11,7 +11,7 @@ from ..configs.errors import ConfigError, UserError
 from ..models import processes, sharding
 from ..models.transformer import Transformer, abstract_params
 from . import metrics
-from .checkpoint import Checkpoints
+from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .optimizer import make_optimizer
@@ -42,6 +42,7 @@ def train(
     workdir = _writable(pathlib.Path(workdir))
     mesh = sharding.make_mesh(c.mesh)
     _check_batch(c, mesh)
+    set_aside_unreadable(workdir)
     rows = sharding.local_rows(mesh, c.train.batch_size)
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
         tokenizer = prepare_tokenizer(c, workdir)
@@ -77,7 +78,7 @@ def train(
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
                 for name, evaluate in (evaluators or {}).items():
                     log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
-            if last or step % c.train.save_every == 0:
+            if checkpoints.due(step):
                 checkpoints.save(state, step, _data_position(loader))
         log.finish()
         loader.close()

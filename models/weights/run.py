@@ -1,23 +1,41 @@
 """Reading a run of ours: where its checkpoints are, what they say, their parameters.
 
 A run is DIR/checkpoints/STEP/ with the Orbax items `params`, `optimizer` and `meta`; `meta` is
-JSON: the resolved config, the data position and the tokenizer's files. `train/checkpoint.py`
-writes them.
+JSON: the resolved config, the data position, the tokenizer's files, a checksum of every array and
+one of itself. `train/checkpoint.py` writes them. What is read is compared with its checksum, so a
+damaged checkpoint is an error and never other numbers.
 """
 
 import base64
+import hashlib
 import json
+import math
 import pathlib
+from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
+import tensorstore
 
 from ...configs import schema
 from ...configs.errors import UserError
-from .. import sharding
+from .. import processes, sharding
 from ..transformer import Transformer, abstract_params
+from . import placing
+from .checksum import checksums
+from .tensors import warn
 
 CHECKPOINTS = "checkpoints"
+
+# What the meta of a checkpoint can hold that was saved before there were checksums.
+_UNSEALED = ({"config", "data", "tokenizer"}, {"config", "data", "tokenizer", "origin"})
+
+
+# What is read and unpacked at a time; a multiple of the pieces that arrays are stored in.
+_PIECE_BYTES = 8 * 2**20
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was saved."""
 
 
 def steps(path) -> list[int]:
@@ -52,13 +70,34 @@ def find(path, step: int | None = None) -> pathlib.Path:
     return path / CHECKPOINTS / str(have[-1] if step is None else step)
 
 
+def seal(meta: dict, **items) -> dict:
+    """Complete the meta of a checkpoint with the checksums of its items and of itself."""
+    arrays = {name: checksums(tree) for name, tree in items.items()}
+    # As it will be read: JSON knows neither tuples nor numbers as keys.
+    meta = json.loads(json.dumps(meta | {"checksums": arrays}))
+    return meta | {"sha256": _digest(meta)}
+
+
+def _digest(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(folder: pathlib.Path) -> dict:
-    """What a checkpoint says of itself: config, data position, tokenizer files."""
+    """What a checkpoint says of itself: config, data position, tokenizer files, checksums.
+
+    Raises:
+      Damaged: it is not what was saved.
+    """
     try:
         # Orbax would have all processes of a run read it at the same time.
-        return json.loads((folder / "meta" / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}: damaged checkpoint: {str(e).splitlines()[0]}") from e
+        meta = json.loads((folder / "meta" / "metadata").read_bytes())
+        digest = meta.pop("sha256", None)
+        whole = digest == _digest(meta) or (digest is None and meta.keys() in _UNSEALED)
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise Damaged(f"{folder}: damaged checkpoint: meta: {_first_line(e)}") from e
+    if not whole:
+        raise Damaged(f"{folder}: damaged checkpoint: meta is not what was saved")
+    return meta
 
 
 def read_config(folder: pathlib.Path) -> schema.Config:
@@ -73,16 +112,92 @@ def tokenizer_files(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 def restore(folder: pathlib.Path, item: str, abstract):
-    """Read one item into the shapes, dtypes and shardings of `abstract`.
+    """Read one item into the shapes, dtypes and shardings of `abstract`, and compare its checksums.
+
+    With several processes all of them call this together; it succeeds in all or in none.
 
     Raises:
-      UserError: the files are damaged or hold something else.
+      Damaged: the files hold something else than was saved, or nothing that can be read.
     """
+    saved = read_meta(folder).get("checksums")
+    found: Any = None
+    error = None
     try:
-        with ocp.StandardCheckpointer() as reader:
-            return reader.restore(folder.absolute() / item, abstract)
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder}: cannot restore {item}: {str(e).splitlines()[0]}") from e
+        found = _read(folder / item, abstract)
+    except Exception as e:  # damage shows in many ways
+        error = e
+    if not all(processes.gather(error is None)):
+        reason = _first_line(error) if error else "another process cannot read its part"
+        raise Damaged(f"{folder}: damaged checkpoint: cannot restore {item}: {reason}") from error
+    if saved is None:
+        warn(f"{folder}: {item} has no checksums, as older versions saved it; it may be damaged")
+        return found
+    now = checksums(found)
+    for path in sorted(now.keys() | saved.get(item, {}).keys()):
+        if now.get(path) != saved.get(item, {}).get(path):
+            raise Damaged(f"{folder}: damaged checkpoint: {item}/{path} is not what was saved")
+    return found
+
+
+def _read(folder: pathlib.Path, abstract):
+    """The arrays of an item, one after another; Orbax itself would hold them all on the host."""
+    leaves = jax.tree.leaves_with_path(abstract)
+    # The table of what lies where is read once, not for each array anew.
+    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _PIECE_BYTES}})
+    base = f"file://{folder.absolute()}/"
+    arrays = []
+    for path, x in leaves:
+        name = sharding.path_name(path).replace("/", ".") + "/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": name}
+        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+        stored = tensorstore.open(spec, open=True, context=context).result()
+        if stored.shape != x.shape or stored.dtype.numpy_dtype != x.dtype:
+            raise ValueError(
+                f"{name[:-1]} is {stored.dtype.name}{list(stored.shape)} and must be "
+                f"{x.dtype}{list(x.shape)}"
+            )
+        arrays.append(_array(stored, x.sharding))
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def _array(stored, place):
+    """A stored array on its devices: each one's part is read, sent and let go of in turn."""
+    shape, dtype, sent = stored.shape, stored.dtype.numpy_dtype, []
+    for bounds, devices in placing._parts(shape, place).items():
+        host = placing._scratch([stop - start for start, stop in bounds], dtype)
+        for piece in _pieces(bounds, dtype.itemsize):
+            here = tuple(
+                slice(start - low, stop - low)
+                for (start, stop), (low, _) in zip(piece, bounds, strict=True)
+            )
+            wanted = stored[tuple(slice(*b) for b in piece)][tensorstore.d[:].translate_to[0]]
+            # The dots make a view of a scalar too.
+            tensorstore.array(host[*here, ...]).write(wanted).result()
+        sent += [jax.device_put(host, device) for device in devices]
+        jax.block_until_ready(sent)
+        del host
+    return jax.make_array_from_single_device_arrays(shape, place, sent)
+
+
+def _pieces(bounds, itemsize: int):
+    """Split a part of an array in halves until each can be unpacked at a time."""
+    sizes = [stop - start for start, stop in bounds]
+    if math.prod(sizes) * itemsize <= _PIECE_BYTES:
+        yield bounds
+        return
+    axis = sizes.index(max(sizes))
+    start, stop = bounds[axis]
+    middle = (start + stop) // 2
+    for half in ((start, middle), (middle, stop)):
+        yield from _pieces((*bounds[:axis], half, *bounds[axis + 1 :]), itemsize)
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong at the bottom, without TensorStore's own description of it."""
+    while error.__cause__:
+        error = error.__cause__
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.split(" [tensorstore_spec")[0]
 
 
 def load(path, dtype: str, mesh, step: int | None = None):
@@ -95,5 +210,8 @@ def load(path, dtype: str, mesh, step: int | None = None):
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         sharding.unbox(boxed), places,
     )  # fmt: skip
-    params = restore(folder, "params", abstract)
-    return Transformer(config), jax.tree.map(lambda x: x.astype(dtype), params)
+    leaves, tree = jax.tree.flatten(restore(folder, "params", abstract))
+    for i in range(len(leaves)):
+        # One after another, so that there are never two whole models.
+        leaves[i] = leaves[i].astype(dtype)
+    return Transformer(config), jax.tree.unflatten(tree, leaves)
