@@ -10,7 +10,6 @@ import re
 
 import jax
 import numpy as np
-import pytest
 
 from puna.configs import schema
 from puna.models import sharding
@@ -55,31 +54,48 @@ def collectives(text):
     return found
 
 
-def per_layer(found, tokens):
-    """Collectives of the loops over layers by kind, of weights and of activations apart.
-
-    tokens: leading dims [B, T] of activations of a device, of which sequence parallelism and the
-    exchange make other ones of the same size.
-    """
-    loops = {computation for computation, _, _ in found if computation.startswith("wide.")}
+def per_layer(found, rows: int, length: int):
+    """Arrays sent in the loops over layers, forward and backward together, of some size."""
     counts = collections.Counter()
     for computation, kind, shape in found:
-        if computation in loops and math.prod(shape) >= math.prod(tokens):
-            what = "activation" if shape[:2] in tokens_of(tokens) else "weight"
-            counts[what, kind] += 1
+        # XLA calls a loop over layers so once it has moved what it can out of it.
+        if computation.startswith("wide.") and len(shape) > 1:
+            activation = shape[:2] in ((rows, length), (1, rows * length))
+            counts["activation" if activation else "weight", kind] += 1
     return dict(counts)
-
-
-def tokens_of(tokens):
-    B, T = tokens
-    return {(B, T), (1, B * T)}
 
 
 def largest(found):
     return max(math.prod(shape) for _, _, shape in found)
 
 
-@pytest.mark.slow
 def test_dense_fsdp_and_tensor(matrix):
+    model, rows = matrix.DENSE, matrix.B // 4
     found = collectives(compiled_text(matrix, "dense", {"fsdp": 4, "tensor": 2}))
-    print(per_layer(found, (8, 32)), largest(found))
+    weights = 7  # wq wk wv wo, gate up down
+    assert per_layer(found, rows, matrix.T) == {
+        # Gathered from the fsdp group forward and again backward; gradients are added up once.
+        ("weight", "all-gather"): 2 * weights,
+        ("weight", "all-reduce"): weights,
+        # Sequence parallelism gathers before attention and before the MLP, and the cotangents of
+        # their results; partial sums of wo and down forward, of q k v gate up backward.
+        ("activation", "all-gather"): 2 + 2,
+        ("activation", "all-reduce"): 2 + 5,
+    }
+    activation = rows * matrix.T * model.embed_dim
+    assert largest(found) <= max(activation, model.embed_dim * model.mlp_dim)
+
+
+def test_experts_and_fsdp(matrix):
+    model, rows = matrix.SCOUT, matrix.B // 8
+    found = collectives(compiled_text(matrix, "scout", {"fsdp": 4, "expert": 2}))
+    # wq wk wv wo, router, gate up down of these experts and the shared one; two layers a turn.
+    weights = 2 * 11
+    counts = per_layer(found, rows, matrix.T)
+    # Tokens go out and come back as cotangents, to each of two devices.
+    assert counts.pop(("activation", "all-to-all")) == 2 * 2 * 2
+    assert counts == {("weight", "all-gather"): 2 * weights, ("weight", "all-reduce"): weights}
+    sent = {shape for _, kind, shape in found if kind == "all-to-all"}
+    assert sent == {(1, rows * matrix.T, model.embed_dim), (1, rows * matrix.T, 1)}
+    experts_here = model.num_experts // 2 * model.embed_dim * model.expert_dim
+    assert largest(found) <= experts_here
