@@ -6,6 +6,7 @@ choice is by the mesh's devices, which need not be there: see `train/ahead.py`.
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -115,14 +116,18 @@ def _splash_kernel(length, num_heads, chunk_size):
         block_q_dq=None if fused else block, block_kv_dq=None if fused else block,
         use_fused_bwd_kernel=fused,
     )  # fmt: skip
-    # This runs while something else is traced, maybe for a device that is not there: arrays that
-    # are to outlive it are made outside of that, and kept on the host.
-    with jax.ensure_compile_time_eval(), jax.default_device(None):
+
+    def make():
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * num_heads), block_sizes=sizes, head_shards=1,
             q_seq_shards=1,
         )  # fmt: skip
         return jax.tree.map(np.asarray, kernel)
+
+    # Something is being traced here, maybe for a device that is not there. A thread of its own
+    # knows nothing of that, so its arrays have values.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def _fits_cudnn(q_BTNH, k_BTKH):
