@@ -168,7 +168,10 @@ def _require(module, topology, extra):
 
 
 def memory_limit(topology: str) -> int:
-    """Bytes that one device of a topology has for a program."""
+    """Bytes that one device of a topology has.
+
+    JAX takes three quarters of a GPU's, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+    """
     kind = topology.split("-")[0].split("x")[-1]
     return int(TPUS[kind].memory_gib * _GIB) if kind in TPUS else GPUS[kind].memory_bytes
 
