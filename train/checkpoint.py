@@ -146,15 +146,19 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, error, traceback):
-        """Wait for the last save."""
+    def wait(self) -> None:
+        """Until the last save has arrived.
+
+        Raises:
+          UserError: it could not be written.
+        """
         for folder, manager in self._managers.items():
-            try:
-                if error is None:
-                    with _explained(folder, "save"):
-                        manager.wait_until_finished()
-            finally:
-                manager.close()
+            with _explained(folder, "save"):
+                manager.wait_until_finished()
+
+    def __exit__(self, kind, error, traceback):
+        for manager in self._managers.values():
+            manager.close()
 
 
 def set_aside_unreadable(workdir: pathlib.Path) -> None:

@@ -12,9 +12,11 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator
 
-from .metrics import write_json
+from ..models import processes
+from .atomic import write_json
 
 FILE = "goodput.json"
+_MARKS = 64
 KINDS = ("start-up", "compile", "input wait", "step", "save", "evaluation", "lost to failure")
 
 
@@ -30,22 +32,23 @@ class Ledger:
     def __init__(self, workdir: pathlib.Path, now: Callable[[], float] = time.time,
                  started: float | None = None):  # fmt: skip
         self._path, self._now = workdir / FILE, now
-        self._kind, self._unsaved = "start-up", 0.0
+        self._kind = "start-up"
         self._since = now() if started is None else started
         before = _read(self._path)
         self._seconds = {kind: float(before.get("seconds", {}).get(kind, 0.0)) for kind in KINDS}
         self._sessions = int(before.get("sessions", 0)) + 1
         self._first = float(before.get("first_start", self._since))
+        # Step -> seconds of steps until its checkpoint.
+        self._marks = {int(k): float(v) for k, v in before.get("marks", {}).items()}
         if before and not before.get("finished"):
-            self._lose(before)
+            self._since = max(self._since, float(before["last_sign"]))
+            self._seconds["lost to failure"] += self._since - float(before["last_sign"])
 
-    def _lose(self, before: dict) -> None:
-        """Move what the session before did in vain to what is lost."""
-        again = min(float(before.get("unsaved", 0.0)), self._seconds["step"])
+    def going_on_from(self, step: int) -> None:
+        """The steps after this checkpoint, if there were any, are done again: they are lost."""
+        again = max(0.0, self._seconds["step"] - self._marks.get(step, 0.0))
         self._seconds["step"] -= again
         self._seconds["lost to failure"] += again
-        self._since = max(self._since, float(before["last_sign"]))
-        self._seconds["lost to failure"] += self._since - float(before["last_sign"])
 
     @contextlib.contextmanager
     def doing(self, kind: str) -> Iterator[None]:
@@ -62,10 +65,11 @@ class Ledger:
         """From here on the run is making steps."""
         self._turn("step")
 
-    def saved(self) -> None:
-        """All steps until now are in a checkpoint."""
-        self._turn(self._kind)
-        self._unsaved = 0.0
+    def saving(self, step: int) -> None:
+        """The checkpoint of this step is on its way; whether it arrives a restart will tell."""
+        self._marks[step] = self._seconds["step"]
+        # A restart goes back to one of the newest.
+        self._marks = dict(sorted(self._marks.items())[-_MARKS:])
 
     def write(self, finished: bool = False) -> dict:
         """Bring the file up to date.
@@ -85,18 +89,17 @@ class Ledger:
             "sessions": self._sessions,
             "first_start": self._first,
             "last_sign": self._since,
-            "unsaved": 0.0 if finished else self._unsaved,
+            "marks": self._marks,
             "finished": finished,
         }
-        write_json(self._path, report)
+        if processes.is_first():
+            write_json(self._path, report)
         return report
 
     def _turn(self, kind: str) -> None:
         now = max(self._now(), self._since)  # a clock that is set back takes nothing away
         spent, self._since = now - self._since, now
         self._seconds[self._kind] += spent
-        if self._kind == "step":
-            self._unsaved += spent
         self._kind = kind
 
 
@@ -117,6 +120,7 @@ def _read(path: pathlib.Path) -> dict:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         float(report["last_sign"])
+        {int(k): float(v) for k, v in report["marks"].items()}
         return report
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

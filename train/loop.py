@@ -11,9 +11,11 @@ from ..configs.errors import ConfigError, UserError
 from ..models import processes, sharding
 from ..models.transformer import Transformer, abstract_params
 from . import metrics
+from .atomic import write_json
 from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
+from .goodput import Ledger, process_start
 from .optimizer import make_optimizer
 from .state import TrainState, abstract_state, init_state
 from .step import abstract_batch, make_train_step
@@ -40,6 +42,8 @@ def train(
     """
     c = schema.from_dict(config)
     workdir = _writable(pathlib.Path(workdir))
+    ledger = Ledger(workdir, started=process_start())
+    _keep_programs()
     mesh = sharding.make_mesh(c.mesh)
     _check_batch(c, mesh)
     set_aside_unreadable(workdir)
@@ -63,26 +67,42 @@ def train(
             state, position = restored
             loader.set_state(position)
         start = int(state.step)
+        ledger.going_on_from(start)
         if processes.is_first():
-            metrics.write_json(workdir / "config.json", schema.to_dict(c))
+            write_json(workdir / "config.json", schema.to_dict(c))
             print(f"step {start} of {c.train.steps}; compiling", flush=True)
-        log = metrics.RunLog(c, workdir, start)
+        log = metrics.RunLog(c, workdir, start, ledger)
         step_fn = make_train_step(c, model, tx, tokenizer.token_bytes, places)
-        step_fn = step_fn.lower(places, abstract_batch(c, mesh)).compile()
-        processes.wait("compiled")
+        with ledger.doing("compile"):
+            step_fn = step_fn.lower(places, abstract_batch(c, mesh)).compile()
+            processes.wait("compiled")
+        ledger.running()
         for step in range(start + 1, c.train.steps + 1):
             batch = sharding.put_batch(mesh, log.fetch(loader), rows, c.train.batch_size)
             state, values = step_fn(state, batch)
             log.dispatched(step, values)
             last = step == c.train.steps
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
-                for name, evaluate in (evaluators or {}).items():
-                    log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
+                with ledger.doing("evaluation"):
+                    for name, evaluate in (evaluators or {}).items():
+                        log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
             if checkpoints.due(step):
-                checkpoints.save(state, step, _data_position(loader))
+                with ledger.doing("save"):
+                    checkpoints.save(state, step, _data_position(loader))
+                    ledger.saving(step)
         log.finish()
         loader.close()
+        with ledger.doing("save"):
+            checkpoints.wait()
+        ledger.write(finished=True)
     return state
+
+
+def _keep_programs() -> None:
+    """Let JAX keep compiled programs on disk, so that a restart does not compile again."""
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "puna", "programs"))
 
 
 def _data_position(loader) -> dict:

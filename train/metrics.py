@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -15,6 +14,8 @@ from tqdm import tqdm
 from ..configs.schema import Config, ModelConfig
 from ..models.processes import is_first
 from ..models.transformer import abstract_params, count_params
+from .atomic import write_json, write_text
+from .goodput import Ledger
 from .optimizer import schedule
 
 # Dense bfloat16 FLOP/s of a device as JAX counts devices, from the makers' data sheets. A device
@@ -85,12 +86,13 @@ class RunLog:
       workdir: the run's folder.
       start: steps already done; later records of an interrupted run are cut off, since the run
         that goes on from the checkpoint writes them again.
+      ledger: told of the waits for input, and brought up to date with every record.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, start: int):
+    def __init__(self, config: Config, workdir: pathlib.Path, start: int, ledger: Ledger):
         from tensorboardX import SummaryWriter
 
-        self.config, self.workdir, self.start = config, workdir, start
+        self.config, self.workdir, self.start, self.ledger = config, workdir, start, ledger
         self.rate = schedule(config)
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         self.flops_per_step = (
@@ -118,7 +120,8 @@ class RunLog:
     def fetch(self, loader):
         """The next batch; the time it takes is the run's input wait."""
         began = time.perf_counter()
-        batch = next(loader)
+        with self.ledger.doing("input wait"):
+            batch = next(loader)
         self.input_wait += time.perf_counter() - began
         return batch
 
@@ -162,6 +165,7 @@ class RunLog:
         # JSON has no number for what is not finite.
         bad = {k: None for k, v in scalars.items() if not math.isfinite(v)}
         self.last = {"step": step, **record, **bad}
+        self.ledger.write()
         if self.file is None or self.events is None:
             return
         self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
@@ -216,18 +220,6 @@ def read(path: pathlib.Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Replace a file at once: a reader finds the old or the new, never half."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: pathlib.Path, value) -> None:
-    """Replace a JSON file at once."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def plot_losses(workdir: pathlib.Path) -> None:
