@@ -39,8 +39,15 @@ def train(config, workdir, evaluators=None):
 
 def _train(args):
     from .models.processes import is_first
+    from .models.weights import run
 
     workdir = _required(args, "workdir")
+    folder = pathlib.Path(workdir) / run.CHECKPOINTS
+    if (args.fresh or not args.resume) and folder.is_dir() and any(folder.iterdir()):
+        raise errors.UserError(
+            f"--fresh: {folder} holds checkpoints already, which puna never deletes; "
+            "move it away, or take another --workdir"
+        )
     train(args.config, workdir)
     if not is_first():
         return
@@ -184,6 +191,9 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer(
             "heartbeat", 100, "seconds of silence after which a process counts as dead", **text
         )
+    if command == "train":
+        flags.DEFINE_bool("resume", True, "go on from the newest checkpoint in --workdir", **text)
+        flags.DEFINE_bool("fresh", False, "start anew; refuses a --workdir that has any", **text)
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
     if command == "generate":
@@ -306,13 +316,17 @@ def main() -> None:
         sys.stderr.flush()
         # Threads that still read or save must not keep a failed command alive.
         os._exit(2)
+    except KeyboardInterrupt as e:
+        from .train.signals import STATUS, Interrupted
+
+        print(f"puna: {str(e) or 'interrupted'}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STATUS if isinstance(e, Interrupted) else 130)
     except Exception:
         traceback.print_exc()
         # Threads and JAX's own way out would wait for processes that may be gone.
         os._exit(1)
-    except KeyboardInterrupt:
-        print("puna: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ class Checkpoints:
             {"config": self.config, "data": data_position, "tokenizer": self.tokenizer},
             params=state.params, optimizer=rest,
         )  # fmt: skip
-        folder = self.workdir if self._due(step) or self.local is None else self.local
+        # A step that is due nowhere is the last one on a machine that may be about to go.
+        local = self.local is not None and self.due(step) and not self._due(step)
+        folder = self.local if local else self.workdir
         with _explained(folder, "save"):
             self._manager(folder).save(
                 step,

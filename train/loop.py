@@ -17,6 +17,7 @@ from .data import make_train_loader
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .goodput import Ledger, process_start
 from .optimizer import make_optimizer
+from .signals import Interrupted, Signals
 from .state import TrainState, abstract_state, init_state
 from .step import abstract_batch, make_train_step
 
@@ -39,6 +40,7 @@ def train(
 
     Raises:
       UserError: the config, the data or the folder will not do; one line says why.
+      Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
     c = schema.from_dict(config)
     workdir = _writable(pathlib.Path(workdir))
@@ -59,7 +61,11 @@ def train(
     if processes.is_first():
         print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
 
-    with jax.set_mesh(mesh), Checkpoints(workdir, c, tokenizer_files(workdir)) as checkpoints:
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(workdir, c, tokenizer_files(workdir)) as checkpoints,
+        Signals() as signals,
+    ):
         restored = checkpoints.restore(places)
         if restored is None:
             state = init_state(c, tx, mesh)
@@ -77,24 +83,29 @@ def train(
             step_fn = step_fn.lower(places, abstract_batch(c, mesh)).compile()
             processes.wait("compiled")
         ledger.running()
+        step = start
         for step in range(start + 1, c.train.steps + 1):
             batch = sharding.put_batch(mesh, log.fetch(loader), rows, c.train.batch_size)
             state, values = step_fn(state, batch)
             log.dispatched(step, values)
-            last = step == c.train.steps
+            last, ends = step == c.train.steps, signals.end_after(step)
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
                 with ledger.doing("evaluation"):
                     for name, evaluate in (evaluators or {}).items():
                         log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
-            if checkpoints.due(step):
+            if ends or checkpoints.due(step):
                 with ledger.doing("save"):
                     checkpoints.save(state, step, _data_position(loader))
                     ledger.saving(step)
+            if ends:
+                break
         log.finish()
         loader.close()
         with ledger.doing("save"):
             checkpoints.wait()
-        ledger.write(finished=True)
+        ledger.write(finished=step >= c.train.steps)
+    if step < c.train.steps:
+        raise Interrupted(f"{workdir}: ended after step {step}; the same command goes on from it")
     return state
 
 
