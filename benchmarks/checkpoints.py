@@ -10,6 +10,7 @@ for the step, the checksums, the copy to the host, and for the save before it. L
 """
 
 import argparse
+import json
 import pathlib
 import subprocess
 import sys
@@ -103,30 +104,25 @@ def state_memory(action: str, folder: str, gigabytes: float, devices: int) -> No
 def blocking(arguments: list[str]) -> None:
     """Train as `puna train` does and print what part of the time `save` took."""
     from puna import __main__ as cli
-    from puna.train import checkpoint, metrics
+    from puna.train import loop
+    from puna.train.checkpoint import Checkpoints
 
-    class Timed(checkpoint.Checkpoints):
-        held, saves = 0.0, 0
+    took = []
 
+    class Timed(Checkpoints):
         def save(self, *args):
             start = time.perf_counter()
             super().save(*args)
-            Timed.held += time.perf_counter() - start
-            Timed.saves += 1
-
-    from puna.train import loop
+            took.append(time.perf_counter() - start)
 
     loop.Checkpoints = Timed
     with tempfile.TemporaryDirectory() as folder:
         cli._run(["train", *arguments, f"--workdir={folder}"])
-        steps = metrics.read(pathlib.Path(folder) / "metrics.jsonl")
-        total = (
-            sum(step["step_seconds"] for step in steps[1:])
-            * (steps[-1]["step"] / max(1, len(steps)))
-            + Timed.held
-        )
-    print(f"{Timed.saves} saves held the run up for {Timed.held:.2f} s of {total:.1f} s: "
-          f"{100 * Timed.held / total:.1f} %")  # fmt: skip
+        seconds = json.loads((pathlib.Path(folder) / "goodput.json").read_text())["seconds"]
+    total = sum(seconds[kind] for kind in ("step", "input wait", "save", "evaluation"))
+    each = ", ".join(f"{t:.2f}" for t in took)
+    print(f"{len(took)} saves held the run up for {each} s: {100 * sum(took) / total:.1f} % of "
+          f"{total:.1f} s")  # fmt: skip
 
 
 def main() -> None:
