@@ -190,6 +190,11 @@ class TrainConfig:
     seed: int = key(0, "of the parameters and of the data order", between(0, 2**31 - 1))
     z_loss: float = key(0.0, "weight of log(Z)^2 in the loss", at_least(0))
     loss_chunk: int = key(1024, "tokens whose logits exist at one time, a device", POSITIVE)
+    bad_step: str = key("skip", "what to do where the gradient is not finite or spikes",
+                        one_of("skip", "rewind", "stop"))  # fmt: skip
+    spike_factor: float = key(0.0, "a spike is so many times the usual norm; 0 = none", at_least(0))
+    check_replicas_every: int = key(0, "steps between comparisons of replicas; 0 = never",
+                                    at_least(0))  # fmt: skip
     log_every: int = key(10, "steps between logged steps", POSITIVE)
     save_every: int = key(500, "steps between checkpoints, the last step apart", POSITIVE)
     keep: int = key(2, "newest checkpoints kept", POSITIVE)

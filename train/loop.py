@@ -12,11 +12,13 @@ from ..models import processes, sharding
 from ..models.transformer import Transformer, abstract_params
 from . import metrics
 from .atomic import write_json
+from .bad_steps import Watch
 from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .goodput import Ledger, process_start
 from .optimizer import make_optimizer
+from .replicas import check_replicas
 from .signals import Interrupted, Signals
 from .state import TrainState, abstract_state, init_state
 from .step import abstract_batch, make_train_step
@@ -66,34 +68,46 @@ def train(
         Checkpoints(workdir, c, tokenizer_files(workdir)) as checkpoints,
         Signals() as signals,
     ):
-        restored = checkpoints.restore(places)
-        if restored is None:
-            state = init_state(c, tx, mesh)
-        else:
-            state, position = restored
+        state, position = checkpoints.restore(places) or (init_state(c, tx, mesh), None)
+        if position is not None:
             loader.set_state(position)
-        start = int(state.step)
+        start = step = int(state.step)
         ledger.going_on_from(start)
         if processes.is_first():
             write_json(workdir / "config.json", schema.to_dict(c))
             print(f"step {start} of {c.train.steps}; compiling", flush=True)
         log = metrics.RunLog(c, workdir, start, ledger)
+        watch = Watch(c, workdir, int(state.opt_state.bad))
         step_fn = make_train_step(c, model, tx, tokenizer.token_bytes, places)
         with ledger.doing("compile"):
             step_fn = step_fn.lower(places, abstract_batch(c, mesh)).compile()
             processes.wait("compiled")
         ledger.running()
-        step = start
-        for step in range(start + 1, c.train.steps + 1):
+        while step < c.train.steps:
+            step += 1
+            last, ends = step == c.train.steps, signals.end_after(step)
+            saves = ends or checkpoints.due(step)
+            position = loader.get_state()
             batch = sharding.put_batch(mesh, log.fetch(loader), rows, c.train.batch_size)
             state, values = step_fn(state, batch)
             log.dispatched(step, values)
-            last, ends = step == c.train.steps, signals.end_after(step)
+            if watch.look(step, values, position) or (saves and watch.last()):
+                # Back to the last checkpoint, and over the data that made a step bad.
+                checkpoints.wait()
+                state, _ = checkpoints.restore(places) or (init_state(c, tx, mesh), None)
+                loader.set_state(loader.get_state() if saves else position)
+                step = int(state.step)
+                watch.rewound(step, int(state.opt_state.bad))
+                ledger.going_on_from(step)
+                log.rewind(step)
+                continue
+            if c.train.check_replicas_every and step % c.train.check_replicas_every == 0:
+                check_replicas(state.params, step)
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
                 with ledger.doing("evaluation"):
                     for name, evaluate in (evaluators or {}).items():
                         log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
-            if ends or checkpoints.due(step):
+            if saves:
                 with ledger.doing("save"):
                     checkpoints.save(state, step, _data_position(loader))
                     ledger.saving(step)

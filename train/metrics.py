@@ -90,8 +90,6 @@ class RunLog:
     """
 
     def __init__(self, config: Config, workdir: pathlib.Path, start: int, ledger: Ledger):
-        from tensorboardX import SummaryWriter
-
         self.config, self.workdir, self.start, self.ledger = config, workdir, start, ledger
         self.rate = schedule(config)
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
@@ -100,22 +98,27 @@ class RunLog:
         )
         self.peak = peak_flops(config.model)
 
-        kept = []
         self.file = self.events = self.bar = None
+        if is_first() and sys.stderr.isatty():
+            self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
+        self.began = time.perf_counter()
+        self._open(start)
+
+    def _open(self, start: int) -> None:
+        """Go on writing after a step."""
+        from tensorboardX import SummaryWriter
+
+        kept = []
         if is_first():
-            path = workdir / "metrics.jsonl"
+            path = self.workdir / "metrics.jsonl"
             kept = [m for m in read(path) if m["step"] <= start]
             write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
             self.file = open(path, "a", encoding="utf-8")
-            self.events = SummaryWriter(str(workdir / "events"), purge_step=start + 1)
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
-
+            self.events = SummaryWriter(str(self.workdir / "events"), purge_step=start + 1)
         self.last: dict = kept[-1] if kept else {}
         self.pending: tuple[int, dict, dict] | None = None
         self.logged, self.logged_at = start, time.perf_counter()
         self.input_wait = 0.0
-        self.began = time.perf_counter()
 
     def fetch(self, loader):
         """The next batch; the time it takes is the run's input wait."""
@@ -178,6 +181,13 @@ class RunLog:
         else:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step; it is done again, with other data."""
+        if self.file is not None and self.events is not None:
+            self.file.close()
+            self.events.close()
+        self._open(step)
 
     def finish(self) -> None:
         """Write the last record, `results.json` and `loss.png`."""

@@ -1,10 +1,16 @@
 """The optax chain of a configuration: schedule, clipping, update rule, weight decay."""
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import optax
 
 from ..configs.schema import Config
 from ..models.sharding import Param
+
+# Steps after which the usual norm of the gradient is known well enough.
+_KNOWN = 20
 
 
 def schedule(config: Config) -> optax.Schedule:
@@ -62,12 +68,54 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
         case _:
             rule = optax.scale_by_adam(o.b1, o.b2, o.eps)
     # Optax's own rules decay each in a way of its own; here it is rate * decay * parameter for all.
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
         rule,
         optax.add_decayed_weights(o.weight_decay, decays),
         optax.scale_by_learning_rate(rate),
     )
+    return guarded(chain, config.train.spike_factor)
+
+
+class Guard(NamedTuple):
+    """State of `guarded`: of the rule inside, the usual gradient norm and from how many steps it
+    is known, and how many steps were bad."""
+
+    inner: optax.OptState
+    usual_norm: jax.Array
+    seen: jax.Array
+    bad: jax.Array
+
+
+def guarded(tx: optax.GradientTransformation, spike_factor: float):
+    """The same rule, but a bad gradient changes nothing: neither parameters nor moments.
+
+    Bad is one that is not finite or, where `spike_factor` is not 0, whose global norm is more
+    than that many times the usual one, a running mean over about the last 50 steps.
+    """
+
+    def init(params):
+        zero = jnp.zeros((), jnp.int32)
+        return Guard(tx.init(params), jnp.zeros(()), zero, zero)
+
+    def update(grads, state, params=None):
+        norm = optax.tree.norm(grads).astype(jnp.float32)
+        bad = ~jnp.isfinite(norm)
+        if spike_factor:
+            bad |= (state.seen >= _KNOWN) & (norm > spike_factor * state.usual_norm)
+        updates, inner = tx.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), updates)
+        inner = jax.tree.map(lambda new, old: jnp.where(bad, old, new), inner, state.inner)
+        share = 1.0 / jnp.minimum(state.seen + 1, 50)
+        usual_norm = state.usual_norm + share * (norm - state.usual_norm)
+        return updates, Guard(
+            inner,
+            jnp.where(bad, state.usual_norm, usual_norm),
+            state.seen + ~bad,
+            state.bad + bad,
+        )
+
+    return optax.GradientTransformation(init, update)
 
 
 def _per_parameter(boxed, f):

@@ -19,7 +19,7 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
     Args:
       config: reads `train` and `model.bias_update_rate`.
       model: what the objective evaluates.
-      tx: the optimizer of `make_optimizer`.
+      tx: the optimizer of `make_optimizer`, whose state counts bad steps.
       token_bytes_V: bytes of text that each token id stands for.
       places: the state's shapes and shardings, from `abstract_state`.
     """
@@ -50,13 +50,16 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        bad = opt_state.bad > state.opt_state.bad
         if config.model.bias_update_rate:
-            params = balance_routers(params, sums["router"], config.model.bias_update_rate)
+            rate = config.model.bias_update_rate
+            params = balance_routers(params, sums["router"], rate, bad)
         bytes_ = jnp.sum(jnp.asarray(token_bytes_V)[batch["targets_BT"]] * batch["weights_BT"])
         metrics = {
             "loss": sums["nll"] / weight,
             "bits_per_byte": sums["nll"] / jnp.log(2.0) / jnp.maximum(bytes_, 1.0),
             "grad_norm": optax.tree.norm(grads),
+            "bad_steps": opt_state.bad,
             **router_metrics(sums["router"]),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -109,14 +112,15 @@ def router_metrics(router) -> dict[str, jax.Array]:
     }
 
 
-def balance_routers(params, router, rate: float):
+def balance_routers(params, router, rate: float, bad):
     """Move each router's bias one step toward an even load (DeepSeek-V3, arXiv 2412.19437).
 
-    The bias takes part in the choice of experts only and has no gradient; this is its update.
+    Nothing moves in a bad step, whose statistics may be of no use. The bias takes part in the
+    choice of experts only and has no gradient; this is its update.
     """
     params = jax.tree.map(lambda x: x, params)  # new dicts, to be changed
     for (block, name), stats in router_layers(router):
         moe = params[block][name]["moe"]
         even = jnp.mean(stats.load_E, axis=-1, keepdims=True)
-        moe["router_bias_E"] += rate * jnp.sign(even - stats.load_E)
+        moe["router_bias_E"] += jnp.where(bad, 0.0, rate * jnp.sign(even - stats.load_E))
     return params

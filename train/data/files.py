@@ -2,31 +2,32 @@
 
 A file ending in .jsonl or .json-lines (or the same with .gz) holds one JSON object a line, whose
 text is under one key; any other file is one document. Plain files are read piece by piece through
-an index of line offsets (8 bytes a document) that is built when they are opened. A gzip file cannot
-be read in the middle, so it is kept in memory, unzipped, once per reading process.
+an index of line offsets (8 bytes a document) that is built when they are opened, and refused once
+they change: no place in them would hold any longer. A gzip file cannot be read in the middle, so it
+is kept in memory, unzipped, once per reading process.
 """
 
 import array
 import bisect
 import contextlib
+import dataclasses
 import glob
 import gzip
 import io
 import itertools
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from ...configs.errors import UserError
+from .quarantine import SHOWN_CHARACTERS, BadRecord
 
 JSONL_SUFFIXES = (".jsonl", ".json-lines")
-MAX_DOCUMENT_BYTES = 128 << 20  # a tokenizer needs tens of times this in memory
 MAX_GZIP_BYTES = 1 << 30  # unzipped, for one file
-# Documents up to this many bytes in all are decoded when a corpus is opened, so that a mistake in
-# the data shows before training starts; later ones are decoded only when they are read.
-CHECKED_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20  # of a line that are in memory at once while a file is indexed
 
 _JSON_TYPES = {
     bool: "boolean",
@@ -72,7 +73,7 @@ def decode_record(raw: bytes, text_key: str | None) -> str:
     if not isinstance(record, dict):
         raise RecordError(f"is a JSON {_JSON_TYPES[type(record)]}, not an object like {{...}}")
     if text_key not in record:
-        keys = ", ".join(map(repr, itertools.islice(record, 8))) or "none"
+        keys = ", ".join(repr(key[:40]) for key in itertools.islice(record, 8)) or "none"
         raise RecordError(f"has no key {text_key!r} (its keys: {keys}); set data.text_key")
     value = record[text_key]
     if not isinstance(value, str):
@@ -103,80 +104,99 @@ def find_files(pattern: str) -> list[str]:
     return paths
 
 
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Where the documents of a file are, and of which state of the file that is true."""
+
+    offsets: array.array  # where each starts, and behind them where the last one ends
+    blanks: array.array  # of each line that is none, how many documents stand before it
+    state: tuple[int, int]  # bytes, and nanoseconds of the last change
+
+
 class FileDocuments(Sequence[str]):
     """The documents of some files, in the order of the files and of their lines.
 
     Args:
         paths: the files.
         text_key: the key of the text in the objects of JSONL files.
+        max_bytes: what a document may have; a longer one is not read into memory.
 
     Raises:
-        UserError: a file cannot be read, or a record (see CHECKED_BYTES) is no document; reading a
-            document later raises the same.
+        UserError: a file cannot be read, or when a document of it is read, has changed.
+        BadRecord: a record is no document, when it is read.
     """
 
-    def __init__(self, paths: Sequence[str], text_key: str):
+    def __init__(self, paths: Sequence[str], text_key: str, max_bytes: int):
         self._paths = tuple(paths)
         self._text_key = text_key
+        self._max_bytes = max_bytes
         self._unzipped: dict[str, bytes] = {}
-        # Per file the offset where each document starts, and behind them where the last one ends.
-        self._offsets = [self._index(path) for path in self._paths]
-        self._ends = list(itertools.accumulate(len(offsets) - 1 for offsets in self._offsets))
-        unchecked = CHECKED_BYTES
-        for index in range(len(self)):
-            _, start, stop = self._locate(index)
-            unchecked -= stop - start
-            if unchecked < 0:
-                break
-            self[index]
+        self._files = [self._index(path) for path in self._paths]
+        self._ends = list(itertools.accumulate(len(file.offsets) - 1 for file in self._files))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> str:
-        path, start, stop = self._locate(index)
-        text_key = self._text_key if _is_jsonl(path) else None
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = bisect.bisect_right(self._ends, index)
+        path, (offsets, blanks) = self._paths[file], self._tables(file)
+        document = index - self._ends[file] + len(offsets) - 1
+        start, stop = offsets[document], offsets[document + 1]
+        raw = self._read(file, start, min(stop - start, self._max_bytes))
         try:
-            if stop - start > MAX_DOCUMENT_BYTES:
+            if stop - start > self._max_bytes:
                 raise RecordError(
-                    f"is a document of {(stop - start) >> 20} MiB, more than "
-                    f"{MAX_DOCUMENT_BYTES >> 20}: split it, e.g. into lines of a .jsonl file"
+                    f"is a document of {stop - start:,} bytes, more than data.max_document_bytes="
+                    f"{self._max_bytes}: split it, e.g. into lines of a .jsonl file"
                 )
-            return decode_record(self._read(path, start, stop), text_key)
+            return decode_record(raw, self._text_key if _is_jsonl(path) else None)
         except RecordError as error:
-            # The number of the line is counted from the start of the file, only for this message.
-            line = self._read(path, 0, start).count(b"\n") + 1
-            where = f"{path} line {line}" if text_key else path
-            raise UserError(f"{where} {error}") from None
+            line = document + 1 + bisect.bisect_right(blanks, document)
+            where = f"{path} line {line}" if _is_jsonl(path) else path
+            beginning = raw[: 4 * SHOWN_CHARACTERS]  # a character has up to 4 bytes
+            raise BadRecord(where, str(error), path, line, start, beginning) from None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_unzipped": {}}  # a worker process unzips for itself
 
-    def _locate(self, index: int) -> tuple[str, int, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        file = bisect.bisect_right(self._ends, index)
-        offsets = self._offsets[file]
-        document = index - self._ends[file] + len(offsets) - 1
-        return self._paths[file], offsets[document], offsets[document + 1]
+    def _tables(self, file: int) -> tuple[array.array, array.array]:
+        return self._files[file].offsets, self._files[file].blanks
 
-    def _index(self, path: str) -> array.array:
+    def _index(self, path: str) -> _Index:
         with _explain(path):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+                raise UserError(f"{path} is not a file that can be read at random: copy it to one")
             if _is_jsonl(path):
-                with self._open(path) as lines:
-                    return _line_offsets(lines)
-            size = len(self._unzip(path)) if _is_gzip(path) else os.path.getsize(path)
-            return array.array("q", [0, size] if size else [0])
+                with self._open(path, _state(status)) as lines:
+                    return _Index(*_find_documents(lines), _state(status))
+            size = status.st_size
+            if _is_gzip(path):
+                size = len(self._unzip(path, _state(status)))
+            return _Index(array.array("q", [0, size] if size else [0]), array.array("q"),
+                          _state(status))  # fmt: skip
 
-    def _read(self, path: str, start: int, stop: int) -> bytes:
-        with _explain(path), self._open(path) as file:
-            file.seek(start)
-            return file.read(stop - start)
+    def _read(self, file: int, start: int, size: int) -> bytes:
+        path = self._paths[file]
+        with _explain(path), self._open(path, self._files[file].state) as opened:
+            opened.seek(start)
+            return opened.read(size)
 
-    def _open(self, path: str) -> BinaryIO:
-        return io.BytesIO(self._unzip(path)) if _is_gzip(path) else open(path, "rb")
+    def _open(self, path: str, state: tuple[int, int]) -> BinaryIO:
+        if _is_gzip(path):
+            return io.BytesIO(self._unzip(path, state))
+        file = open(path, "rb")
+        if _state(os.fstat(file.fileno())) != state:
+            file.close()
+            raise UserError(
+                f"{path} has changed since it was opened: data must stay as it is while it is "
+                "read; start again, and write new data to new files"
+            )
+        return file
 
-    def _unzip(self, path: str) -> bytes:
+    def _unzip(self, path: str, state: tuple[int, int]) -> bytes:
         if path not in self._unzipped:
             with gzip.open(path) as file:
                 data = file.read(MAX_GZIP_BYTES + 1)
@@ -197,14 +217,26 @@ def _is_jsonl(path: str) -> bool:
     return path.lower().removesuffix(".gz").endswith(JSONL_SUFFIXES)
 
 
-def _line_offsets(lines: BinaryIO) -> array.array:
-    offsets, offset = array.array("q"), 0
-    for line in lines:
-        if not line.isspace():
-            offsets.append(offset)
-        offset += len(line)
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _find_documents(lines: BinaryIO) -> tuple[array.array, array.array]:
+    """Return the offsets and the blank lines of an index."""
+    offsets, blanks = array.array("q"), array.array("q")
+    offset = start = 0
+    blank = True
+    # In pieces, since a line may be longer than the memory.
+    for piece in iter(functools.partial(lines.readline, _BLOCK_BYTES), b""):
+        offset += len(piece)
+        blank = blank and piece.isspace()
+        if piece.endswith(b"\n"):
+            _end_line(offsets, blanks, start, blank)
+            start, blank = offset, True
+    if start < offset:
+        _end_line(offsets, blanks, start, blank)
     offsets.append(offset)
-    return offsets
+    return offsets, blanks
 
 
 @contextlib.contextmanager
