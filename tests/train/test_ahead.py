@@ -98,10 +98,10 @@ def test_llama_8b_fits_a_small_tpu_slice(tmp_path):
 @pytest.mark.slow
 def test_scout_fits_a_tpu_slice(tmp_path):
     figures = compiled(
-        tmp_path, "--config=llama4:scout", "--topology=v5p-128", "--config.mesh.data=1",
-        "--config.mesh.fsdp=64", "--config.train.batch_size=64",
+        tmp_path, "--config=llama4:scout", "--topology=v5p-64", "--config.mesh.data=1",
+        "--config.mesh.fsdp=32", "--config.train.batch_size=32",
     )  # fmt: skip
-    assert figures["fits"] and figures["devices"] == 64
+    assert figures["fits"] and figures["devices"] == 32
 
 
 @for_tpu
