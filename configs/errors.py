@@ -4,6 +4,11 @@
 class UserError(Exception):
     """A mistake of the user: one line naming the key or file, the value, the rule and the fix."""
 
+    def __str__(self) -> str:
+        # One line whatever is in the names and values that it quotes, and safe on any terminal.
+        line = " ".join(super().__str__().split())
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
 
 class ConfigError(UserError):
     """A configuration that cannot be: names the key, its value and the rule."""

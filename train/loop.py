@@ -15,6 +15,7 @@ from .atomic import write_json
 from .bad_steps import Watch
 from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
+from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .goodput import Ledger, process_start
 from .optimizer import make_optimizer
@@ -53,8 +54,11 @@ def train(
     set_aside_unreadable(workdir)
     rows = sharding.local_rows(mesh, c.train.batch_size)
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
-        tokenizer = prepare_tokenizer(c, workdir)
-        loader = make_train_loader(c.data, tokenizer, c.train.batch_size, rows, c.train.seed)
+        quarantine = prepare_quarantine(workdir)
+        tokenizer = prepare_tokenizer(c, workdir, quarantine)
+        loader = make_train_loader(
+            c.data, tokenizer, c.train.batch_size, rows, c.train.seed, quarantine
+        )
 
     model = Transformer(c.model)
     boxed = abstract_params(c.model)
@@ -107,6 +111,7 @@ def train(
                 with ledger.doing("evaluation"):
                     for name, evaluate in (evaluators or {}).items():
                         log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
+                log.add("data", {"bad_records": quarantine.count()})
             if saves:
                 with ledger.doing("save"):
                     checkpoints.save(state, step, _data_position(loader))

@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -11,11 +12,16 @@ from ...configs.schema import DataConfig
 from ...models.tokenizer import Tokenizer
 from .documents import TokenizedDocuments
 from .packing import Batch, Cursor, pack_row, to_batch
+from .quarantine import Quarantine
 from .sources import open_source, parse_sources
 
 
 def make_eval_rows(
-    config: DataConfig, tokenizer: Tokenizer, sources: str, seq_len: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    sources: str,
+    seq_len: int,
+    quarantine: Quarantine | None = None,
 ) -> Iterator[Batch]:
     """Yield packed rows of one pass over the sources, part after part, not shuffled.
 
@@ -24,10 +30,12 @@ def make_eval_rows(
     sums over targets are sums over the text. The last row ends in padding, segment 0.
 
     Args:
-        config: `text_key` and `data_dir` are used.
+        config: all of it but what is about training.
         tokenizer: turns the documents into ids.
         sources: a source string without weights, which mean nothing in one pass.
         seq_len: tokens of a row, T.
+        quarantine: takes the bad records if `config.bad_records` is `skip`; without one they are
+            counted, and told on standard error at the end.
 
     Returns:
         An iterator of rows, the arrays of a batch (see `to_batch`) without their first axis.
@@ -43,8 +51,11 @@ def make_eval_rows(
                 f"evaluation data {sources!r}: every document is read once, so {part.name} cannot "
                 "have a weight"
             )
-    opened = [open_source(part.name, config.text_key, config.data_dir) for part in parts]
-    return _rows([TokenizedDocuments(part, tokenizer) for part in opened], sources, seq_len + 1)
+    told = quarantine is None
+    quarantine = Quarantine() if quarantine is None else quarantine
+    opened = [open_source(part.name, config, quarantine) for part in parts]
+    rows = _rows([TokenizedDocuments(part, tokenizer) for part in opened], sources, seq_len + 1)
+    return _telling(rows, quarantine, sources) if told else rows
 
 
 def batches(rows: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
@@ -54,6 +65,19 @@ def batches(rows: Iterable[Batch], batch_size: int) -> Iterator[Batch]:
         zeros = {key: np.zeros_like(value) for key, value in chunk[0].items()}
         chunk += [zeros] * (batch_size - len(chunk))
         yield {key: np.stack([row[key] for row in chunk]) for key in zeros}
+
+
+def _telling(rows: Iterator[Batch], quarantine: Quarantine, sources: str) -> Iterator[Batch]:
+    """Tell what was left out once no more rows are asked for, be it before the end."""
+    try:
+        yield from rows
+    finally:
+        if quarantine.first:
+            print(
+                f"puna: evaluation data {sources!r}: {quarantine.count()} bad records are left "
+                f"out, the first: {quarantine.first}",
+                file=sys.stderr,
+            )
 
 
 def _rows(parts: list[TokenizedDocuments], sources: str, length: int) -> Iterator[Batch]:

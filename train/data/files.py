@@ -11,6 +11,7 @@ import array
 import bisect
 import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import io
@@ -65,7 +66,7 @@ def decode_record(raw: bytes, text_key: str | None) -> str:
     if text_key is None:
         return text
     try:
-        record = json.loads(text)
+        record = json.loads(text.rstrip())  # blank lines behind it may hold more than JSON's space
     except json.JSONDecodeError as error:
         raise RecordError(f"is not JSON ({error.msg} at column {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
@@ -132,6 +133,7 @@ class FileDocuments(Sequence[str]):
         self._max_bytes = max_bytes
         self._unzipped: dict[str, bytes] = {}
         self._files = [self._index(path) for path in self._paths]
+        # How many documents there are up to the end of each file.
         self._ends = list(itertools.accumulate(len(file.offsets) - 1 for file in self._files))
 
     def __len__(self) -> int:
@@ -140,11 +142,13 @@ class FileDocuments(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        file = bisect.bisect_right(self._ends, index)
-        path, (offsets, blanks) = self._paths[file], self._tables(file)
-        document = index - self._ends[file] + len(offsets) - 1
-        start, stop = offsets[document], offsets[document + 1]
-        raw = self._read(file, start, min(stop - start, self._max_bytes))
+        number = bisect.bisect_right(self._ends, index)
+        path, file = self._paths[number], self._files[number]
+        document = index - self._ends[number] + len(file.offsets) - 1
+        start, stop = file.offsets[document], file.offsets[document + 1]
+        with _explain(path), self._open(path, file.state) as opened:
+            opened.seek(start)
+            raw = opened.read(min(stop - start, self._max_bytes))
         try:
             if stop - start > self._max_bytes:
                 raise RecordError(
@@ -153,7 +157,7 @@ class FileDocuments(Sequence[str]):
                 )
             return decode_record(raw, self._text_key if _is_jsonl(path) else None)
         except RecordError as error:
-            line = document + 1 + bisect.bisect_right(blanks, document)
+            line = document + 1 + bisect.bisect_right(file.blanks, document)
             where = f"{path} line {line}" if _is_jsonl(path) else path
             beginning = raw[: 4 * SHOWN_CHARACTERS]  # a character has up to 4 bytes
             raise BadRecord(where, str(error), path, line, start, beginning) from None
@@ -161,44 +165,24 @@ class FileDocuments(Sequence[str]):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_unzipped": {}}  # a worker process unzips for itself
 
-    def _tables(self, file: int) -> tuple[array.array, array.array]:
-        return self._files[file].offsets, self._files[file].blanks
-
     def _index(self, path: str) -> _Index:
         with _explain(path):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
-                raise UserError(f"{path} is not a file that can be read at random: copy it to one")
-            if _is_jsonl(path):
-                with self._open(path, _state(status)) as lines:
-                    return _Index(*_find_documents(lines), _state(status))
-            size = status.st_size
-            if _is_gzip(path):
-                size = len(self._unzip(path, _state(status)))
-            return _Index(array.array("q", [0, size] if size else [0]), array.array("q"),
-                          _state(status))  # fmt: skip
-
-    def _read(self, file: int, start: int, size: int) -> bytes:
-        path = self._paths[file]
-        with _explain(path), self._open(path, self._files[file].state) as opened:
-            opened.seek(start)
-            return opened.read(size)
+                raise UserError(f"{path} is no file that can be read at random: copy it to one")
+            state = status.st_size, status.st_mtime_ns
+            with self._open(path, state) as opened:
+                if _is_jsonl(path):
+                    return _Index(*_find_documents(opened), state)
+                size = opened.seek(0, os.SEEK_END)
+        return _Index(array.array("q", [0, size] if size else [0]), array.array("q"), state)
 
     def _open(self, path: str, state: tuple[int, int]) -> BinaryIO:
-        if _is_gzip(path):
-            return io.BytesIO(self._unzip(path, state))
-        file = open(path, "rb")
-        if _state(os.fstat(file.fileno())) != state:
-            file.close()
-            raise UserError(
-                f"{path} has changed since it was opened: data must stay as it is while it is "
-                "read; start again, and write new data to new files"
-            )
-        return file
+        return io.BytesIO(self._unzip(path, state)) if _is_gzip(path) else _open_same(path, state)
 
     def _unzip(self, path: str, state: tuple[int, int]) -> bytes:
         if path not in self._unzipped:
-            with gzip.open(path) as file:
+            with _open_same(path, state) as zipped, gzip.open(zipped) as file:
                 data = file.read(MAX_GZIP_BYTES + 1)
             if len(data) > MAX_GZIP_BYTES:
                 raise UserError(
@@ -217,24 +201,34 @@ def _is_jsonl(path: str) -> bool:
     return path.lower().removesuffix(".gz").endswith(JSONL_SUFFIXES)
 
 
-def _state(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
+def _open_same(path: str, state: tuple[int, int]) -> BinaryIO:
+    """Open a file that is still as it was when it was indexed."""
+    file = open(path, "rb")
+    status = os.fstat(file.fileno())
+    if (status.st_size, status.st_mtime_ns) != state:
+        file.close()
+        raise UserError(
+            f"{path} has changed since it was opened: data must stay as it is while it is read; "
+            "start again, and write new data to new files"
+        )
+    return file
 
 
 def _find_documents(lines: BinaryIO) -> tuple[array.array, array.array]:
     """Return the offsets and the blank lines of an index."""
     offsets, blanks = array.array("q"), array.array("q")
-    offset = start = 0
+    start = offset = 0
     blank = True
     # In pieces, since a line may be longer than the memory.
     for piece in iter(functools.partial(lines.readline, _BLOCK_BYTES), b""):
+        if blank and not piece.isspace():
+            offsets.append(start)
+            blank = False
         offset += len(piece)
-        blank = blank and piece.isspace()
         if piece.endswith(b"\n"):
-            _end_line(offsets, blanks, start, blank)
+            if blank:
+                blanks.append(len(offsets))
             start, blank = offset, True
-    if start < offset:
-        _end_line(offsets, blanks, start, blank)
     offsets.append(offset)
     return offsets, blanks
 

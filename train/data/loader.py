@@ -25,6 +25,7 @@ from ...configs.schema import DataConfig
 from ...models.tokenizer import Tokenizer
 from .documents import TokenizedDocuments
 from .packing import Batch, Cursor, pack_row, to_batch
+from .quarantine import Quarantine
 from .shuffle import ShuffledMapDataset
 from .sources import open_source, parse_sources
 
@@ -37,6 +38,7 @@ def make_train_loader(
     batch_size: int,
     rows: Sequence[int] | None = None,
     seed: int = 0,
+    quarantine: Quarantine | None = None,
 ) -> "TrainLoader":
     """Make the endless iterator over the training batches of this process.
 
@@ -47,6 +49,7 @@ def make_train_loader(
         rows: the rows of the global batch that this process owns, in the order it wants them; all
             where left out.
         seed: of the order of the documents.
+        quarantine: takes the bad records if `config.bad_records` is `skip`.
 
     Returns:
         An iterator of batches of numpy arrays [len(rows), config.seq_len], see `to_batch`.
@@ -55,7 +58,8 @@ def make_train_loader(
         UserError: the data cannot be read; also while iterating.
     """
     parts = parse_sources(config.train)
-    opened = [open_source(part.name, config.text_key, config.data_dir) for part in parts]
+    quarantine = Quarantine() if quarantine is None else quarantine
+    opened = [open_source(part.name, config, quarantine) for part in parts]
     streams = []
     for index, documents in enumerate(opened):
         stream = grain.MapDataset.source(TokenizedDocuments(documents, tokenizer))

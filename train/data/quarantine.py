@@ -64,10 +64,7 @@ class Quarantine:
     def __init__(self, folder: pathlib.Path | None = None):
         self._path = folder / FILE if folder else None
         self._known: set[tuple[str, int]] | None = None
-        self.first: BadRecord | None = None  # that was added here
-
-    def __len__(self) -> int:
-        return len(self._records())
+        self.first: BadRecord | None = None  # that was added in this process
 
     def __getstate__(self) -> dict:
         # A reader process finds out for itself what is known by then.
@@ -89,6 +86,10 @@ class Quarantine:
                 print(f"puna: bad record left out: {bad}; all are in {self._path}", file=sys.stderr)
         known.add((bad.source, bad.record))
 
+    def count(self) -> int:
+        """Return how many records are noted, by all processes, now and before restarts."""
+        return len(set(_read(self._path))) if self._path else len(self._records())
+
     def _records(self) -> set[tuple[str, int]]:
         if self._known is None:
             self._known = set(_read(self._path)) if self._path else set()
@@ -105,11 +106,6 @@ def prepare_quarantine(workdir: pathlib.Path) -> Quarantine:
         # What an attempt on data that may have been mended since has left.
         (workdir / FILE).unlink(missing_ok=True)
     return Quarantine(workdir)
-
-
-def count(workdir: pathlib.Path) -> int:
-    """Return how many bad records a run has left out."""
-    return len(set(_read(workdir / FILE)))
 
 
 class Screened(Sequence[str]):
@@ -194,6 +190,8 @@ def _read(path: pathlib.Path) -> Iterator[tuple[str, int]]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise UserError(f"{path}: bad records cannot be noted ({error.strerror})") from None
     for line in lines:
         try:
             note = json.loads(line)

@@ -12,8 +12,11 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ...configs.errors import UserError
+from ...configs.schema import DataConfig
 from . import files, tfds_documents
+from .quarantine import Quarantine, Screened
 
+MAX_WEIGHT = 1e9  # sums and ratios of weights stay numbers
 _WEIGHT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.*)")
 
 
@@ -29,7 +32,7 @@ def parse_sources(sources: str) -> list[Part]:
     """Split a source string into its parts.
 
     Raises:
-        UserError: a part is empty or its weight is zero.
+        UserError: a part is empty, or its weight is zero or far too large.
     """
     parts = []
     for item in sources.split(","):
@@ -40,31 +43,43 @@ def parse_sources(sources: str) -> list[Part]:
             raise UserError(f"data source {sources!r}: a part between the commas names no data")
         if weight == 0:
             raise UserError(f"data source {sources!r}: the weight of {name} is 0; leave it out")
+        if weight and weight > MAX_WEIGHT:
+            raise UserError(
+                f"data source {sources!r}: the weight of {name} must be at most {MAX_WEIGHT:g}"
+            )
         parts.append(Part(name, weight))
     return parts
 
 
-def open_source(name: str, text_key: str = "text", data_dir: str | None = None) -> Sequence[str]:
+def open_source(name: str, config: DataConfig, quarantine: Quarantine) -> Sequence[str]:
     """Open one part of a source string as a random-access sequence of document texts.
 
     Args:
         name: `tfds:...`, a path or a glob.
-        text_key: the key of the text in JSONL objects and TFDS examples.
-        data_dir: where TFDS keeps its data sets; empty for its default.
+        config: `text_key`, `data_dir`, `max_document_bytes` and `bad_records` are used.
+        quarantine: takes the bad records, which are empty documents then, if they are skipped.
 
     Raises:
-        UserError: the data is missing, empty or not what its name says.
+        UserError: the data is missing, empty or not what its name says, or its first records are
+            bad (see `Screened`).
     """
     if name.startswith("tfds:"):
-        documents = tfds_documents.TfdsDocuments(name.removeprefix("tfds:"), text_key, data_dir)
+        documents = tfds_documents.TfdsDocuments(
+            name.removeprefix("tfds:"), config.text_key, config.data_dir, config.max_document_bytes
+        )
     else:
-        documents = files.FileDocuments(files.find_files(name), text_key)
+        documents = files.FileDocuments(
+            files.find_files(name), config.text_key, config.max_document_bytes
+        )
     if not len(documents):
         raise UserError(f"{name} holds no document: it is empty")
-    return documents
+    return Screened(documents, name, config.bad_records, quarantine)
 
 
-def iter_text(sources: str, text_key: str = "text", data_dir: str | None = None) -> Iterator[str]:
+def iter_text(
+    config: DataConfig, sources: str, quarantine: Quarantine | None = None
+) -> Iterator[str]:
     """Yield the text of each document of each part once, in order; weights change nothing."""
+    quarantine = Quarantine() if quarantine is None else quarantine
     for part in parse_sources(sources):
-        yield from open_source(part.name, text_key, data_dir)
+        yield from open_source(part.name, config, quarantine)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 
 from ...configs.errors import UserError
+from .quarantine import SHOWN_CHARACTERS, BadRecord
 
 _DATASET = re.compile(r"(?P<name>\w+)(?:/(?P<config>[^/:]+?))??(?:/(?P<version>\d+\.\d+\.\d+))?")
 
@@ -22,17 +23,22 @@ class TfdsDocuments(Sequence[str]):
             of the name (it starts with `/`, `.` or `~`). SPLIT may be a sub-split, `train[:10%]`.
         text_key: the feature that holds the text.
         data_dir: where TFDS keeps its data sets; empty for its default.
+        max_bytes: what a document may have.
 
     Raises:
-        UserError: the data set, the split or the feature is not there, or it is stored as tfrecord.
+        UserError: the data set, the split or the feature is not there, it is stored as tfrecord, or
+            the feature is not a text.
+        BadRecord: an example is damaged or no document, when it is read.
     """
 
-    def __init__(self, spec: str, text_key: str, data_dir: str | None):
+    def __init__(self, spec: str, text_key: str, data_dir: str | None, max_bytes: int):
         self._name, _, split = spec.partition(":")
+        self._split = split or "train"
         self._text_key = text_key
+        self._max_bytes = max_bytes
         builder = _find_builder(self._name, data_dir)
         try:
-            self._examples = builder.as_data_source(split=split or "train")
+            self._examples = builder.as_data_source(split=self._split)
         except NotImplementedError:
             stored = builder.info.file_format
             raise UserError(
@@ -43,14 +49,20 @@ class TfdsDocuments(Sequence[str]):
         except (ValueError, KeyError, AssertionError):
             splits = ", ".join(builder.info.splits) or "none"
             raise UserError(
-                f"tfds:{spec}: {split or 'train'!r} names no examples (its splits: {splits}; "
+                f"tfds:{spec}: {self._split!r} names no examples (its splits: {splits}; "
                 "a part of one is written train[:10%])"
             ) from None
-        features = builder.info.features
+        assert builder.info.features is not None
+        features = dict(builder.info.features.items())
         if text_key not in features:
             raise UserError(
                 f"tfds:{self._name} has no feature {text_key!r} (its features: "
                 f"{', '.join(features)}); set data.text_key"
+            )
+        if not _is_text(features[text_key]):
+            raise UserError(
+                f"tfds:{self._name}: the feature {text_key!r} is not a text but "
+                f"{' '.join(repr(features[text_key]).split())[:80]}; set data.text_key"
             )
 
     def __len__(self) -> int:
@@ -59,13 +71,32 @@ class TfdsDocuments(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        text = self._examples[index][self._text_key]
+        try:
+            text = self._examples[index][self._text_key]
+        except Exception as error:  # of array_record, protobuf or TFDS, each with its own
+            raise self._bad(index, f"cannot be read ({_first_line(error)})") from error
         if not isinstance(text, bytes):
-            raise UserError(f"tfds:{self._name}: the feature {self._text_key!r} is not a text")
+            raise self._bad(index, f"has no text under {self._text_key!r}")
+        if len(text) > self._max_bytes:
+            reason = f"has {len(text):,} bytes, more than data.max_document_bytes={self._max_bytes}"
+            raise self._bad(index, reason, text)
         try:
             return text.decode()
         except UnicodeDecodeError:
-            raise UserError(f"tfds:{self._name}: example {index} is not UTF-8 text") from None
+            raise self._bad(index, "is not UTF-8 text", text) from None
+
+    def _bad(self, index: int, reason: str, text: bytes = b"") -> BadRecord:
+        source = f"tfds:{self._name}:{self._split}"
+        beginning = text[: 4 * SHOWN_CHARACTERS]
+        return BadRecord(f"{source} example {index}", reason, source, index, None, beginning)
+
+
+def _is_text(feature) -> bool:
+    return feature.shape == () and feature.np_dtype in (object, bytes, str)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 
 def _find_builder(name: str, data_dir: str | None):
@@ -94,8 +125,7 @@ def _find_builder(name: str, data_dir: str | None):
             f"{data_dir or tfds.core.constants.DATA_DIR}; check the name, or set data.data_dir"
         ) from None
     except (ValueError, AssertionError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"tfds:{name} cannot be opened: {reason}") from error
+        raise UserError(f"tfds:{name} cannot be opened: {_first_line(error)}") from error
     if builder.data_path.exists():
         if builder.is_prepared():
             return builder

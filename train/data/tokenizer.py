@@ -8,15 +8,19 @@ from ...configs.schema import Config
 from ...models.processes import is_first
 from ...models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ...models.weights import run
+from .quarantine import Quarantine
 from .sources import iter_text
 
 FOLDER = "tokenizer"
 
 
-def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
+def prepare_tokenizer(
+    config: Config, workdir: pathlib.Path, quarantine: Quarantine | None = None
+) -> Tokenizer:
     """The run's tokenizer: that of its checkpoints, else what `data.tokenizer` says.
 
-    Of several processes the first has to go first; the others take what it has made.
+    Of several processes the first has to go first; the others take what it has made. The quarantine
+    takes the bad records of the data that a tokenizer is trained on.
 
     Raises:
       UserError: no such tokenizer, or one with more ids than the model has.
@@ -30,7 +34,7 @@ def prepare_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
         tokenizer = byte_tokenizer()
     elif data.tokenizer == "train":
         print(f"training a tokenizer of {data.tokenizer_vocab} ids on {data.train}", flush=True)
-        texts = iter_text(data.train, data.text_key, data.data_dir)
+        texts = iter_text(data, data.train, quarantine)
         tokenizer = train_bpe(texts, data.tokenizer_vocab)
     else:
         tokenizer = load_tokenizer(data.tokenizer)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import types
 
 import numpy as np
 import pytest
@@ -10,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
+from puna.configs.schema import DataConfig
 from puna.models.tokenizer import byte_tokenizer
 from puna.train.data import batches, make_eval_rows
 
-CONFIG = types.SimpleNamespace(text_key="text", data_dir="")
+CONFIG = DataConfig()
 TEXTS = st.lists(st.text("abé ", max_size=20), min_size=1, max_size=6)
 
 

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import pickle
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
 from puna.train.data import files
+from puna.train.data.quarantine import BadRecord
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=8)
 NEWLINES = st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n"])
@@ -21,13 +24,17 @@ def write(path, data):
     return str(path)
 
 
-def documents(*paths):
-    return list(files.FileDocuments(paths, "text"))
+def opened(*paths, max_bytes=1 << 20):
+    return files.FileDocuments(paths, "text", max_bytes)
 
 
-def refusal(path):
+def documents(*paths, **kwargs):
+    return list(opened(*paths, **kwargs))
+
+
+def refusal(path, **kwargs):
     with pytest.raises(UserError) as caught:
-        documents(str(path))
+        documents(str(path), **kwargs)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
     return message
@@ -58,7 +65,7 @@ def test_files_of_all_kinds_are_read_at_random(tmp_path):
         write(tmp_path / "d.txt.gz", "last"),
     ]
     expected = ["first", *(f"line {i}" for i in range(5)), *(f"line {i}" for i in range(5)), "last"]
-    found = files.FileDocuments(paths, "text")
+    found = opened(*paths)
     assert len(found) == 12
     assert [found[i] for i in reversed(range(12))] == expected[::-1]
     copy = pickle.loads(pickle.dumps(found))
@@ -123,32 +130,73 @@ def test_a_damaged_gzip_file_is_named(tmp_path, name):
     assert "not a sound gzip file" in refusal(path)
 
 
-def test_mistakes_deep_in_large_data_show_when_they_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHECKED_BYTES", 40)
-    path = write(tmp_path / "a.jsonl", '{"text": "0123456789"}\n' * 5 + "{}\n")
-    found = files.FileDocuments([path], "text")
-    assert found[4] == "0123456789"
-    with pytest.raises(UserError, match="a.jsonl line 6 has no key"):
-        found[5]
-
-
 def test_what_would_not_fit_in_memory_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write(path, "x" * 100)
-    monkeypatch.setattr(files, "MAX_DOCUMENT_BYTES", 99)
-    assert "split it" in refusal(path)
+    assert "a document of 100 bytes, more than data.max_document_bytes=99: split" in refusal(
+        path, max_bytes=99
+    )
     path = tmp_path / "a.txt.gz"
     write(path, "x" * 100)
     monkeypatch.setattr(files, "MAX_GZIP_BYTES", 99)
     assert "unzip it" in refusal(path)
 
 
+def test_a_long_line_is_never_in_memory(tmp_path):
+    path = tmp_path / "a.jsonl"
+    size = 200 << 20
+    with open(path, "wb") as file:  # with holes: no disk space, and NUL bytes
+        file.write(b'{"text": "good"}\n\n{"text": "')
+        file.seek(size)
+        file.write(b'"}\n{"text": "also"}\n')
+    tracemalloc.start()
+    found = opened(str(path), max_bytes=1 << 20)
+    assert [found[0], found[2]] == ["good", "also"]
+    with pytest.raises(BadRecord, match="a.jsonl line 3 is a document of 209,715,[0-9]+ bytes"):
+        found[1]
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+
+
+def test_lines_count_blank_ones_and_offsets_are_of_bytes(tmp_path):
+    path = write(tmp_path / "a.jsonl", '\n\n{"text": "é"}\n \n{}\n\x0b\n3\n')
+    found = opened(path)
+    assert found[0] == "é"
+    for index, line, offset in ((1, 5, 19), (2, 7, 24)):
+        with pytest.raises(BadRecord, match=f"a.jsonl line {line} ") as caught:
+            found[index]
+        assert (caught.value.record, caught.value.offset) == (line, offset)
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert vars(copy) == vars(caught.value) and str(copy) == str(caught.value)
+
+
 def test_a_file_that_vanishes_is_named(tmp_path):
     path = tmp_path / "a.txt"
-    found = files.FileDocuments([write(path, "text")], "text")
+    found = opened(write(path, "text"))
     path.unlink()
     with pytest.raises(UserError, match="a.txt: No such file"):
         found[0]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("change", ["shorter", "longer", "rewritten"])
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, name, change):
+    path = tmp_path / name
+    data = b'{"text": "some words"}\n'
+    found = pickle.loads(pickle.dumps(opened(write(path, data))))
+    if change == "rewritten":
+        os.utime(path, ns=(0, 0))
+    else:
+        write(path, data[:9] if change == "shorter" else data * 2)
+    with pytest.raises(UserError, match=f"{name} has changed since it was opened") as caught:
+        found[0]
+    assert not isinstance(caught.value, BadRecord)
+
+
+def test_a_pipe_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    os.mkfifo(path)
+    assert "no file that can be read at random" in refusal(path)
 
 
 def test_find_files(tmp_path):

@@ -3,7 +3,6 @@
 import itertools
 import json
 import multiprocessing
-import types
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
+from puna.configs.schema import DataConfig
 from puna.models.tokenizer import byte_tokenizer
 from puna.train.data import make_train_loader
 
@@ -39,15 +39,8 @@ def write_numbers(path, lengths, first=0):
     return write_jsonl(path, [" ".join(map(str, ids)) for ids in documents]), documents
 
 
-def settings(train, seq_len=8, shuffle=True, workers=0):
-    return types.SimpleNamespace(
-        train=train,
-        seq_len=seq_len,
-        text_key="text",
-        data_dir="",
-        workers=workers,
-        shuffle=shuffle,
-    )
+def settings(train, seq_len=8, **kwargs):
+    return DataConfig(train=train, seq_len=seq_len, **kwargs)
 
 
 def take(loader, count):
@@ -294,10 +287,12 @@ def test_reader_processes_give_the_same_batches(tmp_path):
 
 
 def test_an_error_in_a_reader_process_is_the_same_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("puna.train.data.files.CHECKED_BYTES", 0)
+    monkeypatch.setattr("puna.train.data.quarantine.CHECKED_CHARACTERS", 0)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": 3}\n')
-    loader = make_train_loader(settings(str(path), workers=1), byte_tokenizer(), 1)
+    loader = make_train_loader(
+        settings(str(path), workers=1, bad_records="refuse"), byte_tokenizer(), 1
+    )
     with pytest.raises(UserError, match="a.jsonl line 2 has no string under 'text'") as caught:
         take(loader, 3)
     assert "\n" not in str(caught.value)

@@ -12,16 +12,22 @@ import pytest
 import tensorflow_datasets as tfds
 
 from puna.configs.errors import UserError
+from puna.configs.schema import DataConfig
 from puna.train.data import python_source, sources
+from puna.train.data.quarantine import Quarantine
 
 VERSION = str(python_source.PythonSource.VERSION)
+
+
+def open_source(name, **config):
+    return sources.open_source(name, DataConfig(**config), Quarantine())
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """A folder in which the corpus is built."""
     folder = tmp_path_factory.mktemp("tfds")
-    sources.open_source("tfds:python_source", data_dir=str(folder))
+    open_source("tfds:python_source", data_dir=str(folder))
     return str(folder)
 
 
@@ -79,7 +85,7 @@ def test_the_corpus(data_dir):
 
 def test_splits_are_read_as_text(data_dir):
     def read(source):
-        return list(sources.open_source(source, data_dir=data_dir))
+        return list(open_source(source, data_dir=data_dir))
 
     whole = read("tfds:python_source:validation")
     assert all(isinstance(text, str) for text in whole)
@@ -107,17 +113,17 @@ def test_splits_are_read_as_text(data_dir):
 )
 def test_what_is_not_there_is_named(data_dir, source, reason):
     with pytest.raises(UserError) as caught:
-        sources.open_source(source, data_dir=data_dir)
+        open_source(source, data_dir=data_dir)
     message = str(caught.value)
     assert reason in message and source.partition(":")[2].partition(":")[0] in message
     assert "\n" not in message
 
 
 def test_another_feature_has_to_be_there_and_a_text(data_dir):
-    path = sources.open_source("tfds:python_source", text_key="path", data_dir=data_dir)[0]
+    path = open_source("tfds:python_source", text_key="path", data_dir=data_dir)[0]
     assert path.endswith(".py")
     with pytest.raises(UserError, match="no feature 'body' .its features: text, path.; set data"):
-        sources.open_source("tfds:python_source", text_key="body", data_dir=data_dir)
+        open_source("tfds:python_source", text_key="body", data_dir=data_dir)
 
 
 def test_a_data_set_stored_as_tfrecord_is_refused(data_dir, tmp_path):
@@ -133,23 +139,23 @@ def test_a_data_set_stored_as_tfrecord_is_refused(data_dir, tmp_path):
     )
     for name in ("old_news", f"{folder}"):
         with pytest.raises(UserError, match="is stored as tfrecord.*--file_format=array_record"):
-            sources.open_source(f"tfds:{name}", data_dir=str(tmp_path))
+            open_source(f"tfds:{name}", data_dir=str(tmp_path))
 
 
 def test_a_broken_or_forbidden_folder_is_named(tmp_path):
     (tmp_path / "python_source" / VERSION).mkdir(parents=True)
     with pytest.raises(UserError, match="is no complete data set; delete it"):
-        sources.open_source("tfds:python_source", data_dir=str(tmp_path))
+        open_source("tfds:python_source", data_dir=str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written .*; set data.data_dir"):
-        sources.open_source("tfds:python_source", data_dir=str(tmp_path / "file"))
+        open_source("tfds:python_source", data_dir=str(tmp_path / "file"))
 
 
 def test_the_first_use_says_so_and_later_ones_do_not(tmp_path, capfd):
     random.seed(3)
     expected = random.Random(3).random()
     for line in (f"puna: building python_source/{VERSION} in {tmp_path}", ""):
-        sources.open_source("tfds:python_source", data_dir=str(tmp_path))
+        open_source("tfds:python_source", data_dir=str(tmp_path))
         output = capfd.readouterr()
         assert output.out == "" and output.err.startswith(line)
         assert output.err.count("\n") == bool(line)
@@ -159,8 +165,9 @@ def test_the_first_use_says_so_and_later_ones_do_not(tmp_path, capfd):
 READ = """
 import random, sys
 random.seed(0)
+from puna.configs.schema import DataConfig
 from puna.train.data import iter_text
-print(sum(map(len, iter_text("tfds:python_source:validation", data_dir=sys.argv[1]))))
+print(sum(map(len, iter_text(DataConfig(data_dir=sys.argv[1]), "tfds:python_source:validation"))))
 assert "tensorflow" not in sys.modules
 """
 

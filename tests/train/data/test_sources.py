@@ -5,7 +5,9 @@ import re
 import pytest
 
 from puna.configs.errors import UserError
+from puna.configs.schema import DataConfig
 from puna.train.data import iter_text, sources
+from puna.train.data.quarantine import Quarantine
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_parse_refuses(string, reason):
 def test_iter_text_gives_every_document_once_in_order(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
     (tmp_path / "b.txt").write_text("three")
-    found = iter_text(f"5*{tmp_path}/a.jsonl,{tmp_path}/*.txt", text_key="body")
+    found = iter_text(DataConfig(text_key="body"), f"5*{tmp_path}/a.jsonl,{tmp_path}/*.txt")
     assert list(found) == ["one", "two", "three"]
 
 
@@ -53,4 +55,4 @@ def test_an_empty_corpus_is_refused(tmp_path, content):
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=re.escape(f"{path} holds no document")):
-        sources.open_source(str(path))
+        sources.open_source(str(path), DataConfig(), Quarantine())
