@@ -119,7 +119,7 @@ def _launch(args, arguments):
         raise errors.UserError(f"-n={args.n} must be at least 1")
     if not arguments or arguments[0] not in ("train", "eval", "generate"):
         raise errors.UserError("launch takes a command after --: train, eval or generate")
-    status = launch(arguments, args.n, args.devices)
+    status = launch(arguments, args.n, args.devices, args.restarts)
     if status:
         sys.exit(status)
 
@@ -210,6 +210,7 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     if command == "launch":
         flags.DEFINE_integer("n", 2, "processes", **text)
         flags.DEFINE_integer("devices", 0, "of each process: GPUs, or simulated on CPU", **text)
+        flags.DEFINE_integer("restarts", 0, "times to start again after a failure", **text)
     if command == "convert":
         args.set_gnu_getopt(True)  # flags may follow the paths
         flags.DEFINE_enum("to", "hf", ["hf", "puna"], "format of DST", **text)
@@ -230,14 +231,17 @@ def _prepare(arguments: list[str]) -> list[str]:
     `config_flags` would do the first with a traceback and knows no names.
     """
     kinds = {name: kind for name, kind, *_ in schema.keys()}
-    out = []
-    for i, argument in enumerate(arguments):
-        if match := re.fullmatch(r"--?config\.([^=]+)(?:=(.*))?", argument, re.DOTALL):
+    left, out = list(arguments), []
+    while left:
+        argument = left.pop(0)
+        if argument in ("--config", "-config") and left:
+            argument += "=" + left.pop(0)
+        if match := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
             name, value = match.groups()
             if name not in kinds:
                 raise errors.ConfigError(schema.explain_unknown(name))
             if value is None:
-                value = arguments[i + 1] if i + 1 < len(arguments) else ""
+                value = left[0] if left else ""
             _check_value(name, value, kinds[name])
         elif match := re.fullmatch(r"--?config=(.*)", argument):
             get_config(match[1])
@@ -274,8 +278,8 @@ def _run(argv: list[str]) -> None:
         at = rest.index("--")
         rest, passed_on = rest[:at], rest[at + 1 :]
     rest = ["puna", *_prepare(rest)]
-    args = _flags(command, rest)
     try:
+        args = _flags(command, rest)
         left = args(rest)[1:]
     except flags.Error as e:
         raise errors.UserError(f"{' '.join(str(e).split())}; --help shows the flags") from None
@@ -310,23 +314,37 @@ def main() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         _run(sys.argv[1:])
+        _leave("")
     except (errors.UserError, OSError) as e:
-        print("puna: " + " ".join(str(e).split()), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # Threads that still read or save must not keep a failed command alive.
-        os._exit(2)
+        message = " ".join(str(e).split())
+        _leave(message)
+        _end(2, "puna: " + message)
     except KeyboardInterrupt as e:
         from .train.signals import STATUS, Interrupted
 
-        print(f"puna: {str(e) or 'interrupted'}", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(STATUS if isinstance(e, Interrupted) else 130)
-    except Exception:
-        traceback.print_exc()
-        # Threads and JAX's own way out would wait for processes that may be gone.
-        os._exit(1)
+        told = isinstance(e, Interrupted)
+        _leave("" if told else "interrupted")
+        _end(STATUS if told else 130, f"puna: {str(e) or 'interrupted'}")
+    except Exception as e:
+        # Another process's end shows here as some error of JAX; who it was is on its way.
+        if found := sys.modules.get(f"{__package__}.models.processes"):
+            found.lost_contact()
+        _leave(f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")
+        _end(1, traceback.format_exc())
+
+
+def _leave(message: str) -> None:
+    """Tell the other processes of the run, if there are any."""
+    if found := sys.modules.get(f"{__package__}.models.processes"):
+        found.leave(message)
+
+
+def _end(status: int, text: str) -> None:
+    """End at once: threads that read or save, and JAX's own way out, would wait for others."""
+    print(text, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

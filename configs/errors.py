@@ -1,5 +1,7 @@
 """The errors that are the user's to mend: one line each, exit status 2."""
 
+_LONGEST = 1000  # characters of a message; what is longer quotes a value without end
+
 
 class UserError(Exception):
     """A mistake of the user: one line naming the key or file, the value, the rule and the fix."""
@@ -7,6 +9,8 @@ class UserError(Exception):
     def __str__(self) -> str:
         # One line whatever is in the names and values that it quotes, and safe on any terminal.
         line = " ".join(super().__str__().split())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 

@@ -298,7 +298,8 @@ def _first(section_name: str) -> str:
 def _build(values, cls, prefix):
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(
-            f"{prefix.rstrip('.') or 'the configuration'}={values!r} must be a section of keys"
+            f"{prefix.rstrip('.') or 'the configuration'}={_shown(values)} must be a section of "
+            "keys"
         )
     types = typing.get_type_hints(cls)
     for name in values:
@@ -308,7 +309,11 @@ def _build(values, cls, prefix):
     for field in dataclasses.fields(cls):
         if field.name not in values:
             continue
-        name, value, kind = f"{prefix}{field.name}", values[field.name], types[field.name]
+        name, kind = f"{prefix}{field.name}", types[field.name]
+        try:
+            value = values[field.name]
+        except Exception as e:  # a placeholder of ml_collections that nobody filled
+            raise ConfigError(f"{name} has no value ({e}); set --config.{name}=VALUE") from e
         if dataclasses.is_dataclass(kind):
             made[field.name] = _build(value, kind, f"{name}.")
         else:
@@ -317,18 +322,26 @@ def _build(values, cls, prefix):
 
 
 def _value(name, value, kind, rule):
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind in (int, float) and type(value) is int and abs(value) > 2**53:
+        raise ConfigError(f"{name}={_shown(value)} must be less than 2**53")
+    if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise ConfigError(f"{name}={value!r} must be of type {kind.__name__}, not "
+        raise ConfigError(f"{name}={_shown(value)} must be of type {kind.__name__}, not "
                           f"{type(value).__name__}")  # fmt: skip
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{name}={value!r} must be a finite number")
-    if kind is int and abs(value) > 2**53:
-        raise ConfigError(f"{name}={value!r} must be less than 2**53")
     if rule and not rule.holds(value):
         raise ConfigError(f"{name}={value!r} must {rule.text}")
     return value
+
+
+def _shown(value) -> str:
+    """The value as a message quotes it."""
+    try:
+        return repr(value)
+    except ValueError:  # Python writes out no int of more than 4,300 digits
+        return f"<{type(value).__name__}>"
 
 
 def _multiple(name_a, a, name_b, b):

@@ -112,10 +112,36 @@ class Embed(nn.Module):
         c = self.config
         shape, std = (c.vocab_size, c.embed_dim), c.embed_dim**-0.5
         table_VD = param(self, "table_VD", shape, ("vocab", "embed"), normal(std), c.param_dtype)
-        # Gathered along D first: rows can then be looked up where the tokens are.
-        rows_VD = constrain(jnp.asarray(table_VD, c.compute_dtype), "vocab", "act_embed")
-        x_BTD = rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+        x_BTD = look_up(table_VD, jnp.asarray(tokens_BT), c.compute_dtype)
         return constrain(x_BTD, "batch", "length", "act_embed"), table_VD
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table_VD, tokens_BT, dtype: str):
+    """Rows of a table in `dtype`; NaN for an id that it does not have.
+
+    The gradient has its own rule because it adds up the tokens of one id in float32: thousands of
+    them, each too small to change a sum in bfloat16.
+    """
+    # Gathered along D first: rows can then be looked up where the tokens are.
+    rows_VD = constrain(table_VD.astype(dtype), "vocab", "act_embed")
+    return rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+
+
+def _look_up_fwd(table_VD, tokens_BT, dtype):
+    # Of the table only shape and dtype are needed.
+    return look_up(table_VD, tokens_BT, dtype), (jnp.zeros((0, *table_VD.shape), table_VD.dtype),
+                                                 tokens_BT)  # fmt: skip
+
+
+def _look_up_bwd(dtype, saved, g_BTD):
+    like, tokens_BT = saved
+    zeros_VD = constrain(jnp.zeros(like.shape[1:], jnp.float32), "vocab", "act_embed")
+    d_VD = zeros_VD.at[tokens_BT].add(g_BTD.astype(jnp.float32), mode="drop")
+    return constrain(d_VD, "vocab", "embed").astype(like.dtype), None
+
+
+look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 class Unembed(nn.Module):

@@ -221,12 +221,19 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
     num_experts = len(weights[0])
     split = sharding.split_axes()
     rows = out = PartitionSpec(None, None, None)
+    stored = (rows, rows, rows)
     if split:
+        up, down = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
+        stored = tuple(
+            sharding.activation(w.shape, names)
+            for w, names in zip(weights, (up, up, down), strict=True)
+        )
         rows = sharding.activation(x_BTD.shape, ("batch", "length", None))
         out = sharding.activation(x_BTD.shape, ("batch", "residual_length", None))
 
     def local(x_BTD, choice, weights):
         B, T, D = x_BTD.shape
+        weights = [_gathered(w, spec) for w, spec in zip(weights, stored, strict=True)]
         token_BM, expert_BM = choice.token_BM, choice.expert_BM
         if rows[1]:  # the row goes on on other devices
             token_BM = token_BM - T * jax.lax.axis_index(context.AXIS)
@@ -249,11 +256,27 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
 
     if not split:
         return local(x_BTD, choice, weights)
-    up = sharding.activation(weights[0].shape, ("experts", None, "act_mlp"))
-    down = sharding.activation(weights[2].shape, ("experts", "act_mlp", None))
     of_pair = sharding.activation(x_BTD.shape[:2], ("batch", pairs))
-    in_specs = (rows, jax.tree.map(lambda _: of_pair, choice), (up, up, down))
+    in_specs = (rows, jax.tree.map(lambda _: of_pair, choice), stored)
+    local = jax.checkpoint(local, policy=_save_all_but_gathered, prevent_cse=False)
     return sharding.per_device(local, in_specs, out)(x_BTD, choice, weights)
+
+
+def _gathered(w, spec):
+    """An expert weight with its whole embed dim, of which a device keeps a part.
+
+    Its gradient comes back to the parts added up by a reduce-scatter.
+    """
+    for dim in (1, 2):
+        axes = spec[dim]
+        if axes and axes != "tensor":
+            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
+    return w
+
+
+def _save_all_but_gathered(primitive, *_, **__) -> bool:
+    """Gather weights again for the gradient: they are many times what a device keeps of them."""
+    return primitive.name != "all_gather"
 
 
 def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):

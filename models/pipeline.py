@@ -12,15 +12,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from . import sharding
 from .masks import Tokens
 
 AXIS = "pipeline"
-# Weights of the blocks that a tick uses: part of what is there anyway, so never saved again.
-WEIGHTS = "pipeline_weights"
+
+
+def save_all_but_slices(primitive, *_, **__) -> bool:
+    """What a tick saves if nothing is to be computed again: not the weights that it took."""
+    return primitive.name not in ("dynamic_slice", "squeeze")
 
 
 def microbatches(batch_size: int, wanted: int) -> int:
@@ -59,8 +61,7 @@ def run(block, params, x_BTD, tokens: Tokens, wanted: int, policy):
 
         def tick(params, x_BTD, tokens, turn):
             weights = jax.tree.map(
-                lambda w: checkpoint_name(jax.lax.dynamic_index_in_dim(w, turn, 0, False), WEIGHTS),
-                params,
+                lambda w: jax.lax.dynamic_index_in_dim(w, turn, 0, False), params
             )
             return jax.lax.scan(lambda x, w: block(w, x, tokens), x_BTD, weights)
 

@@ -1,8 +1,4 @@
-"""Several processes as one program: roll call, joining, agreement, and what only the first does.
-
-JAX's own way to join ends a process without a word on who is missing, so the processes meet
-before it: each tells the first who and what it is, and hears "go" or why not.
-"""
+"""Several processes as one program: joining, agreement, and what only the first does."""
 
 import contextlib
 import hashlib
@@ -17,9 +13,9 @@ import jax
 import numpy as np
 
 from ..configs.errors import UserError
+from .roll_call import Peers, roll_call
 
-# Of a message; nobody has more to say.
-_MOST_BYTES = 65536
+_peers: Peers | None = None
 # Names a barrier must have once only; all processes count alike.
 _waits = itertools.count()
 _VERSIONS = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -53,12 +49,14 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1, fa
             return
     if process_id >= num_processes:
         raise UserError(f"--process_id={process_id} must be below --num_processes={num_processes}")
-    roll_call(coordinator, num_processes, process_id, _about(facts), timeout)
+    global _peers
+    _peers = roll_call(coordinator, num_processes, process_id, _about(facts), timeout)
+    _peers.watch(heartbeat)
     # Read by CPU devices only.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         coordinator, num_processes, process_id, initialization_timeout=timeout,
-        heartbeat_timeout_seconds=heartbeat,
+        heartbeat_timeout_seconds=2 * heartbeat,  # it would end us before our word is out
     )  # fmt: skip
     here = [sum(d.process_index == i for d in jax.devices()) for i in range(num_processes)]
     if len(set(here)) > 1:
@@ -92,124 +90,16 @@ def _about(facts) -> dict:
     }
 
 
-def roll_call(coordinator: str, num_processes: int, process_id: int, about: dict, timeout: float):
-    """Wait until all processes are there and alike.
-
-    Raises:
-      UserError: which are missing, or how one differs; in every process that is there.
-    """
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator={coordinator} must be HOST:PORT")
-    deadline = time.monotonic() + timeout
-    if process_id == 0:
-        _call(int(port), num_processes, about, deadline, timeout)
-    else:
-        _answer((host.strip("[]"), int(port)), num_processes, process_id, about, deadline, timeout)
+def leave(message: str = "") -> None:
+    """Tell the others that this process ends: as it should, or with an error's message."""
+    if _peers is not None:
+        _peers.leave(message)
 
 
-def _call(port, num_processes, about, deadline, timeout):
-    there = {0: about}
-    with contextlib.ExitStack() as stack:
-        try:
-            server = stack.enter_context(_server(port))
-        except OSError as e:
-            raise UserError(f"--coordinator: port {port} cannot be used: {e.strerror}") from e
-        lines = {}
-        verdict = None
-        while len(there) < num_processes and verdict is None:
-            server.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
-            try:
-                line, _ = server.accept()
-            except TimeoutError:
-                missing = sorted(set(range(num_processes)) - there.keys())
-                verdict = (
-                    f"{_list(missing)} of {num_processes} did not come within {timeout:g} s "
-                    f"(process 0 waits on {about['host']}:{port})"
-                )
-                break
-            stack.enter_context(line)
-            try:
-                line.settimeout(10)
-                said = _receive(line)
-                number, size, other = said["process"], said["of"], dict(said["about"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # not one of ours
-            lines[number] = line
-            if size != num_processes or not 0 < number < num_processes:
-                verdict = f"process {number} of {size} came to a run of {num_processes}"
-            elif number in there:
-                verdict = (
-                    f"process {number} came twice: from {there[number]['host']} and {other['host']}"
-                )
-            else:
-                there[number] = other
-                verdict = _difference(about, number, other)
-        for line in lines.values():
-            with contextlib.suppress(OSError):
-                _send(line, {"go": verdict is None, "why": verdict})
-    if verdict:
-        raise UserError(verdict)
-    hosts = {a["host"] for a in there.values()}
-    known = ", ".join(f"{k} {v}" for k, v in about.items() if k != "host")
-    print(f"{num_processes} processes on {len(hosts)} hosts: {known}", flush=True)
-
-
-def _server(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", port))
-
-
-def _answer(address, num_processes, process_id, about, deadline, timeout):
-    said = {"process": process_id, "of": num_processes, "about": about}
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise UserError(
-                f"process 0 did not answer at {address[0]}:{address[1]} within {timeout:g} s"
-            )
-        try:
-            with socket.create_connection(address, min(left, 5)) as line:
-                _send(line, said)
-                # The first process knows the deadline of all; a little more for its word to come.
-                line.settimeout(left + 10)
-                answer = _receive(line)
-        except (OSError, ValueError):
-            time.sleep(0.2)
-            continue
-        if answer["go"]:
-            return
-        raise UserError(answer["why"])
-
-
-def _send(line: socket.socket, value) -> None:
-    line.sendall(json.dumps(value).encode() + b"\n")
-
-
-def _receive(line: socket.socket):
-    data = b""
-    while not data.endswith(b"\n"):
-        part = line.recv(4096)
-        if not part or len(data) > _MOST_BYTES:
-            raise ValueError("no message")
-        data += part
-    return json.loads(data)
-
-
-def _difference(mine: dict, number: int, other: dict) -> str | None:
-    for key, value in mine.items():
-        if key != "host" and other.get(key) != value:
-            return (
-                f"process {number} on {other.get('host')} differs from process 0 on "
-                f"{mine['host']}: {key} {other.get(key)} and {value}"
-            )
-    return None
-
-
-def _list(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
-    return f"process{'es' if len(numbers) > 1 else ''} {shown}"
+def lost_contact() -> None:
+    """Where an error may come from another process's end: let the word on that come first."""
+    if _peers is not None:
+        time.sleep(2)
 
 
 def is_first() -> bool:

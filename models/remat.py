@@ -17,7 +17,7 @@ REMAT = {
 def stage_policy(config: ModelConfig):
     """The same for a tick of the pipeline, which never saves the weights it uses."""
     if config.remat == "none":
-        return jax.checkpoint_policies.save_anything_except_these_names(pipeline.WEIGHTS)
+        return pipeline.save_all_but_slices
     return REMAT[config.remat]
 
 

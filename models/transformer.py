@@ -9,6 +9,8 @@ grow with depth; layers that do not fill a period follow unscanned. What differs
 is data in `ModelConfig`.
 """
 
+import dataclasses
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -73,11 +75,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, caches, tokens):
+        # One layer at a time is computed again, not a whole period.
+        layer = rematerialized(Layer, self.config)
         new, router = {}, {}
         for j in range(self.num_layers):
             name = f"layer_{j}"
             cache = None if caches is None else caches[name]
-            x_BTD, new[name], sums = Layer(self.config, j, name=name)(x_BTD, tokens, cache)
+            x_BTD, new[name], sums = layer(self.config, j, name=name)(x_BTD, tokens, cache)
             if sums is not None:
                 router[name] = sums
         return x_BTD, (None if caches is None else new, router)
@@ -139,7 +143,6 @@ class Transformer(nn.Module):
             )
         x_BTD = constrain(x_BTD, "batch", "residual_length", "act_embed")
         blocks, rest = divmod(c.num_layers, c.period)
-        block = rematerialized(Block, c)
         stages = sharding.parts("layers")
         if blocks and stages > 1 and cache is None and not self.is_initializing():
             x_BTD, router["blocks"] = pipeline.run(
@@ -148,7 +151,7 @@ class Transformer(nn.Module):
             )  # fmt: skip
         elif blocks:
             scan = nn.scan(
-                block,
+                Block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=(0, nn.broadcast),
@@ -159,7 +162,7 @@ class Transformer(nn.Module):
                 x_BTD, caches.get("blocks"), tokens
             )
         if rest:
-            tail = block(c, rest, name="tail")
+            tail = Block(c, rest, name="tail")
             x_BTD, (new["tail"], router["tail"]) = tail(x_BTD, caches.get("tail"), tokens)
 
         if tokens.dealt:
@@ -177,8 +180,9 @@ class Transformer(nn.Module):
         return Output(logits_BTV, hidden_BTD, cache, router)
 
     def _block(self, params, x_BTD, tokens):
-        """One block on its own, for the pipeline."""
-        block = Block(self.config, self.config.period, parent=None)
+        """One block on its own, for the pipeline, which has a policy for whole ticks."""
+        config = dataclasses.replace(self.config, remat="none")
+        block = Block(config, config.period, parent=None)
         x_BTD, (_, sums) = block.apply({"params": params}, x_BTD, None, tokens)
         return x_BTD, sums
 

@@ -16,20 +16,36 @@ from collections.abc import Sequence
 
 # How long the others may take to end by themselves once one has failed.
 _GRACE_SECONDS = 10
+# Exit statuses after which starting again would end the same way, or is not wanted: a user's
+# mistake, a run told to end (`signals.STATUS`), Ctrl-C.
+_FINAL = (2, 75, 130)
 
 
-def launch(arguments: Sequence[str], num_processes: int, devices: int = 0) -> int:
-    """Run `puna ARGUMENTS` in several processes.
+def launch(
+    arguments: Sequence[str], num_processes: int, devices: int = 0, restarts: int = 0
+) -> int:
+    """Run `puna ARGUMENTS` in several processes, again after a failure.
 
     Args:
       arguments: command and flags, the same for all.
       num_processes: how many.
       devices: of each: simulated devices on CPU, else so many of the GPUs; 0 = JAX's own choice
         on CPU and one GPU each.
+      restarts: how often to start all of them again; `puna train` goes on from its checkpoint. A
+        user's mistake and a run that was told to end are not tried again.
 
     Returns:
       The exit status: 0, or that of the process that failed first.
     """
+    for again in range(restarts + 1):
+        status = _launch_once(arguments, num_processes, devices)
+        if status in (0, *_FINAL) or again == restarts:
+            break
+        print(f"puna: starting again, {again + 1} of {restarts}", file=sys.stderr, flush=True)
+    return status
+
+
+def _launch_once(arguments, num_processes, devices) -> int:
     port = _free_port()
     children = []
     for i in range(num_processes):
@@ -54,17 +70,21 @@ def launch(arguments: Sequence[str], num_processes: int, devices: int = 0) -> in
 
 def _wait(children: list[subprocess.Popen]) -> int:
     """Until all have ended; after a failure the others are ended."""
-    status, deadline = 0, None
-    while any(c.poll() is None for c in children):
-        failed = [c.returncode for c in children if c.returncode]
+    status, deadline, running = 0, None, True
+    while running:
+        time.sleep(0.05)
+        running = any([c.poll() is None for c in children])
+        failed = [(c.returncode > 0, i, c.returncode) for i, c in enumerate(children)
+                  if c.returncode]  # fmt: skip
         if failed and deadline is None:
-            status, deadline = failed[0], time.monotonic() + _GRACE_SECONDS
+            # A signal is the cause of the others' end where both are seen at a time.
+            (_, i, status), deadline = min(failed), time.monotonic() + _GRACE_SECONDS
+            if status not in _FINAL:
+                how = f"signal {-status}" if status < 0 else f"status {status}"
+                print(f"puna: process {i} ended with {how}", file=sys.stderr, flush=True)
         if deadline is not None and time.monotonic() > deadline:
             for child in children:
-                if child.poll() is None:
-                    child.kill()
-        time.sleep(0.05)
-    status = status or next((c.returncode for c in children if c.returncode), 0)
+                child.kill()
     return status if status >= 0 else 128 - status
 
 

@@ -113,6 +113,7 @@ def train(
                         log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
                 log.add("data", {"bad_records": quarantine.count()})
             if saves:
+                log.flush()
                 with ledger.doing("save"):
                     checkpoints.save(state, step, _data_position(loader))
                     ledger.saving(step)

@@ -133,6 +133,10 @@ class RunLog:
         self._flush(self._timing)
         self.pending = (step, values, {})
 
+    def flush(self) -> None:
+        """Write what the last step gave: a checkpoint must not be ahead of the metrics."""
+        self._flush(self._timing)
+
     def add(self, name: str, numbers: dict[str, float]) -> None:
         """Join an evaluator's numbers to the record of the step just dispatched."""
         assert self.pending is not None

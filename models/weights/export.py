@@ -30,6 +30,7 @@ from .. import sharding
 from ..tokenizer import Tokenizer, load_tokenizer
 from . import card, huggingface, licences, placing, run, safetensors_files, vision_table
 from . import config as hf_config
+from .checksum import checksums
 from .load import open_weights
 from .tensors import Weights, warn
 
@@ -129,6 +130,7 @@ class RunModel:
         meta = run.read_meta(self.folder)
         self.config = schema.from_dict(meta["config"]).model
         self._has_tokenizer = bool(meta["tokenizer"])
+        self._checksums = meta.get("checksums", {}).get("params")
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
         self.origin = unknown | (meta.get("origin") or {})
         home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
@@ -180,6 +182,9 @@ class RunModel:
                 f"{self.folder}: cannot restore {first}: {str(error).splitlines()[0]}"
             ) from None
         flat: dict = traverse_util.flatten_dict(found, sep="/")
+        for path, now in checksums(found).items() if self._checksums else ():
+            if now != self._checksums.get(path):
+                raise UserError(f"{self.folder}: damaged checkpoint: {path} is not what was saved")
         return flat
 
     def tokenizer(self) -> Tokenizer | None:
@@ -248,6 +253,7 @@ def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
         "origin": model.origin,
         "tokenizer": {key: base64.b64encode(data).decode() for key, data in files.items()},
     }
+    meta = run.seal(meta, params=params)
     with ocp.CheckpointManager((folder / run.CHECKPOINTS).absolute()) as manager:
         manager.save(
             0, args=ocp.args.Composite(params=ocp.args.StandardSave(params),

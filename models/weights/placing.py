@@ -48,7 +48,7 @@ def place(weights: Weights, mesh, dtype=None, title: str = "loading"):
     largest = max(_layer_bytes(leaf, dtypes[path]) for path, leaf in weights.table.items())
     limit = max(_SMALL_BYTES, largest // 4)
     total = sum(
-        sum(dtypes[path].itemsize * _size(index) for index in _parts(leaf.shape, where[path]))
+        sum(dtypes[path].itemsize * _size(index) for index in parts(leaf.shape, where[path]))
         for path, leaf in weights.table.items()
     )
     flat = {}
@@ -80,8 +80,8 @@ def _array(weights, leaf: Leaf, layers: range, dtype, where, bar):
     """Some layers of a leaf as one array on the devices; all of it if it is not stacked."""
     shape = (len(layers), *leaf.shape[1:]) if leaf.stacked else leaf.shape
     arrays = []
-    for index, devices in _parts(shape, where).items():
-        host = _scratch([stop - start for start, stop in index], dtype)
+    for index, devices in parts(shape, where).items():
+        host = scratch([stop - start for start, stop in index], dtype)
         if leaf.stacked:
             (first, last), *rest = index
             for i in range(first, last):
@@ -95,7 +95,7 @@ def _array(weights, leaf: Leaf, layers: range, dtype, where, bar):
     return jax.make_array_from_single_device_arrays(shape, where, arrays)
 
 
-def _scratch(shape, dtype) -> np.ndarray:
+def scratch(shape, dtype) -> np.ndarray:
     """An empty array of pages of its own: malloc keeps what is given back to it.
 
     Their alignment also lets a CPU device take the array as it is.
@@ -123,13 +123,13 @@ def _fill(weights, source: Source, index, out: np.ndarray, bar) -> None:
         bar.update(block.size * out.dtype.itemsize)
 
 
-def _parts(shape, where) -> dict[tuple[tuple[int, int], ...], list]:
+def parts(shape, where) -> dict[tuple[tuple[int, int], ...], list]:
     """What this process's devices hold of an array: bounds of each part, and who holds it."""
-    parts: dict = {}
+    found: dict = {}
     for device, index in where.addressable_devices_indices_map(tuple(shape)).items():
         bounds = tuple(s.indices(dim)[:2] for s, dim in zip(index, shape, strict=True))
-        parts.setdefault(bounds, []).append(device)
-    return parts
+        found.setdefault(bounds, []).append(device)
+    return found
 
 
 def _size(bounds) -> int:

@@ -163,8 +163,8 @@ def _read(folder: pathlib.Path, abstract):
 def _array(stored, place):
     """A stored array on its devices: each one's part is read, sent and let go of in turn."""
     shape, dtype, sent = stored.shape, stored.dtype.numpy_dtype, []
-    for bounds, devices in placing._parts(shape, place).items():
-        host = placing._scratch([stop - start for start, stop in bounds], dtype)
+    for bounds, devices in placing.parts(shape, place).items():
+        host = placing.scratch([stop - start for start, stop in bounds], dtype)
         for piece in _pieces(bounds, dtype.itemsize):
             here = tuple(
                 slice(start - low, stop - low)
@@ -203,13 +203,19 @@ def _first_line(error: BaseException) -> str:
 def load(path, dtype: str, mesh, step: int | None = None):
     """The model and the parameters of a run, placed on the mesh and cast to `dtype`."""
     folder = find(path, step)
-    config = read_config(folder).model
+    meta = read_meta(folder)
+    config = schema.from_dict(meta["config"]).model
     boxed = abstract_params(config)
-    places = sharding.shardings(boxed, mesh)
-    abstract = jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        sharding.unbox(boxed), places,
-    )  # fmt: skip
+    sums = meta.get("checksums", {}).get("params", {})
+
+    def stored(path, x, place):
+        # Weights of others may have several dtypes; a checksum begins with that of its array.
+        dtype = sums.get(sharding.path_name(path), x.dtype.name).partition("[")[0]
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+
+    abstract = jax.tree.map_with_path(
+        stored, sharding.unbox(boxed), sharding.shardings(boxed, mesh)
+    )
     leaves, tree = jax.tree.flatten(restore(folder, "params", abstract))
     for i in range(len(leaves)):
         # One after another, so that there are never two whole models.

@@ -94,7 +94,13 @@ def test_experts_and_fsdp(matrix):
     counts = per_layer(found, rows, matrix.T)
     # Tokens go out and come back as cotangents, to each of two devices.
     assert counts.pop(("activation", "all-to-all")) == 2 * 2 * 2
-    assert counts == {("weight", "all-gather"): 2 * weights, ("weight", "all-reduce"): weights}
+    # The experts' gradients are added up into the parts in which they lie.
+    experts = 2 * 3
+    assert counts == {
+        ("weight", "all-gather"): 2 * weights,
+        ("weight", "all-reduce"): weights - experts,
+        ("weight", "reduce-scatter"): experts,
+    }
     sent = {shape for _, kind, shape in found if kind == "all-to-all"}
     assert sent == {(1, rows * matrix.T, model.embed_dim), (1, rows * matrix.T, 1)}
     experts_here = model.num_experts // 2 * model.embed_dim * model.expert_dim

@@ -2,16 +2,19 @@
 
 import json
 import os
+import queue
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
 
 from puna.configs.errors import UserError
-from puna.models.processes import roll_call
+from puna.models.roll_call import LOST, roll_call
 
 CONFIG = """
 from puna.configs import base
@@ -61,7 +64,7 @@ def call_all(abouts, timeout=5.0, num_processes=None):
 
     def one(i, about):
         try:
-            roll_call(f"127.0.0.1:{port}", num_processes or len(abouts), i, about, timeout)
+            roll_call(f"127.0.0.1:{port}", num_processes or len(abouts), i, about, timeout).close()
         except UserError as e:
             heard[i] = str(e)
 
@@ -105,7 +108,7 @@ def test_strangers_on_the_port_are_passed_over():
     result = []
 
     def first():
-        result.append(roll_call(f"127.0.0.1:{port}", 2, 0, about, 20))
+        result.append(roll_call(f"127.0.0.1:{port}", 2, 0, about, 20).close())
 
     thread = threading.Thread(target=first)
     thread.start()
@@ -117,9 +120,68 @@ def test_strangers_on_the_port_are_passed_over():
                 break
             except ConnectionRefusedError:
                 threading.Event().wait(0.05)
-    roll_call(f"127.0.0.1:{port}", 2, 1, about, 20)
+    roll_call(f"127.0.0.1:{port}", 2, 1, about, 20).close()
     thread.join()
     assert result == [None]
+
+
+def three_peers():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    peers = {}
+
+    def one(i):
+        peers[i] = roll_call(address, 3, i, {"host": f"h{i}"}, 10)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [peers[i] for i in range(3)]
+
+
+def hear(peers, heartbeat=30.0):
+    """Let some watch; what each says on ending, as it comes."""
+    said = {i: queue.Queue() for i in peers}
+    for i, peer in peers.items():
+        peer.watch(heartbeat, said[i].put)
+    return said
+
+
+@pytest.mark.parametrize("gone,left", [(2, (0, 1)), (0, (1, 2))])
+def test_who_is_gone_is_said_by_all_others(gone, left):
+    peers = three_peers()
+    said = hear({i: peers[i] for i in left})
+    peers[gone].close()  # as the system does for a process that is killed
+    for i in left:
+        assert said[i].get(timeout=10).startswith(f"process {gone} on h{gone} is gone; the run")
+
+
+def test_who_is_silent_is_gone():
+    peers = three_peers()
+    said = hear({i: peers[i] for i in (0, 1)}, heartbeat=1.0)  # 2 is stopped: it says nothing
+    for i in (0, 1):
+        assert said[i].get(timeout=10).startswith("process 2 on h2 has been silent for 1 s")
+
+
+def test_who_leaves_as_it_should_is_not_missed():
+    peers = three_peers()
+    said = hear(dict(enumerate(peers)))
+    for peer in reversed(peers):
+        peer.leave()
+    time.sleep(0.5)
+    assert all(q.empty() for q in said.values())
+    for peer in peers:
+        peer.close()
+
+
+def test_the_reason_of_an_error_is_told():
+    peers = three_peers()
+    said = hear({i: peers[i] for i in (0, 1)})
+    peers[2].leave("no space")
+    for i in (0, 1):
+        assert said[i].get(timeout=10) == "process 2 on h2 ended: no space"
 
 
 @pytest.mark.slow
@@ -192,3 +254,35 @@ def test_a_users_mistake_ends_all_processes(corpus, tmp_path):
     assert status == 2
     assert "puna: mesh.tensor=3 = 3 does not divide the 2 devices" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number,how", [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "silent")])
+def test_a_process_that_is_killed_or_stuck_is_named(corpus, tmp_path, number, how):
+    """And the launcher, told to, starts the run again, which goes on from its checkpoint."""
+    config = tmp_path / "experiment.py"
+    config.write_text(CONFIG.format(folder=corpus))
+    run = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "puna", "launch", "-n", "2", "--restarts=1", "--", "train"),
+        *(f"--config={config}", f"--workdir={run}", "--heartbeat=10", "--config.train.steps=400"),
+        *("--config.optimizer.schedule=constant", "--config.train.eval_every=0"),
+        "--config.train.save_every=20",
+    ]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, env=environment, **pipes)
+    deadline = time.monotonic() + 300
+    while len(list(run.glob("checkpoints/[0-9]*0"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True
+    )
+    os.kill(int(children.stdout.split()[1]), number)
+    out, err = launcher.communicate(timeout=500)
+    assert launcher.returncode == 0, err
+    assert "puna: process 1 on" in err and how in err and "starting again, 1 of 1" in err
+    assert f"process 0 ended with status {LOST}" in err or "process 1 ended with signal 9" in err
+    starts = [line for line in out.splitlines() if "compiling" in line]
+    assert len(starts) == 2 and not starts[1].startswith("step 0 ")
+    assert len(losses(run)) == 400

@@ -92,7 +92,12 @@ def find_files(pattern: str) -> list[str]:
     Raises:
         UserError: there is no such file, or the path is a folder.
     """
-    path = os.path.expanduser(pattern)
+    try:
+        if b"\0" in os.fsencode(pattern):
+            raise ValueError
+        path = os.path.expanduser(pattern)
+    except ValueError:
+        raise UserError(f"{pattern!r} holds characters that no file's name has") from None
     if os.path.isdir(path):
         raise UserError(f"{pattern} is a folder: name its files, e.g. {path.rstrip('/')}/**/*.txt")
     if os.path.exists(path):

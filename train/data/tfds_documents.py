@@ -106,9 +106,8 @@ def _find_builder(name: str, data_dir: str | None):
     from . import python_source
 
     if name.startswith(("/", ".", "~")):
-        path = os.path.expanduser(name)
         try:
-            return tfds.builder_from_directory(path)
+            return tfds.builder_from_directory(os.path.expanduser(name))
         except Exception as error:
             raise UserError(f"tfds:{name}: no TFDS data set is in this folder") from error
     match = _DATASET.fullmatch(name)
