@@ -243,7 +243,7 @@ def _prepare(arguments: list[str]) -> list[str]:
             if value is None:
                 value = left[0] if left else ""
             _check_value(name, value, kinds[name])
-        elif match := re.fullmatch(r"--?config=(.*)", argument):
+        elif match := re.fullmatch(r"--?config=(.*)", argument, re.DOTALL):
             get_config(match[1])
             path, variant = find(match[1])
             argument = f"--config={path}" + ("" if variant is None else f":{variant}")
