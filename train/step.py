@@ -43,10 +43,13 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
 
-        cut = split(batch, parts)
-        shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], cut))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(add, zeros, cut)
+        if parts == 1:
+            grads, sums = gradient(state.params, batch)
+        else:
+            cut = split(batch, parts)
+            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], cut))
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            (grads, sums), _ = jax.lax.scan(add, zeros, cut)
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
