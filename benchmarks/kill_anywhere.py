@@ -1,6 +1,6 @@
 """Kill a run at random moments until it is done, and compare it with one that was left alone.
 
-    python benchmarks/kill_anywhere.py [--kills=20] [--steps=60] [--processes=1] [--seed=0]
+    python benchmarks/kill_anywhere.py [--kills=20] [--steps=60] [--processes=1] [--experts=0]
 
 Each time the same command is started again. SIGKILL may hit anything: start-up, compiling, a step,
 a save, the removal of an old checkpoint. At the end every loss and every array of the last
@@ -25,10 +25,13 @@ def get_config():
     config = base.get_config()
     config.model.update(vocab_size=264, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2,
                         head_dim=16, mlp_dim=128, compute_dtype="float32")
+    if {experts}:
+        config.model.update(moe_interval=2, num_experts={experts}, expert_dim=64,
+                            bias_update_rate=0.01, load_balance_weight=0.01)
     config.data.update(train="{folder}/*.txt", validation="", seq_len=64)
     config.optimizer.update(warmup_steps=2)
     config.train.update(steps={steps}, batch_size=8, log_every=1, save_every=6, eval_every=0,
-                        local_dir="{folder}/local", local_every=2)
+                        spike_factor=9.0, local_dir="{folder}/local", local_every=2)
     return config
 """
 
@@ -71,12 +74,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--experts", type=int, default=0, help="0 = a dense model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        (folder / "experiment.py").write_text(CONFIG.format(folder=folder, steps=args.steps))
+        text = CONFIG.format(folder=folder, steps=args.steps, experts=args.experts)
+        (folder / "experiment.py").write_text(text)
         for i in range(6):
             (folder / f"{i}.txt").write_text(f"llama {i} walks over the puna. " * 40)
         whole, cut = folder / "whole", folder / "cut"

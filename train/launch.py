@@ -70,10 +70,10 @@ def _launch_once(arguments, num_processes, devices) -> int:
 
 def _wait(children: list[subprocess.Popen]) -> int:
     """Until all have ended; after a failure the others are ended."""
-    status, deadline, running = 0, None, True
+    status, deadline, running = 0, None, children
     while running:
         time.sleep(0.05)
-        running = any([c.poll() is None for c in children])
+        running = [c for c in children if c.poll() is None]
         failed = [(c.returncode > 0, i, c.returncode) for i, c in enumerate(children)
                   if c.returncode]  # fmt: skip
         if failed and deadline is None:
