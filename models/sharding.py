@@ -52,8 +52,8 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 # Lengths are whatever the caller has, down to one token of generation: one that does not divide
-# is not split. `loop` refuses a training length that does not.
-_MAY_STAY_WHOLE = ("length", "residual_length", "loss_length")
+# is split less or not at all. `loop` refuses a training length that context does not divide.
+_SPLIT_LESS = {"residual_length": "length", "loss_length": "length", "length": None}
 
 
 class Param(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
@@ -159,10 +159,10 @@ def resolve(what: str, shape, names, mesh) -> PartitionSpec:
 def activation(shape, names) -> PartitionSpec:
     """The `PartitionSpec` of an activation on the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
-    names = [
-        None if name in _MAY_STAY_WHOLE and dim % parts(name, mesh) else name
-        for dim, name in zip(shape, names, strict=True)
-    ]
+    names = list(names)
+    for i, dim in enumerate(shape):
+        while names[i] in _SPLIT_LESS and dim % parts(names[i], mesh):
+            names[i] = _SPLIT_LESS[names[i]]
     return resolve("activation", shape, names, mesh)
 
 

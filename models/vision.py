@@ -181,7 +181,9 @@ class VisionEncoder(nn.Module):
         x_RPD = jnp.concatenate([x_RPD, class_R1D], axis=1) + positions_PD.astype(x_RPD.dtype)
         there_RP = jnp.ones(x_RPD.shape[:2], bool)
         x_RPD = Encoder(c, v, name="encoder")(x_RPD, rope_angles(v), there_RP)
-        x_RPA = Adapter(c, name="adapter")(pixel_shuffle(x_RPD[:, :-1]))
+        # Without a word the compiler splits the gradient in ways that the shuffle cannot follow.
+        shuffled_RPF = constrain(pixel_shuffle(x_RPD[:, :-1]), "batch", None, None)
+        x_RPA = Adapter(c, name="adapter")(shuffled_RPF)
         # Features start out as large as the embeddings they stand among.
         std = (v.adapter_dim * c.embed_dim) ** -0.5
         projector_AD = param(self, "projector_AD", (v.adapter_dim, c.embed_dim), ("mlp", "embed"),

@@ -178,7 +178,14 @@ def test_expert_choice_loads_every_expert_evenly():
 
 @pytest.mark.parametrize("router,factor", [("sigmoid", 0.0), ("softmax", 0.7),
                                            ("expert_choice", 0.0)])  # fmt: skip
-@pytest.mark.parametrize("axes", [{"expert": 4, "tensor": 2}, {"fsdp": 2, "expert": 2, "data": 2}])
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"expert": 4, "tensor": 2},
+        {"fsdp": 2, "expert": 2, "data": 2},
+        {"context": 2, "expert": 2, "tensor": 2},
+    ],
+)
 def test_any_mesh_gives_the_same(router, factor, axes):
     config = dataclasses.replace(
         BASE, router=router, capacity_factor=factor, router_z_weight=0.01,
