@@ -68,7 +68,8 @@ class SelfAttention(nn.Module):
             # One dim, not two: optimizers take what has two for a matrix.
             b_D = param(self, f"b{name}_D", (D,), ("heads",), _zeros, c.param_dtype)
             x_BTNH = contract("BTD,DNH->BTNH", x_BTD, w_DNH, c.compute_dtype)
-            return constrain(add_bias(x_BTNH, b_D.reshape(N, H)), "batch", None, "act_heads", None)
+            x_BTNH = constrain(x_BTNH, "batch", None, "act_heads", None)
+            return add_bias(x_BTNH, b_D.reshape(N, H))
 
         q_BTNH, k_BTNH, v_BTNH = (project(name) for name in "qkv")
         q_BTNH, k_BTNH = rope.rotate(q_BTNH, angles_1TJ), rope.rotate(k_BTNH, angles_1TJ)
@@ -77,7 +78,7 @@ class SelfAttention(nn.Module):
                        c.param_dtype)  # fmt: skip
         bo_D = param(self, "bo_D", (D,), ("norm",), _zeros, c.param_dtype)
         y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
-        return constrain(add_bias(y_BTD, bo_D), "batch", None, "act_embed")
+        return add_bias(constrain(y_BTD, "batch", None, "act_embed"), bo_D)
 
 
 class MLP(nn.Module):
@@ -94,10 +95,10 @@ class MLP(nn.Module):
         b_up_F = param(self, "b_up_F", (F,), ("mlp",), _zeros, c.param_dtype)
         w_down_FD = param(self, "w_down_FD", (F, D), ("mlp", "embed"), write, c.param_dtype)
         b_down_D = param(self, "b_down_D", (D,), ("norm",), _zeros, c.param_dtype)
-        h_BTF = add_bias(contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype), b_up_F)
-        h_BTF = constrain(gelu(h_BTF), "batch", None, "act_mlp")
+        h_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
+        h_BTF = gelu(add_bias(constrain(h_BTF, "batch", None, "act_mlp"), b_up_F))
         y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)
-        return constrain(add_bias(y_BTD, b_down_D), "batch", None, "act_embed")
+        return add_bias(constrain(y_BTD, "batch", None, "act_embed"), b_down_D)
 
 
 class EncoderLayer(nn.Module):

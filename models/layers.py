@@ -45,6 +45,9 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
       dtype: what both are rounded to.
       out_dtype: of the result; `dtype` where left out.
 
+    Split the result (`constrain`) before anything else is done with it: where the compiler had to
+    choose how, it has been seen to lose partial sums.
+
     The gradient has its own rule because plain autodiff of `preferred_element_type=float32`
     multiplies a float32 cotangent with a bfloat16 operand, which no hardware does fast. The
     gradient of `w` comes back unrounded in w's dtype.
@@ -124,7 +127,7 @@ def look_up(table_VD, tokens_BT, dtype: str):
     them, each too small to change a sum in bfloat16.
     """
     # Gathered along D first: rows can then be looked up where the tokens are.
-    rows_VD = constrain(table_VD.astype(dtype), "vocab", "act_embed")
+    rows_VD = constrain(jnp.asarray(table_VD, dtype), "vocab", "act_embed")
     return rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
 
 
@@ -172,8 +175,8 @@ class SwiGLU(nn.Module):
         w_down_FD = param(self, "w_down_FD", (F, D), ("mlp", "embed"), down, c.param_dtype)
         gate_BTF = contract("BTD,DF->BTF", x_BTD, w_gate_DF, c.compute_dtype)
         up_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
-        h_BTF = constrain(swiglu(gate_BTF, up_BTF), "batch", "length", "act_mlp")
-        y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)
+        gate_BTF, up_BTF = (constrain(x, "batch", "length", "act_mlp") for x in (gate_BTF, up_BTF))
+        y_BTD = contract("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down_FD, c.compute_dtype)
         return constrain(y_BTD, "batch", "residual_length", "act_embed")
 
 

@@ -171,6 +171,7 @@ class Transformer(nn.Module):
         table_DV = table_VD.T if c.tie_embeddings else Unembed(c, name="unembed")()
         # Rounding the logits would cost what the float32 accumulation has won.
         logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, c.compute_dtype, "float32")
+        logits_BTV = constrain(logits_BTV, "batch", "length", "act_vocab")
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
             cache = Cache(new, lengths_B)

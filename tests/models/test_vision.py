@@ -317,6 +317,7 @@ def test_parameter_count_of_scout():
     assert (total - projector, projector) == (850_960_896, 20_971_520)
     assert vision.features_per_tile(config.vision) == 144
     # It can lie on a pod: every dim that is split divides.
-    mesh = jax.sharding.AbstractMesh((1, 64, 1, 8), ("data", "fsdp", "expert", "tensor"))
+    sizes = {"fsdp": 64, "tensor": 8}
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.get(a, 1) for a in sharding.AXES), sharding.AXES)
     for path, leaf in jax.tree.leaves_with_path(boxed, is_leaf=sharding._is_param):
         sharding.resolve(sharding.path_name(path), leaf.value.shape, leaf.names, mesh)

@@ -7,6 +7,8 @@ from puna.models import blockwise
 SAMPLE = [
     ("dense", "fsdp2.context2.tensor2"),
     ("scout, capacity", "pipeline2.expert2.context2"),
+    # Where the compiler once lost partial sums between a matmul and the GELU after it.
+    ("vision", "data2.fsdp2.tensor2"),
 ]
 MODELS = ("dense", "scout", "scout, capacity", "maverick", "vision")
 KINDS = ("loss", "gradient norm", "router", "gradient", "params")
