@@ -128,7 +128,8 @@ def test_data_that_will_not_do(experiment, tmp_path, name, content, message):
     file = tmp_path / name
     file.write_bytes(content)
     status, _, err = run("train", f"--config={experiment}", f"--workdir={tmp_path}/run",
-                         f"--config.data.train={file}")  # fmt: skip
+                         f"--config.data.train={file}",
+                         "--config.data.bad_records=refuse")  # fmt: skip
     assert status == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "run" / "checkpoints").exists()
 
