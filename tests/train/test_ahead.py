@@ -91,7 +91,9 @@ def test_llama_8b_fits_a_small_tpu_slice(tmp_path):
         tmp_path, "--config=llama3:3.1-8b", "--topology=v5p-8", "--config.mesh.data=1",
         "--config.mesh.fsdp=4", "--config.train.batch_size=4",
     )  # fmt: skip
-    assert figures["fits"] and figures["peak"] > figures["arguments"] == figures["aliased"]
+    assert figures["fits"] and figures["peak"] > figures["arguments"]
+    # The state is updated in place; the batch, which is the rest, is not.
+    assert 0.999 * figures["arguments"] < figures["aliased"] <= figures["arguments"]
 
 
 @for_tpu
