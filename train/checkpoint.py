@@ -75,7 +75,7 @@ class Checkpoints:
         )  # fmt: skip
         # A step that is due nowhere is the last one on a machine that may be about to go.
         local = self.local is not None and self.due(step) and not self._due(step)
-        folder = self.workdir if self._due(step) or self.local is None else self.local
+        folder = self.local if local else self.workdir
         # Of several processes Orbax can save one checkpoint at a time.
         self.wait()
         with _explained(folder, "save"):
