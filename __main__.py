@@ -318,13 +318,13 @@ def main() -> None:
     except (errors.UserError, OSError) as e:
         message = " ".join(str(e).split())
         _leave(message)
-        _end(2, "puna: " + message)
+        _end(errors.MISTAKE, "puna: " + message)
     except KeyboardInterrupt as e:
-        from .train.signals import STATUS, Interrupted
+        from .train.signals import Interrupted
 
         told = isinstance(e, Interrupted)
         _leave("" if told else "interrupted")
-        _end(STATUS if told else 130, f"puna: {str(e) or 'interrupted'}")
+        _end(errors.SAVED if told else errors.INTERRUPTED, f"puna: {str(e) or 'interrupted'}")
     except Exception as e:
         # Another process's end shows here as some error of JAX; who it was is on its way.
         if found := sys.modules.get(f"{__package__}.models.processes"):

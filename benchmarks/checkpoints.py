@@ -74,7 +74,7 @@ def state_memory(action: str, folder: str, gigabytes: float, devices: int) -> No
             start = time.perf_counter()
             checkpoints.save(state, c.train.steps, {})
             held = time.perf_counter() - start
-            checkpoints.__exit__(None, None, None)
+            checkpoints.wait()
             total = time.perf_counter() - start
             print(f"  save returned after    {held:8.2f} s, all was written after {total:.2f} s")
             return

@@ -1,4 +1,11 @@
-"""The errors that are the user's to mend: one line each, exit status 2."""
+"""How a command ends: errors that are the user's to mend, one line each, and exit statuses."""
+
+# Exit statuses of a command: a mistake of the user, told to end and saved (EX_TEMPFAIL of
+# sysexits.h: the same command, given again, goes on), another process of the run lost, Ctrl-C.
+MISTAKE = 2
+SAVED = 75
+LOST = 76
+INTERRUPTED = 130
 
 _LONGEST = 1000  # characters of a message; what is longer quotes a value without end
 

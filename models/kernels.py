@@ -28,18 +28,10 @@ _CUDNN_LONGEST = 8192
 
 def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_size=0,
            start=None):  # fmt: skip
-    """Softmax attention of each query over the keys it sees, scaled by H**-0.5.
+    """What `blockwise.attend` returns for the same arguments, by the platform's own kernel.
 
-    Args:
-      q_BTNH, k_BSKH, v_BSKH: in the compute dtype; query head n reads key head n // (N / K).
-      q_tokens, k_tokens: positions and segments, see `masks.visible`.
-      chunk_size: of chunked attention; 0 = none.
-      start: the queries are tokens [start, start + T) of the keys', each document in one piece
-        with rising positions; None where keys come in any order. The int 0 with T = S is what the
-        platforms' own kernels need.
-
-    Returns:
-      [B, T, N, H] in q's dtype; zeros for a query that sees nothing.
+    Those take the int 0 as `start`, with T = S, and each document in one piece with rising
+    positions.
     """
     whole = isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]
     # The kernels round float32 operands, which whoever asks for float32 does not want.

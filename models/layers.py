@@ -132,16 +132,14 @@ def look_up(table_VD, tokens_BT, dtype: str):
 
 
 def _look_up_fwd(table_VD, tokens_BT, dtype):
-    # Of the table only shape and dtype are needed.
-    return look_up(table_VD, tokens_BT, dtype), (jnp.zeros((0, *table_VD.shape), table_VD.dtype),
-                                                 tokens_BT)  # fmt: skip
+    return look_up(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
 
 
 def _look_up_bwd(dtype, saved, g_BTD):
-    like, tokens_BT = saved
-    zeros_VD = constrain(jnp.zeros(like.shape[1:], jnp.float32), "vocab", "act_embed")
+    table_VD, tokens_BT = saved
+    zeros_VD = constrain(jnp.zeros(table_VD.shape, jnp.float32), "vocab", "act_embed")
     d_VD = zeros_VD.at[tokens_BT].add(g_BTD.astype(jnp.float32), mode="drop")
-    return constrain(d_VD, "vocab", "embed").astype(like.dtype), None
+    return constrain(d_VD, "vocab", "embed").astype(table_VD.dtype), None
 
 
 look_up.defvjp(_look_up_fwd, _look_up_bwd)

@@ -145,6 +145,11 @@ def gather(value) -> list:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def merge(value: dict) -> dict:
+    """The entries that each process has, of all of them."""
+    return {key: entry for part in gather(value) for key, entry in part.items()}
+
+
 def on_host(x) -> np.ndarray:
     """A global array as a host array in every process."""
     if jax.process_count() == 1:

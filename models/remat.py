@@ -6,9 +6,8 @@ from flax import linen as nn
 from ..configs.schema import ModelConfig
 from . import pipeline
 
-# All of it, matmul results only, or layer inputs only.
+# Matmul results only, or layer inputs only.
 REMAT = {
-    "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -15,10 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..configs.errors import UserError
+from ..configs.errors import LOST, UserError
 
-# Exit status of a process whose run has lost another: to be started again.
-LOST = 76
 # Of a message; nobody has more to say.
 _MOST_BYTES = 65536
 # After a process has ended with a message: others may be about to say the same themselves.
@@ -28,9 +26,9 @@ _PATIENCE_SECONDS = 3.0
 class Peers:
     """The connections to the other processes: of the first to all, of all others to the first."""
 
-    def __init__(self, me: int, lines: dict[int, socket.socket], hosts: dict[int, str]):
-        self._me, self._lines, self._hosts = me, lines, hosts
-        self._heard = dict.fromkeys(lines, time.monotonic())
+    def __init__(self, lines: dict[int, socket.socket], hosts: dict[int, str]):
+        self._lines, self._hosts = lines, hosts
+        self._heard: dict[int, float] = {}
         self._done: set[int] = set()
         self._said: dict[int, bytes] = dict.fromkeys(lines, b"")
 
@@ -58,9 +56,7 @@ class Peers:
                 _send(line, value)
 
     def _watch(self, heartbeat, end):
-        started = time.monotonic()
-        for number in self._heard:
-            self._heard[number] = started
+        self._heard = dict.fromkeys(self._lines, time.monotonic())
         while True:
             self._tell({"beat": 1})
             open_lines = {line: n for n, line in self._lines.items() if n not in self._done}
@@ -150,8 +146,7 @@ def _call(port, num_processes, about, deadline, timeout):
             server = stack.enter_context(_server(port))
         except OSError as e:
             raise UserError(f"--coordinator: port {port} cannot be used: {e.strerror}") from e
-        lines = {}
-        verdict = None
+        lines, verdict = [], None
         while len(there) < num_processes and verdict is None:
             server.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
             try:
@@ -167,10 +162,11 @@ def _call(port, num_processes, about, deadline, timeout):
             try:
                 line.settimeout(10)
                 said = _receive(line)
-                number, size, other = said["process"], said["of"], dict(said["about"])
+                number, size = int(said["process"]), int(said["of"])
+                other = {"host": "?"} | said["about"]
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # not one of ours
-            lines[number] = line
+            lines.append((number, line))
             if size != num_processes or not 0 < number < num_processes:
                 verdict = f"process {number} of {size} came to a run of {num_processes}"
             elif number in there:
@@ -180,7 +176,7 @@ def _call(port, num_processes, about, deadline, timeout):
             else:
                 there[number] = other
                 verdict = _difference(about, number, other)
-        for line in lines.values():
+        for _, line in lines:
             with contextlib.suppress(OSError):
                 _send(line, {"go": verdict is None, "why": verdict, "host": about["host"]})
         if verdict:
@@ -190,9 +186,9 @@ def _call(port, num_processes, about, deadline, timeout):
     hosts = {a["host"] for a in there.values()}
     known = ", ".join(f"{k} {v}" for k, v in about.items() if k != "host")
     print(f"{num_processes} processes on {len(hosts)} hosts: {known}", flush=True)
-    for line in lines.values():
+    for _, line in lines:
         line.settimeout(None)
-    return Peers(0, lines, {i: a["host"] for i, a in there.items()})
+    return Peers(dict(lines), {i: a["host"] for i, a in there.items()})
 
 
 def _server(port: int) -> socket.socket:
@@ -223,7 +219,7 @@ def _answer(address, num_processes, process_id, about, deadline, timeout):
                 raise UserError(answer["why"])
             line.settimeout(None)
             stack.pop_all()
-            return Peers(process_id, {0: line}, {0: answer["host"]})
+            return Peers({0: line}, {0: answer["host"]})
 
 
 def _send(line: socket.socket, value) -> None:
@@ -231,12 +227,13 @@ def _send(line: socket.socket, value) -> None:
 
 
 def _receive(line: socket.socket):
+    """One message, and nothing of the next, which may be here already."""
     data = b""
     while not data.endswith(b"\n"):
-        part = line.recv(4096)
-        if not part or len(data) > _MOST_BYTES:
+        there = line.recv(4096, socket.MSG_PEEK)
+        if not there or len(data) > _MOST_BYTES:
             raise ValueError("no message")
-        data += part
+        data += line.recv(there.find(b"\n") + 1 or len(there))
     return json.loads(data)
 
 

@@ -3,6 +3,7 @@
 JAX reads its environment when it is first imported, so this file sets it and imports no JAX.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,21 @@ set_hypothesis_home_dir(str(CACHE / "hypothesis"))
 settings.register_profile("puna", max_examples=20, deadline=None)
 settings.register_profile("ci", settings.get_profile("puna"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "puna")
+
+
+@pytest.fixture(scope="session")
+def one_line():
+    """Context in which a user's mistake may be found, if one line says what it is."""
+    from puna.configs.errors import UserError
+
+    @contextlib.contextmanager
+    def mistake():
+        try:
+            yield
+        except UserError as error:
+            assert str(error).isprintable() and len(str(error)) < 2000
+
+    return mistake
 
 
 class RootIsNoTestPackage:

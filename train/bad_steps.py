@@ -60,7 +60,8 @@ class Watch:
         if self._rewinds[step] > _MOST_REWINDS:
             raise UserError(
                 f"train.bad_step=rewind: {_MOST_REWINDS} rewinds to step {step} met a bad step "
-                f"each; {self._path} lists them; lower the learning rate, or take another policy"
+                f"each; {self._path} lists them; go on with train.bad_step=skip, or start another "
+                "--workdir with a lower learning rate"
             )
 
     def _judge(self, pending) -> bool:
@@ -72,7 +73,7 @@ class Watch:
             return False
         self._known = bad
         norm, loss = (float(np.asarray(values[n])) for n in ("grad_norm", "loss"))
-        rows = {row: place for part in processes.gather(position) for row, place in part.items()}
+        rows = processes.merge(position)
         if processes.is_first():
             entry = {"step": step, "grad_norm": str(norm), "loss": str(loss), "rows": rows}
             with open(self._path, "a", encoding="utf-8") as file:

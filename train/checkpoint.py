@@ -22,12 +22,14 @@ from ..models.weights import run
 from ..models.weights.tensors import warn
 from .state import TrainState
 
-# What may differ between the run that saved and the run that goes on: where numbers are computed,
-# what is reported and kept, and how long to go on.
+# What may differ between the run that saved and the run that goes on: where numbers are computed
+# and what is kept of them meanwhile, what is reported, looked for and kept, what follows where
+# something is wrong, and how long to go on.
 _FREE = (
     *("mesh.", "eval.", "data.workers", "data.data_dir", "data.validation", "train.steps"),
     *("train.log_every", "train.save_every", "train.eval_every", "train.keep", "train.local_"),
-    "train.loss_chunk",
+    *("model.remat", "model.pipeline_microbatches", "train.loss_chunk"),
+    *("train.check_replicas_every", "train.bad_step", "data.bad_records"),
 )
 # An array is stored in pieces of at most this size; each is unpacked as a whole to be read.
 _CHUNK_BYTES = 4 * 2**20

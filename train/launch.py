@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Sequence
 
+from ..configs.errors import INTERRUPTED, MISTAKE, SAVED
+
 # How long the others may take to end by themselves once one has failed.
 _GRACE_SECONDS = 10
-# Exit statuses after which starting again would end the same way, or is not wanted: a user's
-# mistake, a run told to end (`signals.STATUS`), Ctrl-C.
-_FINAL = (2, 75, 130)
+# Exit statuses after which starting again would end the same way, or is not wanted.
+_FINAL = (MISTAKE, SAVED, INTERRUPTED)
 
 
 def launch(

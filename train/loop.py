@@ -115,7 +115,8 @@ def train(
             if saves:
                 log.flush()
                 with ledger.doing("save"):
-                    checkpoints.save(state, step, _data_position(loader))
+                    # Of all rows of the global batch, whichever process reads them.
+                    checkpoints.save(state, step, processes.merge(loader.get_state()))
                     ledger.saving(step)
             if ends:
                 break
@@ -134,12 +135,6 @@ def _keep_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None:
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "puna", "programs"))
-
-
-def _data_position(loader) -> dict:
-    """Where all rows of the global batch have got to, whichever process reads them."""
-    parts = processes.gather(loader.get_state())
-    return {row: place for part in parts for row, place in part.items()}
 
 
 def _writable(workdir: pathlib.Path) -> pathlib.Path:

@@ -91,6 +91,7 @@ class RunLog:
 
     def __init__(self, config: Config, workdir: pathlib.Path, start: int, ledger: Ledger):
         self.config, self.workdir, self.start, self.ledger = config, workdir, start, ledger
+        self.done = start
         self.rate = schedule(config)
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         self.flops_per_step = (
@@ -131,7 +132,7 @@ class RunLog:
     def dispatched(self, step: int, values: dict) -> None:
         """Take what a step will give, and write what the one before it gave."""
         self._flush(self._timing)
-        self.pending = (step, values, {})
+        self.done, self.pending = step, (step, values, {})
 
     def flush(self) -> None:
         """Write what the last step gave: a checkpoint must not be ahead of the metrics."""
@@ -208,7 +209,7 @@ class RunLog:
                    "step_seconds" in m]  # fmt: skip
         results = {
             "parameters": count_params(self.config.model),
-            "tokens": self.tokens_per_step * self.config.train.steps,
+            "tokens": self.tokens_per_step * self.done,
             "wall_seconds": round(time.perf_counter() - self.began, 1),
             **self.last,
         }

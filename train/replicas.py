@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec
 
 from ..configs.errors import UserError
 from ..models import processes, sharding
+from ..models.weights.checksum import checksum
 
 
 def differing(params) -> list[str]:
     """The devices whose copies differ from those of the others, with the parameter.
 
-    Where two copies differ and there is no third, both are named. Sums of the bits of each
-    device's part are compared, so only a few numbers leave the devices.
+    Where two copies differ and there is no third, both are named. Checksums of each device's part
+    are compared, so only a few numbers leave the devices.
     """
     leaves = jax.tree.leaves_with_path(params)
     mesh = leaves[0][1].sharding.mesh
@@ -31,7 +32,7 @@ def differing(params) -> list[str]:
         for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
             copies[str(index)].append(device)
         for same in copies.values():
-            seen = {d: sums[devices.index(d), i] for d in same}
+            seen = {d: tuple(sums[devices.index(d), i]) for d in same}
             counts = collections.Counter(seen.values())
             if len(counts) > 1:
                 usual, most = counts.most_common(1)[0]
@@ -43,10 +44,10 @@ def differing(params) -> list[str]:
 
 @functools.cache
 def _sums(specs, mesh):
-    """Jitted: parameters -> uint32 [devices, leaves], each device's sums of its own parts."""
+    """Jitted: parameters -> uint32 [devices, leaves, 2], of each device's own parts."""
 
     def local(params):
-        return jnp.stack([_sum(x) for x in jax.tree.leaves(params)])[None]
+        return jnp.stack([checksum(x) for x in jax.tree.leaves(params)])[None]
 
     def run(params):
         in_specs = jax.tree.unflatten(jax.tree.structure(params), specs)
@@ -56,12 +57,6 @@ def _sums(specs, mesh):
         )(params)
 
     return jax.jit(run)
-
-
-def _sum(x):
-    kind = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-    return jnp.sum(bits, dtype=jnp.uint32)
 
 
 def check_replicas(params, step: int) -> None:

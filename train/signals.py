@@ -9,9 +9,6 @@ import threading
 import jax
 from jax.experimental import multihost_utils
 
-# EX_TEMPFAIL of sysexits.h: the same command, given again, goes on.
-STATUS = 75
-
 
 class Interrupted(KeyboardInterrupt):
     """The run was told to end; it has saved, and its message says after which step."""

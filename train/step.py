@@ -43,7 +43,7 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
 
-        if parts == 1:
+        if parts == 1:  # without a second tree of gradients
             grads, sums = gradient(state.params, batch)
         else:
             cut = split(batch, parts)

@@ -41,10 +41,11 @@ def _is_named(x: jax.Array) -> bool:
 
 @functools.cache
 def _summing(everywhere):
-    return jax.jit(lambda leaves: jnp.stack([_sums(x) for x in leaves]), out_shardings=everywhere)
+    return jax.jit(lambda xs: jnp.stack([checksum(x) for x in xs]), out_shardings=everywhere)
 
 
-def _sums(x):
+def checksum(x):
+    """uint32 [2] of an array, to be traced."""
     bits = _bits(x)
     # Row-major and modulo 2**32; the compiler makes it on each device for what lies there.
     place = jnp.zeros((), jnp.uint32)

@@ -63,6 +63,10 @@ def test_stopped(config, tmp_path, poisoned):
     config.train.bad_step = "stop"
     with pytest.raises(UserError, match="train.bad_step=stop: step . has a gradient norm of nan"):
         loop.train(config, tmp_path)
+    # As the message says; what is saved is from before the bad step.
+    config.train.bad_step = "skip"
+    state = loop.train(config, tmp_path)
+    assert finite(state) and int(state.step) == 6 and int(state.opt_state.bad) == 1
 
 
 def test_gone_back_from(config, tmp_path, poisoned):

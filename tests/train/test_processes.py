@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from puna.configs.errors import UserError
-from puna.models.roll_call import LOST, roll_call
+from puna.configs.errors import LOST, UserError
+from puna.models.roll_call import roll_call
 
 CONFIG = """
 from puna.configs import base
@@ -112,7 +112,12 @@ def test_strangers_on_the_port_are_passed_over():
 
     thread = threading.Thread(target=first)
     thread.start()
-    for garbage in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}\n', b"[]\n", b"\xff\n"):
+    strangers = (
+        *(b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"\xff\n", b'{"process": "x"}\n'),
+        b'{"process": "x", "of": 2, "about": {}}\n',
+        b'{"process": 1, "of": 2, "about": 3}\n',
+    )
+    for garbage in strangers:
         for _ in range(100):
             try:
                 with socket.create_connection(("127.0.0.1", port), 5) as line:
@@ -123,6 +128,46 @@ def test_strangers_on_the_port_are_passed_over():
     roll_call(f"127.0.0.1:{port}", 2, 1, about, 20).close()
     thread.join()
     assert result == [None]
+
+
+def test_the_first_word_may_come_with_the_answer():
+    """As it does where this process is slow to read."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        calls = []
+
+        def first():
+            line, _ = server.accept()
+            calls.append(line)
+            line.recv(4096)
+            line.sendall(b'{"go": true, "host": "h0"}\n{"beat": 1}\n{"bye": "no space"}\n')
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        peers = roll_call(f"127.0.0.1:{server.getsockname()[1]}", 2, 1, {"host": "h1"}, 5)
+        assert hear({1: peers})[1].get(timeout=10) == "process 0 on h0 ended: no space"
+        thread.join()
+        peers.close()
+        calls[0].close()
+
+
+def test_a_process_that_comes_twice_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    heard = queue.Queue()
+
+    def one(process, host):
+        try:
+            roll_call(address, 3, process, {"host": host}, 10).close()
+        except UserError as e:
+            heard.put(str(e))
+
+    threads = [threading.Thread(target=one, args=x) for x in ((0, "a"), (1, "b"), (1, "c"))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    said = {heard.get() for _ in range(3)}
+    assert len(said) == 1 and "process 1 came twice: from " in said.pop()
 
 
 def three_peers():

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.models.tokenizer import byte_tokenizer
 from puna.train.data import make_eval_rows, make_train_loader, sources
@@ -48,15 +47,7 @@ def changed(data, changes):
     return data
 
 
-@contextlib.contextmanager
-def one_line():
-    try:
-        yield
-    except UserError as error:
-        assert str(error).isprintable() and len(str(error)) < 2000
-
-
-def read_all(config, folder):
+def read_all(one_line, config, folder):
     """Train on some data and evaluate it."""
     with one_line():
         loader = make_train_loader(config, byte_tokenizer(), 2, quarantine=Quarantine(folder))
@@ -80,7 +71,9 @@ def read_all(config, folder):
     policy=POLICIES,
     max_bytes=st.sampled_from([1, 20, 1 << 20]),
 )
-def test_files_of_any_bytes(tmp_path_factory, content, changes, zipped, suffix, policy, max_bytes):
+def test_files_of_any_bytes(
+    one_line, tmp_path_factory, content, changes, zipped, suffix, policy, max_bytes
+):
     path = tmp_path_factory.mktemp("fuzz") / f"a{suffix}"
     data = changed(content, changes)
     if zipped is not None:
@@ -90,7 +83,7 @@ def test_files_of_any_bytes(tmp_path_factory, content, changes, zipped, suffix, 
     config = DataConfig(
         train=str(path), seq_len=8, bad_records=policy, max_document_bytes=max_bytes
     )
-    read_all(config, path.parent)
+    read_all(one_line, config, path.parent)
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +98,14 @@ def tfds_folder(tmp_path_factory):
     changes=CHANGES,
     policy=POLICIES,
 )
-def test_tfds_data_of_any_bytes(tmp_path_factory, tfds_folder, name, changes, policy):
+def test_tfds_data_of_any_bytes(one_line, tmp_path_factory, tfds_folder, name, changes, policy):
     folder = tmp_path_factory.mktemp("fuzz")
     copy = folder / "python_source" / tfds_folder.name
     shutil.copytree(tfds_folder, copy, ignore=shutil.ignore_patterns("*-train.*"))
     path = next(copy.glob("*validation*")) if name == "data" else copy / name
     path.write_bytes(changed(path.read_bytes(), changes))
     source = f"tfds:{copy}:validation"
-    read_all(DataConfig(train=source, seq_len=4096, bad_records=policy), folder)
+    read_all(one_line, DataConfig(train=source, seq_len=4096, bad_records=policy), folder)
     shutil.rmtree(folder)
 
 
@@ -140,6 +133,6 @@ def few_files(tmp_path_factory):
 @example("1e9*a.txt")
 @example("9" * 400 + "*a.txt")
 @example(",".join(["999999999*a.txt", "." + "0" * 340 + "1*a.txt"]))
-def test_source_strings_of_any_characters(few_files, tfds_folder, name):
+def test_source_strings_of_any_characters(one_line, few_files, tfds_folder, name):
     data_dir = str(Path(tfds_folder).parent.parent)
-    read_all(DataConfig(train=name, seq_len=8, data_dir=data_dir), few_files)
+    read_all(one_line, DataConfig(train=name, seq_len=8, data_dir=data_dir), few_files)
