@@ -1,10 +1,12 @@
 """Kill a run at random moments until it is done, and compare it with one that was left alone.
 
-    python benchmarks/kill_anywhere.py [--kills=20] [--steps=60] [--processes=1] [--experts=0]
+    python benchmarks/kill_anywhere.py [--kills=20] [--steps=120] [--processes=1] [--experts=0]
 
 Each time the same command is started again. SIGKILL may hit anything: start-up, compiling, a step,
-a save, the removal of an old checkpoint. At the end every loss and every array of the last
-checkpoint must be the same, bit for bit; prints where the kills hit and how much was done twice.
+a save, the removal of an old checkpoint; of several processes all or one. After each kill every
+array of the newest checkpoint must be, bit for bit, what the run left alone had after that step; so
+must be every loss and the last checkpoint at the end. If that comes before all kills, there is
+another run.
 """
 
 import argparse
@@ -36,15 +38,21 @@ def get_config():
 """
 
 
-def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int) -> subprocess.Popen:
+def start(folder: pathlib.Path, workdir: pathlib.Path, processes: int, *more) -> subprocess.Popen:
     """The run, as a process group of its own."""
-    train = ["train", f"--config={folder}/experiment.py", f"--workdir={workdir}"]
+    train = ["train", f"--config={folder}/experiment.py", f"--workdir={workdir}", *more]
     if processes > 1:
         train = ["launch", f"-n={processes}", "--", *train]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "puna", *train]
     return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Until a run has ended, as it should."""
+    _, said = process.communicate()
+    assert process.returncode == 0, said.decode()
 
 
 def wait(process: subprocess.Popen, seconds: float) -> None:
@@ -61,18 +69,63 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
     return {m["step"]: m["loss"] for m in metrics.read(workdir / "metrics.jsonl")}
 
 
-def checksums(workdir: pathlib.Path) -> dict:
-    """Of every array in the newest checkpoint."""
+def at(workdir: pathlib.Path) -> int:
+    """The last step that a run has written down."""
+    return max(losses(workdir), default=0)
+
+
+def strike(process: subprocess.Popen, workdir, first: float, processes: int, rng) -> bool:
+    """Kill all processes of a run or one, at some moment; False if the run ends before.
+
+    Args:
+      first: seconds that a run takes until its first step.
+    """
+    if rng.random() < 0.2:
+        wait(process, rng.uniform(0, first))
+    else:
+        # Some steps on from where it was, and then at any moment of a step or a save.
+        goal = at(workdir) + rng.randint(1, 8)
+        while process.poll() is None and at(workdir) < goal:
+            time.sleep(0.01)
+        wait(process, rng.uniform(0, 0.3))
+    if process.poll() is not None:
+        return False
+    launched = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    one = rng.randrange(-1, processes) if processes > 1 else -1
+    if 0 <= one < len(launched):
+        os.kill(int(launched[one]), signal.SIGKILL)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return True
+
+
+def newest(*workdirs: pathlib.Path) -> tuple[int, pathlib.Path | None]:
+    """The newest checkpoint in some folders and its step; 0 and None where there is none."""
     from puna.models.weights import run
 
-    return run.read_meta(run.find(workdir))["checksums"]
+    found = [(step, run.find(workdir, step)) for workdir in workdirs for step in run.steps(workdir)]
+    return max(found, default=(0, None))
+
+
+def checksums(checkpoint: pathlib.Path) -> dict:
+    """Of every array in it."""
+    from puna.models.weights import run
+
+    return run.read_meta(checkpoint)["checksums"]
+
+
+def alike(whole: pathlib.Path, cut: pathlib.Path, *also: pathlib.Path) -> tuple[int, bool]:
+    """Step of the newest checkpoint of a run, and whether the other run had the same after it."""
+    step, found = newest(cut, *also)
+    return step, found is None or checksums(found) == checksums(whole / "checkpoints" / str(step))
 
 
 def main() -> None:
-    """Run once in peace and once not."""
+    """Run once in peace, and then not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--experts", type=int, default=0, help="0 = a dense model")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,44 +137,39 @@ def main() -> None:
         (folder / "experiment.py").write_text(text)
         for i in range(6):
             (folder / f"{i}.txt").write_text(f"llama {i} walks over the puna. " * 40)
-        whole, cut = folder / "whole", folder / "cut"
+        whole = folder / "whole"
+        # Keeps a checkpoint of each step that the others may be found at.
+        keep = (f"--config.train.keep={args.steps}", "--config.train.save_every=2")
         began = time.monotonic()
-        process = start(folder, whole, args.processes)
-        _, said = process.communicate()
-        assert process.returncode == 0, said.decode()
-        alone = time.monotonic() - began
-        print(f"left alone: {args.steps} steps in {alone:.1f} s", flush=True)
-        hits, kills = [], 0
-        while True:
+        process = start(folder, whole, args.processes, *keep, "--config.train.local_dir=")
+        while process.poll() is None and not losses(whole):
+            time.sleep(0.05)
+        first = time.monotonic() - began
+        end(process)
+        print(f"left alone: {args.steps} steps, the first after {first:.1f} s", flush=True)
+        kills = same = runs = 0
+        same_ends, aside = True, []
+        while kills < args.kills:
+            runs += 1
+            cut = folder / f"cut{runs}"
             process = start(folder, cut, args.processes)
-            if kills < args.kills:
-                if rng.random() < 0.2:
-                    wait(process, rng.uniform(0, alone / 2))
-                else:
-                    # Some steps on from where it was, and then at any moment of a step or a save.
-                    goal = max(losses(cut), default=0) + rng.randint(1, 8)
-                    while process.poll() is None and max(losses(cut), default=0) < goal:
-                        time.sleep(0.01)
-                    wait(process, rng.uniform(0, 0.3))
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    kills += 1
-                    hits.append(max(losses(cut), default=0))
-                    continue
-            _, said = process.communicate()
-            assert process.returncode == 0, said.decode()
-            break
-        print(f"killed {kills} times, after steps {hits}")
-        a, b = losses(whole), losses(cut)
-        same = a == b and len(a) == args.steps and checksums(whole) == checksums(cut)
-        aside = [p.name for p in (cut / "checkpoints").iterdir() if "." in p.name]
-        print(json.dumps({"kills": kills, "bit_identical": same, "set_aside": aside}))
-        if not same:
-            missing = sorted(a.keys() ^ b.keys())
-            other = [step for step in a if step in b and a[step] != b[step]]
-            print(f"steps missing: {missing}; other losses at {other}")
-            sys.exit(1)
+            while kills < args.kills and strike(process, cut, first, args.processes, rng):
+                kills += 1
+                step, well = alike(whole, cut, folder / "local" / cut.relative_to("/"))
+                same += well
+                how = f"checkpoint {step} {'the same' if well else 'DIFFERS'}"
+                print(f"kill {kills} after step {at(cut)}: {how}", flush=True)
+                process = start(folder, cut, args.processes)
+            end(process)
+            step, well = alike(whole, cut)
+            well = well and step == args.steps and losses(cut) == losses(whole)
+            print(f"run {runs} at its end: {'the same' if well else 'DIFFERS'}", flush=True)
+            same_ends = same_ends and well
+            aside += [p.name for p in (cut / "checkpoints").iterdir() if "." in p.name]
+        print(f"{same} of {kills} kills left the same bits")
+        found = {"kills": kills, "same": same, "bit_identical": same_ends, "set_aside": aside}
+        print(json.dumps(found))
+        sys.exit(0 if same_ends and same == kills else 1)
 
 
 if __name__ == "__main__":

@@ -23,4 +23,4 @@ def test_a_run_that_is_killed_again_and_again(arguments):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["bit_identical"] and found["kills"] > 0 and not found["set_aside"]
+    assert found["bit_identical"] and found["same"] == found["kills"] > 0 and not found["set_aside"]

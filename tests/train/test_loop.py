@@ -1,6 +1,8 @@
 """Training end to end: it learns, resumes bit for bit, and gives one loss on every mesh."""
 
+import gzip
 import json
+import re
 import shutil
 
 import jax
@@ -10,8 +12,9 @@ import pytest
 from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.eval.perplexity import evaluate_loss
-from puna.models.tokenizer import load_tokenizer
-from puna.train import metrics
+from puna.models.tokenizer import byte_tokenizer, load_tokenizer
+from puna.train import loop, metrics
+from puna.train.data import make_train_loader
 from puna.train.data.tokenizer import prepare_tokenizer
 from puna.train.loop import train
 
@@ -50,6 +53,55 @@ def test_resuming_is_bit_identical(config, tmp_path):
     resumed = train(config, tmp_path / "cut")
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same(whole, resumed)
+
+
+def test_resuming_elsewhere_skips_and_repeats_nothing(config, tmp_path, monkeypatch):
+    """A mixture, read by other processes onto another mesh after the cut: each document once."""
+    config.train.update(steps=6, save_every=3, eval_every=0)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    texts = [f"#{i}, " + "grass " * (i % 7) for i in range(400)]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines[:250]).encode()))
+    (folder / "b.jsonl").write_text("".join(lines[250:]))
+    config.data.train = f"2*{folder}/a.jsonl.gz,1*{folder}/b.jsonl"
+    read = []
+
+    class Loader:
+        def __init__(self, *args):
+            self.inner = make_train_loader(*args)
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __next__(self):
+            read.append(next(self.inner))
+            return read[-1]
+
+    monkeypatch.setattr(loop, "make_train_loader", Loader)
+    whole = train(config, tmp_path / "whole")
+    expected = read.copy()
+    config.data.workers = 2
+    train(config, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    del read[3 + 6 :]  # what came after the cut is lost with the process
+    config.data.workers = 1
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    resumed = train(config, tmp_path / "cut")
+
+    found = read[6:]
+    assert len(found) == len(expected) == 6
+    for one, other in zip(found, expected, strict=True):
+        assert all(np.array_equal(one[key], other[key]) for key in other)
+    rows = [np.concatenate([b["tokens_BT"][r].tolist() + [b["targets_BT"][r, -1]] for b in found])
+            for r in range(8)]  # fmt: skip
+    decode = byte_tokenizer().decode
+    numbers = [int(n) for row in rows for n in re.findall(r"#(\d+),", decode(row.tolist()))]
+    assert len(numbers) == len(set(numbers)) > 50 and min(numbers) < 250 <= max(numbers)
+    a, b = losses(tmp_path / "cut"), losses(tmp_path / "whole")
+    np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(whole.params), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
 
 
 def test_a_finished_run_stays_as_it_is(config, tmp_path):
