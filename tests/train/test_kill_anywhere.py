@@ -14,7 +14,7 @@ BENCHMARK = pathlib.Path(__file__).resolve().parents[2] / "benchmarks" / "kill_a
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [["--kills=5", "--steps=24"], ["--kills=3", "--steps=16", "--processes=2", "--experts=4"]],
+    [["--kills=5", "--steps=24"], ["--kills=2", "--steps=24", "--processes=2", "--experts=4"]],
 )
 def test_a_run_that_is_killed_again_and_again(arguments):
     done = subprocess.run(
