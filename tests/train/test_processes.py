@@ -310,7 +310,7 @@ def test_a_process_that_is_killed_or_stuck_is_named(corpus, tmp_path, number, ho
     run = tmp_path / "run"
     command = [
         *(sys.executable, "-m", "puna", "launch", "-n", "2", "--restarts=1", "--", "train"),
-        *(f"--config={config}", f"--workdir={run}", "--heartbeat=10", "--config.train.steps=400"),
+        *(f"--config={config}", f"--workdir={run}", "--heartbeat=10", "--config.train.steps=160"),
         *("--config.optimizer.schedule=constant", "--config.train.eval_every=0"),
         "--config.train.save_every=20",
     ]
@@ -330,4 +330,4 @@ def test_a_process_that_is_killed_or_stuck_is_named(corpus, tmp_path, number, ho
     assert f"process 0 ended with status {LOST}" in err or "process 1 ended with signal 9" in err
     starts = [line for line in out.splitlines() if "compiling" in line]
     assert len(starts) == 2 and not starts[1].startswith("step 0 ")
-    assert len(losses(run)) == 400
+    assert len(losses(run)) == 160
