@@ -120,7 +120,7 @@ def train(
                     ledger.saving(step)
             if ends:
                 break
-        log.finish()
+        log.finish(step)
         loader.close()
         with ledger.doing("save"):
             checkpoints.wait()

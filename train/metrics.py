@@ -91,7 +91,6 @@ class RunLog:
 
     def __init__(self, config: Config, workdir: pathlib.Path, start: int, ledger: Ledger):
         self.config, self.workdir, self.start, self.ledger = config, workdir, start, ledger
-        self.done = start
         self.rate = schedule(config)
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         self.flops_per_step = (
@@ -132,7 +131,7 @@ class RunLog:
     def dispatched(self, step: int, values: dict) -> None:
         """Take what a step will give, and write what the one before it gave."""
         self._flush(self._timing)
-        self.done, self.pending = step, (step, values, {})
+        self.pending = (step, values, {})
 
     def flush(self) -> None:
         """Write what the last step gave: a checkpoint must not be ahead of the metrics."""
@@ -194,8 +193,8 @@ class RunLog:
             self.events.close()
         self._open(step)
 
-    def finish(self) -> None:
-        """Write the last record, `results.json` and `loss.png`."""
+    def finish(self, step: int) -> None:
+        """Write the last record, and `results.json` and `loss.png` of a run that ends here."""
         # No step follows the last one to be timed against.
         self._flush(lambda step: {})
         if self.file is None or self.events is None:
@@ -209,7 +208,7 @@ class RunLog:
                    "step_seconds" in m]  # fmt: skip
         results = {
             "parameters": count_params(self.config.model),
-            "tokens": self.tokens_per_step * self.done,
+            "tokens": self.tokens_per_step * step,
             "wall_seconds": round(time.perf_counter() - self.began, 1),
             **self.last,
         }

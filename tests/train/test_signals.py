@@ -1,5 +1,6 @@
 """A run that is told to end saves first, and goes on as if nothing had been."""
 
+import json
 import os
 import signal
 
@@ -27,6 +28,8 @@ def test_a_signal_saves_and_ends(config, tmp_path, number):
         train(config, tmp_path / "cut", {"v": told})
     assert signal.getsignal(number) is before
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["4"]
+    results = json.loads((tmp_path / "cut" / "results.json").read_text())
+    assert results["tokens"] == 4 * config.train.batch_size * config.data.seq_len
     train(config, tmp_path / "cut", {"v": untold})
     train(config, tmp_path / "whole", {"v": untold})
     cut, whole = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole"))
