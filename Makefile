@@ -17,7 +17,7 @@ SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks,tpu
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo demo-devices demo-real test slow test-lower lint format clean
+.PHONY: help demo demo-devices demo-real test slow test-lower lint docs format clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ lint: $(VENV)/.dev  ## ruff (rules and layout) and basedpyright (types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
+
+docs: $(VENV)/.puna  ## write the pages of docs/ that are made from the code
+	$(BIN)/python docs/make.py
 
 format: $(VENV)/.dev  ## put imports and layout in order
 	$(BIN)/ruff check --fix .

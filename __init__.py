@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .configs import get_config as get_config
     from .eval.evaluate import evaluate as evaluate
-    from .models.generate import generate as generate
-    from .models.tokenizer import load_tokenizer as load_tokenizer
+    from .models.decode.generate import generate as generate
+    from .models.text.tokenizer import load_tokenizer as load_tokenizer
     from .models.weights.load import load as load
     from .train.loop import train as train
 
@@ -18,10 +18,10 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "evaluate": ".eval.evaluate",
-    "generate": ".models.generate",
+    "generate": ".models.decode.generate",
     "get_config": ".configs",
     "load": ".models.weights.load",
-    "load_tokenizer": ".models.tokenizer",
+    "load_tokenizer": ".models.text.tokenizer",
     "train": ".train.loop",
 }
 

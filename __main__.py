@@ -27,19 +27,10 @@ COMMANDS = {
 _SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "dtype")
 
 
-def train(config, workdir, evaluators=None):
-    """Train with in-training evaluation on `data.validation`; see `puna.train.loop.train`."""
-    from .eval.perplexity import evaluate_loss
-    from .train import loop
-
-    if evaluators is None and config["data"]["validation"]:
-        evaluators = {"validation": evaluate_loss}
-    return loop.train(config, workdir, evaluators)
-
-
 def _train(args):
-    from .models.processes import is_first
+    from .models.parallel.processes import is_first
     from .models.weights import run
+    from .train.loop import train
 
     workdir = _required(args, "workdir")
     folder = pathlib.Path(workdir) / run.CHECKPOINTS
@@ -58,7 +49,7 @@ def _train(args):
 
 def _eval(args):
     from .eval.evaluate import evaluate
-    from .models.processes import is_first
+    from .models.parallel.processes import is_first
     from .models.weights.run import is_run
 
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
@@ -73,8 +64,9 @@ def _eval(args):
 def _generate(args):
     import jax
 
-    from .models import generate, processes, sharding
-    from .models.tokenizer import load_tokenizer
+    from .models.decode import generate
+    from .models.parallel import processes, sharding
+    from .models.text.tokenizer import load_tokenizer
     from .models.weights.load import load
 
     path = _required(args, "checkpoint")
@@ -113,7 +105,7 @@ def _mesh(text: str) -> schema.MeshConfig:
 
 
 def _launch(args, arguments):
-    from .train.launch import launch
+    from .train.resilience.launch import launch
 
     if args.n < 1:
         raise errors.UserError(f"-n={args.n} must be at least 1")
@@ -126,7 +118,7 @@ def _launch(args, arguments):
 
 def _join(args, command):
     """Become one of several processes, where there are several."""
-    from .models import processes
+    from .models.parallel import processes
 
     facts = {"command": command}
     if "config" in args:
@@ -138,7 +130,7 @@ def _join(args, command):
 
 
 def _convert(args, paths):
-    from .models.weights.export import convert
+    from .models.release.convert import convert
 
     if len(paths) != 2:
         raise errors.UserError("convert takes two paths, SRC and DST; --help shows the flags")
@@ -320,14 +312,14 @@ def main() -> None:
         _leave(message)
         _end(errors.MISTAKE, "puna: " + message)
     except KeyboardInterrupt as e:
-        from .train.signals import Interrupted
+        from .train.resilience.signals import Interrupted
 
         told = isinstance(e, Interrupted)
         _leave("" if told else "interrupted")
         _end(errors.SAVED if told else errors.INTERRUPTED, f"puna: {str(e) or 'interrupted'}")
     except Exception as e:
         # Another process's end shows here as some error of JAX; who it was is on its way.
-        if found := sys.modules.get(f"{__package__}.models.processes"):
+        if found := sys.modules.get(f"{__package__}.models.parallel.processes"):
             found.lost_contact()
         _leave(f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")
         _end(1, traceback.format_exc())
@@ -335,7 +327,7 @@ def main() -> None:
 
 def _leave(message: str) -> None:
     """Tell the other processes of the run, if there are any."""
-    if found := sys.modules.get(f"{__package__}.models.processes"):
+    if found := sys.modules.get(f"{__package__}.models.parallel.processes"):
         found.leave(message)
 
 

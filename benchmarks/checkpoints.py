@@ -47,7 +47,7 @@ def state_memory(action: str, folder: str, gigabytes: float, devices: int) -> No
     import jax
 
     from puna.configs import schema
-    from puna.models import sharding
+    from puna.models.parallel import sharding
     from puna.models.transformer import abstract_params
     from puna.train.checkpoint import Checkpoints
     from puna.train.optimizer import make_optimizer

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from puna.configs.schema import ModelConfig
-from puna.models import sharding
-from puna.models.experts import Routing, swiglu_experts
+from puna.models.kernels.experts import Routing, swiglu_experts
 from puna.models.masks import default_tokens
+from puna.models.parallel import sharding
 from puna.models.transformer import Layer
 
 B, T, D, F = 8, 512, 512, 704

@@ -82,7 +82,7 @@ def measure(folder: str, devices: int, dtype: str) -> None:
 
     import puna
     from puna.configs import schema
-    from puna.models import sharding
+    from puna.models.parallel import sharding
 
     mesh = sharding.make_mesh(schema.MeshConfig(data=1, fsdp=devices))
     jax.block_until_ready(jax.device_put(np.zeros(8), jax.devices()[0]))

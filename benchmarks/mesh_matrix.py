@@ -29,7 +29,8 @@ import jax
 import numpy as np
 
 from puna.configs import schema
-from puna.models import blockwise, sharding
+from puna.models.kernels import blockwise
+from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 from puna.models.vision import Images
 from puna.train.optimizer import make_optimizer

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import ml_collections
 
 _FOLDER = pathlib.Path(__file__).parent
-_NOT_EXPERIMENTS = {"__init__", "base", "errors", "schema"}
+_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "schema"}
 
 
 def names() -> list[str]:

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 
 from ..configs import schema
 from ..configs.errors import ConfigError
-from ..models import sharding
-from ..models.tokenizer import load_tokenizer
+from ..models.parallel import sharding
+from ..models.text.tokenizer import load_tokenizer
 from ..models.transformer import Transformer, count_params
 from ..models.weights.load import load
-from .perplexity import evaluate_loss
+from ..train.validation import evaluate_loss
 
 
 def evaluate(config: Mapping, path) -> dict:

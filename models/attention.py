@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import context, kernels, rope, sharding
+from . import rope
 from .cache import LayerCache
+from .kernels import attention as kernels
 from .layers import contract, normal, param, residual_std, rms_norm
 from .masks import Tokens
-from .sharding import constrain
+from .parallel import context, sharding
+from .parallel.sharding import constrain
 
 
 class Attention(nn.Module):

@@ -22,7 +22,7 @@ from . import rope
 from .encoder import Encoder
 from .fusion import Features, check_count
 from .layers import contract, normal, param
-from .sharding import constrain
+from .parallel.sharding import constrain
 
 SAMPLE_RATE = 16000  # Hz
 WINDOW = 400  # samples: 25 ms

@@ -10,11 +10,11 @@ from flax import linen as nn
 
 from ..configs.schema import AudioConfig, ModelConfig, VisionConfig
 from . import rope
-from .blockwise import attend
+from .kernels.blockwise import attend
 from .layers import contract, normal, ones, param
 from .masks import Tokens
+from .parallel.sharding import constrain
 from .remat import rematerialized
-from .sharding import constrain
 
 # torch's default, which Llama 4 keeps whatever its config says.
 _EPS = 1e-5

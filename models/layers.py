@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from .sharding import Param, constrain
+from .parallel.sharding import Param, constrain
 
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):

@@ -19,11 +19,11 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from ..configs.schema import ModelConfig
-from . import context, exchange, sharding
-from .experts import Routing, read_pairs, sort_by_expert, swiglu_experts, write_pairs
+from .kernels.experts import Routing, read_pairs, sort_by_expert, swiglu_experts, write_pairs
 from .layers import SwiGLU, contract, normal, param, residual_std
 from .masks import Tokens
-from .sharding import constrain
+from .parallel import context, exchange, sharding
+from .parallel.sharding import constrain
 
 
 class Choice(NamedTuple):

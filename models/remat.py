@@ -4,7 +4,7 @@ import jax
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import pipeline
+from .parallel import pipeline
 
 # Matmul results only, or layer inputs only.
 REMAT = {

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import context, pipeline, sharding
 from .attention import Attention
 from .audio import Audio, AudioEncoder, no_audio
 from .cache import Cache
@@ -25,8 +24,9 @@ from .fusion import Features, fuse
 from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
 from .masks import Tokens, default_tokens
 from .moe import MoE, RouterSums, router_stats
+from .parallel import context, pipeline, sharding
+from .parallel.sharding import constrain
 from .remat import rematerialized, stage_policy
-from .sharding import constrain
 from .vision import Images, VisionEncoder, no_images
 
 

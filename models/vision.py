@@ -19,7 +19,7 @@ from ..configs.schema import ModelConfig, VisionConfig
 from .encoder import Encoder, gelu
 from .fusion import Features, check_count
 from .layers import contract, normal, param
-from .sharding import constrain
+from .parallel.sharding import constrain
 
 _ROPE_THETA = 10000.0
 _COLOURS = 3

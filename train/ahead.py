@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import os
 import re
-import typing
 
 import jax
 import numpy as np
@@ -21,48 +20,13 @@ from jax.experimental import topologies
 
 from ..configs import schema
 from ..configs.errors import UserError
-from ..models import sharding
+from ..models import hardware
+from ..models.hardware import Chip, TpuCompiler
+from ..models.parallel import sharding
 from ..models.transformer import Transformer, abstract_params
 from .optimizer import make_optimizer
 from .state import abstract_state
 from .step import abstract_batch, make_train_step
-
-_GIB = 2**30
-
-
-class Tpu(typing.NamedTuple):
-    """A generation of TPU."""
-
-    compiler_name: str
-    memory_gib: float  # of a chip, as its compiler counts it
-    cores_per_chip: int  # the number in a slice's name counts cores: v5p-256 has 128 chips
-    torus_dims: int
-    most_chips: int
-
-
-class Gpu(typing.NamedTuple):
-    """A model of GPU: what its compiler must be told, from NVIDIA's data sheets."""
-
-    name: str
-    compute_capability: int
-    cores: int
-    shared_memory_kib: int
-    l2_cache_mib: int
-    clock_ghz: float
-    memory_bytes: int
-    memory_bytes_per_second: float
-
-
-TPUS = {
-    "v5e": Tpu("v5e", 15.75, 1, 2, 256),
-    "v5p": Tpu("v5", 95.74, 2, 3, 4096),
-    "v6e": Tpu("v6e", 31.25, 1, 2, 256),
-}
-GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 108, 164, 40, 1.41, 85_100_000_000, 2.04e12),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 132, 228, 50, 1.98, 84_942_979_072, 3.35e12),
-    "h200": Gpu("NVIDIA H200", 9, 132, 228, 50, 1.98, 150_700_000_000, 4.8e12),
-}
 
 
 def devices(topology: str) -> list:
@@ -78,17 +42,18 @@ def devices(topology: str) -> list:
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)-([1-9]\d*)", topology)
     slices, kind, count = found.groups() if found else ("", "", "")
     slices, count = int(slices or 1), int(count or 0)
-    if kind in TPUS:
-        return _tpus(topology, TPUS[kind], slices, count)
-    if kind in GPUS and slices == 1:
-        return _gpus(topology, GPUS[kind], count)
+    chips = hardware.compilable()
+    if kind in chips and isinstance(chips[kind].compiler, TpuCompiler):
+        return _tpus(topology, chips[kind].compiler, slices, count)
+    if kind in chips and slices == 1:
+        return _gpus(topology, chips[kind], count)
     raise UserError(
-        f"--topology={topology} must be one of {', '.join((*TPUS, *GPUS))} with a number, "
+        f"--topology={topology} must be one of {', '.join(chips)} with a number, "
         "such as v5p-256, 2xv5p-256 or h100-8"
     )
 
 
-def _tpus(topology, tpu: Tpu, slices, cores):
+def _tpus(topology, tpu: TpuCompiler, slices, cores):
     chips, odd = divmod(cores, tpu.cores_per_chip)
     power = chips.bit_length() - 1
     if odd or chips != 2**power or not 4 <= chips <= tpu.most_chips:
@@ -109,38 +74,40 @@ def _tpus(topology, tpu: Tpu, slices, cores):
     sides = [2 ** ((power + i) // dims) for i in range(dims)]
     if chips == 4 and dims == 3:
         sides = [2, 2, 1]
-    name = f"{tpu.compiler_name}:{'x'.join(map(str, sides))}"
+    name = f"{tpu.name}:{'x'.join(map(str, sides))}"
     found = topologies.get_topology_desc(name, "tpu", num_slices=slices)
     return list(found.devices)
 
 
-def _gpus(topology, gpu: Gpu, count):
+def _gpus(topology, chip: Chip, count):
     if count > 8 and count % 8:
         raise UserError(f"--topology={topology} must have at most 8 GPUs or a multiple of 8")
     _require("jax_cuda12_plugin", topology, "cuda")
     nodes, each = (1, count) if count <= 8 else (count // 8, 8)
     found = topologies.get_topology_desc(
-        "", "cuda", target_config=_target(gpu), topology=f"1x{nodes}x{each}"
+        "", "cuda", target_config=_target(chip), topology=f"1x{nodes}x{each}"
     )
     return list(found.devices)
 
 
-def _target(gpu: Gpu) -> str:
+def _target(chip: Chip) -> str:
     """XLA's description of a GPU, a text proto of `stream_executor.GpuTargetConfigProto`."""
+    gpu, name = chip.compiler, chip.device_kinds[0]
+    assert isinstance(gpu, hardware.GpuCompiler)
     shared = gpu.shared_memory_kib * 1024
     return f"""
         platform_name: "CUDA"
-        device_description_str: "{gpu.name}"
+        device_description_str: "{name}"
         dnn_version_info {{ major: 9 minor: 10 patch: 2 }}
         gpu_device_info {{
-          name: "{gpu.name}"
+          name: "{name}"
           device_vendor: "NVIDIA Corporation"
           cuda_compute_capability {{ major: {gpu.compute_capability} minor: 0 }}
           core_count: {gpu.cores}
           fpus_per_core: {128 if gpu.compute_capability >= 9 else 64}
           clock_rate_ghz: {gpu.clock_ghz}
-          device_memory_size: {gpu.memory_bytes}
-          memory_bandwidth: {int(gpu.memory_bytes_per_second)}
+          device_memory_size: {chip.memory_bytes}
+          memory_bandwidth: {int(chip.memory_bandwidth)}
           l2_cache_size: {gpu.l2_cache_mib * 2**20}
           shared_memory_per_block: {48 * 1024}
           shared_memory_per_block_optin: {shared - 1024}
@@ -173,7 +140,7 @@ def memory_limit(topology: str) -> int:
     JAX takes three quarters of a GPU's, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
     """
     kind = topology.split("-")[0].split("x")[-1]
-    return int(TPUS[kind].memory_gib * _GIB) if kind in TPUS else GPUS[kind].memory_bytes
+    return hardware.CHIPS[kind].memory_bytes
 
 
 def compile_step(config: schema.Config, devices: list) -> jax.stages.Compiled:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from ..configs.errors import UserError
 from ..configs.schema import Config, to_dict
-from ..models import processes
+from ..models.parallel import processes
 from ..models.weights import run
 from ..models.weights.tensors import warn
 from .state import TrainState

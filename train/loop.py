@@ -8,21 +8,22 @@ import jax
 
 from ..configs import schema
 from ..configs.errors import ConfigError, UserError
-from ..models import processes, sharding
+from ..configs.files import write_json
+from ..models.parallel import processes, sharding
 from ..models.transformer import Transformer, abstract_params
 from . import metrics
-from .atomic import write_json
-from .bad_steps import Watch
 from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
 from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
-from .goodput import Ledger, process_start
 from .optimizer import make_optimizer
-from .replicas import check_replicas
-from .signals import Interrupted, Signals
+from .resilience.bad_steps import Watch
+from .resilience.goodput import Ledger, process_start
+from .resilience.replicas import check_replicas
+from .resilience.signals import Interrupted, Signals
 from .state import TrainState, abstract_state, init_state
 from .step import abstract_batch, make_train_step
+from .validation import evaluate_loss
 
 Evaluator = Callable[..., dict[str, float]]
 
@@ -37,6 +38,7 @@ def train(
       workdir: folder for checkpoints, tokenizer, config, metrics, plot and results.
       evaluators: name -> function of (config, model, params, tokenizer, mesh) giving numbers,
         called every `train.eval_every` steps and at the end; they are logged as `name_number`.
+        None evaluates the loss on `data.validation`, if there is one, as `validation`.
 
     Returns:
       The final `TrainState`.
@@ -46,6 +48,8 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
     c = schema.from_dict(config)
+    if evaluators is None:
+        evaluators = {"validation": evaluate_loss} if c.data.validation else {}
     workdir = _writable(pathlib.Path(workdir))
     ledger = Ledger(workdir, started=process_start())
     _keep_programs()
@@ -109,7 +113,7 @@ def train(
                 check_replicas(state.params, step)
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
                 with ledger.doing("evaluation"):
-                    for name, evaluate in (evaluators or {}).items():
+                    for name, evaluate in evaluators.items():
                         log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
                 log.add("data", {"bad_records": quarantine.count()})
             if saves:

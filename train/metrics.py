@@ -11,28 +11,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from ..configs.files import write_json, write_text
 from ..configs.schema import Config, ModelConfig
-from ..models.processes import is_first
+from ..models import hardware
+from ..models.parallel.processes import is_first
 from ..models.transformer import abstract_params, count_params
-from .atomic import write_json, write_text
-from .goodput import Ledger
 from .optimizer import schedule
-
-# Dense bfloat16 FLOP/s of a device as JAX counts devices, from the makers' data sheets. A device
-# that is not here gets no utilisation rather than an invented one.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
+from .resilience.goodput import Ledger
 
 
 def active_params(config: ModelConfig) -> int:
@@ -69,7 +54,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 def peak_flops(config: ModelConfig) -> float | None:
     """FLOP/s of all devices together, None where the peak is not known."""
     devices = jax.devices()
-    peak = PEAK_FLOPS.get(devices[0].device_kind)
+    peak = hardware.peak_flops(devices[0].device_kind)
     return peak * len(devices) if peak and config.compute_dtype == "bfloat16" else None
 
 

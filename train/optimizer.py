@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ..configs.schema import Config
-from ..models.sharding import Param
+from ..models.parallel.sharding import Param
 
 # Steps after which the usual norm of the gradient is known well enough.
 _KNOWN = 20

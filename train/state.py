@@ -7,7 +7,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from ..configs.schema import Config
-from ..models import sharding
+from ..models.parallel import sharding
 from ..models.transformer import abstract_params, init_params
 
 

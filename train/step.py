@@ -6,8 +6,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..configs.schema import Config
-from ..models import sharding
 from ..models.moe import RouterStats
+from ..models.parallel import sharding
 from ..models.transformer import Transformer
 from .objectives import next_token
 from .state import TrainState

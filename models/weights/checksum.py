@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import sharding
+from ..parallel import sharding
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 

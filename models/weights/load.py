@@ -6,7 +6,7 @@ import pathlib
 
 from ...configs import schema
 from ...configs.errors import UserError
-from .. import sharding
+from ..parallel import sharding
 from ..transformer import Transformer
 from . import placing, run
 from .tensors import Weights

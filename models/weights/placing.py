@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 from tqdm.auto import tqdm
 
-from .. import sharding
+from ..parallel import sharding
 from ..transformer import abstract_params
 from .huggingface import Leaf, Source
 from .tensors import Weights

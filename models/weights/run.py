@@ -18,7 +18,7 @@ import tensorstore
 
 from ...configs import schema
 from ...configs.errors import UserError
-from .. import processes, sharding
+from ..parallel import processes, sharding
 from ..transformer import Transformer, abstract_params
 from . import placing
 from .checksum import checksums

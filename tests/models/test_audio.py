@@ -13,7 +13,8 @@ import pytest
 
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models import audio, sharding
+from puna.models import audio
+from puna.models.parallel import sharding
 from puna.models.transformer import Transformer
 
 STORED = pathlib.Path(__file__).parent.parent / "reference" / "media" / "pictures.npz"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from puna.configs.schema import ModelConfig
 from puna.models import cache as cache_lib
-from puna.models import sharding, transformer
+from puna.models import transformer
+from puna.models.parallel import sharding
 
 B, T, SLOTS = 3, 23, 32
 CHUNK = 5

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.configs import schema
-from puna.models import audio, sharding, vision
+from puna.models import audio, vision
 from puna.models.cache import init_cache
 from puna.models.fusion import Features, fuse
+from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 
 PATCH, SOUND = 30, 31

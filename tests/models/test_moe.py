@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from puna.configs.schema import MeshConfig, ModelConfig, check_model
-from puna.models import moe, sharding
+from puna.models import moe
 from puna.models.masks import Tokens, default_tokens
+from puna.models.parallel import sharding
 
 BASE = ModelConfig(
     embed_dim=12, num_layers=1, moe_interval=1, num_experts=4, experts_per_token=2, expert_dim=8,

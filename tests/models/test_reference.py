@@ -17,7 +17,7 @@ import pytest
 
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models import sharding
+from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 from puna.models.weights import config as hf_config
 from puna.models.weights import huggingface

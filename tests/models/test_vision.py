@@ -15,8 +15,9 @@ import pytest
 
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models import encoder, rope, sharding, vision
+from puna.models import encoder, rope, vision
 from puna.models.masks import Tokens
+from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 from puna.models.weights import config as hf_config
 from puna.models.weights import huggingface, vision_table

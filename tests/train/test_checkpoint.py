@@ -12,7 +12,7 @@ import pytest
 import puna
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models import sharding
+from puna.models.parallel import sharding
 from puna.models.transformer import abstract_params
 from puna.models.weights import run
 from puna.models.weights.checksum import checksums

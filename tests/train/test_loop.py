@@ -11,12 +11,12 @@ import pytest
 
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.eval.perplexity import evaluate_loss
-from puna.models.tokenizer import byte_tokenizer, load_tokenizer
+from puna.models.text.tokenizer import byte_tokenizer, load_tokenizer
 from puna.train import loop, metrics
 from puna.train.data import make_train_loader
 from puna.train.data.tokenizer import prepare_tokenizer
 from puna.train.loop import train
+from puna.train.validation import evaluate_loss
 
 
 def losses(workdir):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from puna.configs import get_config, schema
-from puna.models import sharding
+from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state, init_state

@@ -2,7 +2,7 @@
 
 import pytest
 
-from puna.models import blockwise
+from puna.models.kernels import blockwise
 
 SAMPLE = [
     ("dense", "fsdp2.context2.tensor2"),

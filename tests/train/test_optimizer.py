@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from puna.configs import schema
-from puna.models import sharding
+from puna.models.parallel import sharding
 from puna.models.transformer import abstract_params
 from puna.train.optimizer import make_optimizer, schedule
 

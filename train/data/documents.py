@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...models.tokenizer import Tokenizer
+from ...models.text.tokenizer import Tokenizer
 
 
 class TokenizedDocuments(Sequence[np.ndarray]):

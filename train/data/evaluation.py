@@ -9,7 +9,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 from ...configs.schema import DataConfig
-from ...models.tokenizer import Tokenizer
+from ...models.text.tokenizer import Tokenizer
 from .documents import TokenizedDocuments
 from .packing import Batch, Cursor, pack_row, to_batch
 from .quarantine import Quarantine

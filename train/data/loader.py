@@ -22,7 +22,7 @@ from absl import flags
 
 from ...configs.errors import UserError
 from ...configs.schema import DataConfig
-from ...models.tokenizer import Tokenizer
+from ...models.text.tokenizer import Tokenizer
 from .documents import TokenizedDocuments
 from .packing import Batch, Cursor, pack_row, to_batch
 from .quarantine import Quarantine

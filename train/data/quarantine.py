@@ -99,7 +99,7 @@ class Quarantine:
 def prepare_quarantine(workdir: pathlib.Path) -> Quarantine:
     """The run's quarantine: that of its checkpoints, else an empty one."""
     # Here and not above: reader processes need no JAX.
-    from ...models.processes import is_first
+    from ...models.parallel.processes import is_first
     from ...models.weights import run
 
     if is_first() and not run.steps(workdir):

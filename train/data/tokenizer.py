@@ -5,8 +5,8 @@ import shutil
 
 from ...configs.errors import ConfigError
 from ...configs.schema import Config
-from ...models.processes import is_first
-from ...models.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
+from ...models.parallel.processes import is_first
+from ...models.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ...models.weights import run
 from .quarantine import Quarantine
 from .sources import iter_text

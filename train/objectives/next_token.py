@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ...models import sharding
+from ...models.parallel import sharding
 from ...models.transformer import unembed_table
 
 

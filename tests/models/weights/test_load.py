@@ -11,7 +11,7 @@ import pytest
 import puna
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models import sharding
+from puna.models.parallel import sharding
 from puna.models.weights import huggingface, placing, tensors
 from puna.models.weights.load import open_weights
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import puna
-from puna.models.weights.export import convert
+from puna.models.release.convert import convert
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
-from puna.models.tokenizer import byte_tokenizer
+from puna.models.text.tokenizer import byte_tokenizer
 from puna.train.data import batches, make_eval_rows
 
 CONFIG = DataConfig()

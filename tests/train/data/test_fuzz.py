@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from puna.configs.schema import DataConfig
-from puna.models.tokenizer import byte_tokenizer
+from puna.models.text.tokenizer import byte_tokenizer
 from puna.train.data import make_eval_rows, make_train_loader, sources
 from puna.train.data.quarantine import Quarantine
 

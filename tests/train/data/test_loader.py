@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
-from puna.models.tokenizer import byte_tokenizer
+from puna.models.text.tokenizer import byte_tokenizer
 from puna.train.data import make_train_loader
 
 BOS, EOS = 1_000_000, 1_000_001

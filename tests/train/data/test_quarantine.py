@@ -8,7 +8,7 @@ import pytest
 
 from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
-from puna.models.tokenizer import byte_tokenizer
+from puna.models.text.tokenizer import byte_tokenizer
 from puna.train.data import iter_text, make_eval_rows, make_train_loader
 from puna.train.data.quarantine import BadRecord, Quarantine, prepare_quarantine
 

@@ -1,0 +1,1 @@
+"""Pictures and sound to arrays; host code, no JAX."""

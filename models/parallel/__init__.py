@@ -1,0 +1,1 @@
+"""The mesh, and programs of several devices and processes on it."""

@@ -1,0 +1,116 @@
+"""The model card and licence files of a release."""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...configs.schema import ModelConfig
+from ..weights import licences
+from ..weights.config import LLAMA4, family
+
+# Licences that Hugging Face knows by the names used here; others go in as "other".
+_KNOWN = {*licences.LICENCES, "apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause"}  # fmt: skip  # noqa: E501
+
+
+def facts_of_run(home: pathlib.Path, config: Mapping[str, Any], converted: bool) -> dict[str, Any]:
+    """What a run's own files say for its card: data, steps, results."""
+    facts: dict[str, Any] = {}
+    for name in ("results.json", "eval/results.json"):
+        path = home / name
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                continue
+            facts["results"] = facts.get("results", {}) | found
+    if not converted:
+        train = config["train"]
+        facts["data"] = config["data"]["train"]
+        facts["training"] = (
+            f"{train['steps']:,} steps of {train['batch_size']} rows of "
+            f"{config['data']['seq_len']:,} tokens, {config['optimizer']['name']}"
+        )
+    return facts
+
+
+def write(
+    folder: pathlib.Path,
+    name: str,
+    config: ModelConfig,
+    origin: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write README.md, the licence files that came with the base model, and NOTICE if it is due."""
+    for file, text in origin["files"].items():
+        (folder / file).write_text(text, encoding="utf-8")
+    licence = licences.LICENCES.get(origin["licence"])
+    if licence is not None:
+        notice = folder / "NOTICE"
+        old = notice.read_text(encoding="utf-8") if notice.exists() else ""
+        if licence.notice.strip() not in old:
+            notice.write_text(old + licence.notice, encoding="utf-8")
+    (folder / "README.md").write_text(_text(name, config, origin, facts), encoding="utf-8")
+
+
+def _text(name, config, origin, facts) -> str:
+    licence = licences.LICENCES.get(origin["licence"])
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if origin["licence"] in _KNOWN:
+        lines.append(f"license: {origin['licence']}")
+    elif origin["licence"] not in (licences.UNKNOWN, licences.NONE):
+        lines += ["license: other", f"license_name: {json.dumps(origin['licence'])}"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", origin["base_model"]):  # only a name that can be a link
+        lines.append(f"base_model: {json.dumps(origin['base_model'])}")
+    lines += ["---", "", f"# {name}", ""]
+    if licence is not None and licence.shown:
+        lines += [f"**{licence.shown}**", ""]
+    lines += [
+        "## Origin",
+        "",
+        f"- Base model: {origin['base_model']}",
+        f"- Licence of the base model: {origin['licence']}",
+        "",
+        "## Architecture",
+        "",
+        *(f"- {key}: {value}" for key, value in _architecture(config).items()),
+        "",
+        "## Data",
+        "",
+        f"- Training data: {facts.get('data', licences.UNKNOWN)}",
+        f"- Training: {facts.get('training', licences.UNKNOWN)}",
+        "",
+    ]
+    results = facts.get("results", {})
+    energy = {k: v for k, v in results.items() if any(w in k for w in ("energy", "kwh", "joule"))}
+    for title, found in (
+        ("Evaluation", {k: v for k, v in results.items() if k not in energy}),
+        ("Energy", energy),
+    ):
+        rows = [f"- {key}: {_number(value)}" for key, value in found.items()
+                if isinstance(value, int | float | str)]  # fmt: skip
+        lines += [f"## {title}", "", *(rows or ["Not measured."]), ""]
+    if licence is not None:
+        lines += ["## Licence", "", licence.notice.strip(), "See LICENSE and NOTICE.", ""]
+    return "\n".join(lines)
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    found = {
+        "family": "Llama 4" if family(config) == LLAMA4 else "Llama 1-3",
+        "layers": config.num_layers,
+        "width": config.embed_dim,
+        "query / key-value heads": f"{config.num_heads} / {config.num_kv_heads}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "context, tokens": f"{config.max_positions:,}",
+    }
+    if config.moe_interval:
+        found["routed experts / per token"] = f"{config.num_experts} / {config.experts_per_token}"
+    if config.vision.num_layers:
+        found["image encoder, layers"] = config.vision.num_layers
+    return found
+
+
+def _number(value) -> str:
+    return f"{value:,.5g}" if isinstance(value, float) else str(value)

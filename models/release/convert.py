@@ -1,0 +1,419 @@
+"""`puna convert`: weights of others into a run of ours, and any model into a Hugging Face release.
+
+Everything is written into a folder beside the destination that takes its name at the end, so a
+destination is whole or absent. Tensors keep the dtype of their source and pass one leaf at a time.
+Writing Meta's or llama.cpp's formats is left out on purpose: both have converters from this one.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from tqdm.auto import tqdm
+
+from ...configs import schema
+from ...configs.errors import UserError
+from ..parallel import sharding
+from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..weights import config as hf_config
+from ..weights import huggingface, licences, placing, run, safetensors_files, vision_table
+from ..weights.checksum import checksums
+from ..weights.load import open_weights
+from ..weights.tensors import Weights, warn
+from . import card
+
+SHARD_BYTES = 5 * 10**9
+# Small leaves of a run are restored together up to this.
+_RESTORED_BYTES = 2**28
+_DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
+# Copied as they are from a directory of others; what they mean is the tokenizer's business.
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "puna_tokenizer.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+def convert(
+    src,
+    dst,
+    to: str = "hf",
+    name: str | None = None,
+    base_licence: str | None = None,
+    ignore_licence_name: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write the model at `src` in another format.
+
+    Args:
+      src: a Hugging Face or Meta directory, a GGUF file, a run of ours or one of its checkpoints.
+      dst: a folder that does not exist or is empty.
+      to: "hf" for a Hugging Face release, "puna" for a run that `puna.load` reads in any process.
+      name: of the release, on its card; the folder's own name by default.
+      base_licence: of the model that the weights come from, one of `licences.CHOICES`; by default
+        what stands beside the weights.
+      ignore_licence_name: write the release even if the licence does not allow its name.
+      shard_bytes: largest file of weights, unless a single tensor is larger.
+
+    Raises:
+      UserError: nothing readable at `src`, a destination in use, a name the licence forbids, an
+        architecture that the format cannot hold. The destination is then as it was.
+    """
+    if to not in ("hf", "puna"):
+        raise UserError(f"to={to!r} must be hf or puna")
+    licences.check_choice(base_licence)
+    src, dst = pathlib.Path(src), pathlib.Path(dst)
+    _check_free(dst)
+    model = _open(src)
+    if base_licence is not None:
+        model.origin = model.origin | {"licence": base_licence}
+    name = name or dst.absolute().name
+    if to == "puna":
+        if not isinstance(model, OthersModel):
+            raise UserError(f"{src}: is a run of puna already")
+        with _whole(dst) as folder:
+            _write_run(model, folder)
+    else:
+        if not ignore_licence_name:
+            licences.check_name(name, model.origin["licence"])
+        with _whole(dst) as folder:
+            _write_release(model, folder, name, shard_bytes)
+        if model.origin["licence"] in licences.LICENCES and not model.origin["files"]:
+            warn(
+                f"{dst}: the licence of the base model ({model.origin['licence']}) asks for a copy "
+                "of itself beside the weights, and none stood in the source: add it as LICENSE"
+            )
+
+
+class OthersModel:
+    """What others wrote, leaf by leaf."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.weights: Weights = open_weights(path)
+        self.config = self.weights.config
+        self.origin = self.weights.origin
+        self.facts: dict[str, Any] = {}
+
+    def dtype(self, path: str, layer: int) -> np.dtype:
+        return self.weights.tensors[self.weights.table[path].sources[layer].name].dtype
+
+    def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
+        """One layer of a leaf (0 where it is not stacked)."""
+        return self.weights.read(self.weights.table[path].sources[layer])
+
+    def tokenizer(self) -> Tokenizer | None:
+        return _tokenizer_at(self.path)
+
+    def finish(self) -> None:
+        self.weights.warn_of_nonfinite(self.path)
+
+
+class RunModel:
+    """A checkpoint of ours, leaf by leaf, in the dtypes that it has on disk."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.folder = run.find(path)
+        meta = run.read_meta(self.folder)
+        self.config = schema.from_dict(meta["config"]).model
+        self._has_tokenizer = bool(meta["tokenizer"])
+        self._checksums = meta.get("checksums", {}).get("params")
+        unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
+        self.origin = unknown | (meta.get("origin") or {})
+        home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
+        self.facts = card.facts_of_run(home, meta["config"], meta.get("origin") is not None)
+        self._held: dict[str, np.ndarray] = {}
+        try:
+            with ocp.StandardCheckpointer() as reader:
+                stored = reader.metadata(self.folder.absolute() / "params").item_metadata.tree
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise UserError(
+                f"{self.folder}: damaged checkpoint: {str(error).splitlines()[0]}"
+            ) from None
+        self._stored = {
+            sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(stored)
+        }
+
+    def dtype(self, path: str, layer: int) -> np.dtype:
+        if path not in self._stored:
+            raise UserError(f"{self.folder}: parameter {path} is missing")
+        return np.dtype(self._stored[path].dtype)
+
+    def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
+        if path not in self._held:
+            self._held = self._restore(path)
+        value = self._held[path]
+        if value.shape != leaf.shape:
+            raise UserError(
+                f"{self.folder}: parameter {path} has shape {value.shape}, "
+                f"its config says {leaf.shape}"
+            )
+        return value[layer] if leaf.stacked else value
+
+    def _restore(self, first: str) -> dict[str, np.ndarray]:
+        """A leaf and, as each call takes its time, those that follow it while they are small."""
+        paths, size = [], 0
+        for path in list(self._stored)[list(self._stored).index(first) :]:
+            size += math.prod(self._stored[path].shape) * self.dtype(path, 0).itemsize
+            if paths and size > _RESTORED_BYTES:
+                break
+            paths.append(path)
+        item = traverse_util.unflatten_dict(dict.fromkeys(paths, 0), sep="/")
+        options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=options, partial_restore=True)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                found = reader.restore(self.folder.absolute() / "params", args=args)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.folder}: cannot restore {first}: {str(error).splitlines()[0]}"
+            ) from None
+        flat: dict = traverse_util.flatten_dict(found, sep="/")
+        for path, now in checksums(found).items() if self._checksums else ():
+            if now != self._checksums.get(path):
+                raise UserError(f"{self.folder}: damaged checkpoint: {path} is not what was saved")
+        return flat
+
+    def tokenizer(self) -> Tokenizer | None:
+        if self._has_tokenizer:
+            return _tokenizer_at(self.path)
+        warn(f"no tokenizer is written: {self.path} holds none")
+        return None
+
+    def finish(self) -> None:
+        pass
+
+
+def _open(src: pathlib.Path) -> OthersModel | RunModel:
+    return RunModel(src) if run.is_run(src) else OthersModel(src)
+
+
+def _tokenizer_at(path: pathlib.Path) -> Tokenizer | None:
+    try:
+        return load_tokenizer(path)
+    except UserError as error:
+        warn(f"no tokenizer is written: {error}")
+        return None
+
+
+def _check_free(dst: pathlib.Path) -> None:
+    if dst.is_symlink() or (dst.exists() and (not dst.is_dir() or any(dst.iterdir()))):
+        raise UserError(f"{dst}: is in use; name a folder that does not exist or is empty")
+
+
+@contextlib.contextmanager
+def _whole(dst: pathlib.Path):
+    """A folder that becomes `dst` if all goes well and vanishes otherwise."""
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}."))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp makes it private
+        if dst.exists():
+            dst.rmdir()
+        folder.rename(dst)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+# --- a run of ours ------------------------------------------------------------------------------
+
+
+def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
+    # On the host, whose memory is the larger one, and unsplit: any mesh can read it.
+    mesh = sharding.make_mesh(schema.MeshConfig(), jax.devices("cpu")[:1])
+    params = placing.place(model.weights, mesh, title="converting")
+    model.finish()
+    half = all(x.dtype == "bfloat16" for x in jax.tree.leaves(params))
+    architecture = dataclasses.replace(model.config, param_dtype="bfloat16" if half else "float32")
+    seq_len = max(2, min(schema.DataConfig.seq_len, architecture.max_positions))
+    config = schema.Config(model=architecture, data=schema.DataConfig(seq_len=seq_len))
+    files = {}
+    if tokenizer := model.tokenizer():
+        with tempfile.TemporaryDirectory() as saved:
+            tokenizer.save(saved)
+            files = {p.name: p.read_bytes() for p in sorted(pathlib.Path(saved).iterdir())}
+    meta = {
+        "config": schema.to_dict(config),
+        "data": {},
+        "origin": model.origin,
+        "tokenizer": {key: base64.b64encode(data).decode() for key, data in files.items()},
+    }
+    meta = run.seal(meta, params=params)
+    with ocp.CheckpointManager((folder / run.CHECKPOINTS).absolute()) as manager:
+        manager.save(
+            0, args=ocp.args.Composite(params=ocp.args.StandardSave(params),
+                                       meta=ocp.args.JsonSave(meta)),
+        )  # fmt: skip
+        manager.wait_until_finished()
+
+
+# --- a release ----------------------------------------------------------------------------------
+
+
+def _write_release(model, folder: pathlib.Path, name: str, shard_bytes: int) -> None:
+    table, config_json = hf_table(model.config)
+    tokenizer = model.tokenizer()
+    main_dtype = _write_weights(model, table, folder, shard_bytes)
+    ids = {}
+    if tokenizer is not None:
+        stops = list(tokenizer.stop_ids)
+        ids = {
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+            "pad_token_id": tokenizer.pad_id,
+        }
+        _write_tokenizer(model, tokenizer, folder)
+        text = config_json.get("text_config", config_json)
+        text |= ids | {"eos_token_id": tokenizer.eos_id}
+    _write_json(folder / "config.json", config_json | {"dtype": main_dtype})
+    _write_json(folder / "generation_config.json", ids)
+    card.write(folder, name, model.config, model.origin, model.facts)
+    model.finish()
+
+
+def hf_table(config: schema.ModelConfig) -> tuple[dict[str, huggingface.Leaf], dict[str, Any]]:
+    """The table and the config.json that a model has on Hugging Face.
+
+    Raises:
+      UserError: an architecture that Hugging Face's Llamas cannot express.
+    """
+    if not config.vision.num_layers:
+        return huggingface.leaves(config), hf_config.to_hf(config)
+    text = dataclasses.replace(config, vision=schema.VisionConfig())
+    if hf_config.family(text) != hf_config.LLAMA4:
+        raise UserError("model.vision.num_layers must be 0: only Llama 4 has an image encoder")
+    text_json = hf_config.to_hf(text)
+    del text_json["architectures"]
+    config_json = {
+        "architectures": ["Llama4ForConditionalGeneration"],
+        "model_type": "llama4",
+        "tie_word_embeddings": config.tie_embeddings,
+        "text_config": text_json,
+    } | vision_table.to_hf(config.vision)
+    leaves = huggingface.leaves(config, "language_model.", hf_config.LLAMA4)
+    return leaves | vision_table.leaves(config), config_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where a tensor goes: its file, the place in it, its shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: int
+    offset: int
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+
+
+def _write_weights(model, table, folder: pathlib.Path, shard_bytes: int) -> str:
+    """Write the safetensors files; returns the dtype of most of their bytes."""
+    slots = _plan(model, table, shard_bytes)
+    files = 1 + max(slot.file for slot in slots.values())
+    names = [safetensors_files.SINGLE]
+    if files > 1:
+        names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+    starts = [
+        _write_header(folder / names[i], {n: s for n, s in slots.items() if s.file == i})
+        for i in range(files)
+    ]
+    total = sum(slot.size for slot in slots.values())
+    with tqdm(
+        total=total, desc="writing", unit="B", unit_scale=True, unit_divisor=1024, disable=None
+    ) as bar:
+        for path, leaf in table.items():
+            for layer, source in enumerate(leaf.sources):
+                slot = slots[source.name]
+                block = model.read(path, leaf, layer)
+                tensor = np.memmap(
+                    folder / names[slot.file], slot.dtype, "r+",
+                    starts[slot.file] + slot.offset, slot.shape,
+                )  # fmt: skip
+                source.store(block, tensor)
+                tensor.flush()
+                bar.update(block.size * slot.dtype.itemsize)
+    if files > 1:
+        place = {name: names[slot.file] for name, slot in slots.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": place}
+        _write_json(folder / safetensors_files.INDEX, index)
+    sizes: dict[str, int] = {}
+    for slot in slots.values():
+        sizes[slot.dtype.name] = sizes.get(slot.dtype.name, 0) + slot.size
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _plan(model, table: Mapping[str, huggingface.Leaf], shard_bytes: int) -> dict[str, Slot]:
+    kinds: dict[str, tuple] = {}
+    for path, leaf in table.items():
+        for layer, source in enumerate(leaf.sources):
+            dtype = model.dtype(path, layer)
+            if source.name in kinds:  # two leaves share a tensor
+                dtype = np.result_type(dtype, kinds[source.name][1])
+            kinds[source.name] = (source.hf_shape, dtype)
+    slots, file, offset = {}, 0, 0
+    # Layer by layer, so that whoever reads one layer opens one file.
+    for name in sorted(kinds, key=lambda n: [int(p) if p.isdigit() else p
+                                             for p in re.split(r"(\d+)", n)]):  # fmt: skip
+        slot = Slot(*kinds[name], file, offset)
+        if offset and offset + slot.size > shard_bytes:
+            file, offset = file + 1, 0
+            slot = dataclasses.replace(slot, file=file, offset=0)
+        slots[name] = slot
+        offset += slot.size
+    return slots
+
+
+def _write_header(path: pathlib.Path, slots: Mapping[str, Slot]) -> int:
+    """Write a file's header and reserve the rest; returns where the tensors start."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for name, slot in slots.items():
+        if slot.dtype not in _DTYPE_NAMES:
+            raise UserError(f"tensor {name} has dtype {slot.dtype}, which is not written")
+        header[name] = {
+            "dtype": _DTYPE_NAMES[slot.dtype],
+            "shape": slot.shape,
+            "data_offsets": [slot.offset, slot.offset + slot.size],
+        }
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 8)
+    start = 8 + len(data)
+    size = start + sum(slot.size for slot in slots.values())
+    with open(path, "wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        file.flush()
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here and a crash later
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+    return start
+
+
+def _write_tokenizer(model, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    home = model.path if isinstance(model, OthersModel) else None
+    if home is None or not home.is_dir():
+        tokenizer.save(folder)
+        return
+    for name in _TOKENIZER_FILES:
+        if (home / name).is_file():
+            shutil.copyfile(home / name, folder / name)
+
+
+def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Text to ids: tokenizers, their files, chat formats and templates."""

@@ -1,0 +1,400 @@
+"""Text to ids and back: every tokenizer a Llama has had, a byte-level one, and our own BPE.
+
+`load_tokenizer` reads a directory or file, `train_bpe` makes a vocabulary, `byte_tokenizer` needs
+neither. All give the same `Tokenizer`. Text is data: nothing in it becomes a control token unless
+`encode(..., allow_special=True)` asks for that. Left out on purpose: padding, truncation and
+`transformers`' clean-up of spaces when decoding, which loses text.
+"""
+
+import codecs
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ...configs.errors import UserError
+from . import chat as chat_formats
+from .files import json_bytes, read_file, read_object, settings_beside, write_file
+from .kinds import (
+    LLAMA3_PATTERN,
+    ByteKind,
+    HuggingFaceKind,
+    SentencePieceKind,
+    TiktokenKind,
+    kind_of,
+)
+
+# Names that published Llama-like tokenizers use, most specific first.
+_BOS_NAMES = ("<|begin_of_text|>", "<s>")
+_EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
+_PAD_NAMES = ("<|finetune_right_pad|>", "<|finetune_right_pad_id|>", "<|pad|>", "<pad>")
+# Generation ends at any of these: end of text, of turn, or of a message that awaits a tool.
+_STOP_NAMES = (*_EOS_NAMES, "<|eom_id|>", "<|eot_id|>", "<|eom|>", "<|eot|>", "<|im_end|>")
+
+# What `train_bpe` appends to its vocabulary: Llama 4's names, so that its chat and
+# image formats work too.
+BPE_SPECIAL = (
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"),
+    *("<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
+    *("<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
+    *("<|image|>", "<|patch|>"),
+)
+
+_SAVED = "puna_tokenizer.json"
+_SETTINGS = ("bos_id", "eos_id", "pad_id", "stop_ids", "chat_template")
+_KINDS = (ByteKind, HuggingFaceKind, SentencePieceKind, TiktokenKind)
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """Text <-> ids. Immutable, picklable, and safe to share between threads.
+
+    Attributes:
+      vocab_size: ids are 0..vocab_size-1; a few may be unused.
+      bos_id, eos_id, pad_id: control tokens that begin and end a text and fill a batch, or None.
+      stop_ids: ids at which generation ends.
+      special: name -> id of every control token.
+      token_bytes: int32 [vocab_size], bytes of UTF-8 text that each id stands for; 0 for control
+        tokens. For byte-level kinds they sum to the length of the encoded text.
+      chat_template: Jinja source, {name: source}, or None for the built-in chat formats.
+    """
+
+    def __init__(
+        self,
+        kind,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | dict[str, str] | None = None,
+    ):
+        """Wrap a vocabulary; ids left None are found by name in it.
+
+        Args:
+          kind: one of the classes of `kinds`.
+          stop_ids: ids to stop at beside `eos_id` and the end tokens known by name.
+        """
+        self._kind = kind
+        self.special: dict[str, int] = kind.special
+        self.vocab_size = len(kind.pieces)
+        self.bos_id = self._first(_BOS_NAMES) if bos_id is None else bos_id
+        self.eos_id = self._first(_EOS_NAMES) if eos_id is None else eos_id
+        self.pad_id = self._first(_PAD_NAMES) if pad_id is None else pad_id
+        known = {self.special[name] for name in _STOP_NAMES if name in self.special}
+        known |= set(stop_ids) | ({self.eos_id} - {None})
+        self.stop_ids: tuple[int, ...] = tuple(sorted(known))
+        self.chat_template = chat_template
+        self.token_bytes = np.array([len(piece) for piece in kind.pieces], np.int32)
+        self.token_bytes.setflags(write=False)
+
+    @classmethod
+    def from_tokenizers(cls, tokenizer, **settings) -> "Tokenizer":
+        """Wrap a `tokenizers.Tokenizer` object; `settings` are those of the constructor."""
+        return cls(HuggingFaceKind(tokenizer.to_str().encode()), **settings)
+
+    def _first(self, names: Iterable[str]) -> int | None:
+        return next((self.special[name] for name in names if name in self.special), None)
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self._kind.name}, vocab_size={self.vocab_size})"
+
+    def __reduce__(self):
+        return _rebuild, (type(self._kind), self._kind.data, self._settings())
+
+    def _settings(self) -> dict:
+        return {key: getattr(self, key) for key in _SETTINGS}
+
+    def encode(
+        self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False
+    ) -> list[int]:
+        """Return the ids of `text`.
+
+        Args:
+          text: any string. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+          bos, eos: put `bos_id` before, `eos_id` after.
+          allow_special: read the names of control tokens in `text` as those tokens. For text that
+            this program wrote, never for a user's.
+
+        Raises:
+          UserError: `text` is not a string, or the tokenizer has no such id.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"encode takes a string, not {type(text).__name__}")
+        text = _well_formed(text)
+        ids = self._kind.encode_special(text) if allow_special else self._kind.encode(text)
+        for wanted, name in ((bos, "bos_id"), (eos, "eos_id")):
+            if wanted and getattr(self, name) is None:
+                raise UserError(f"this tokenizer has no {name}: encode with {name[:3]}=False")
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids, continuation: bool = False, show_special: bool = False) -> str:
+        """Return the text of `ids`; bytes that are not UTF-8 become U+FFFD.
+
+        Arguments and errors are those of `decode_bytes`.
+        """
+        return self.decode_bytes(ids, continuation, show_special).decode(errors="replace")
+
+    def decode_bytes(self, ids, continuation: bool = False, show_special: bool = False) -> bytes:
+        """Return the bytes that `ids` stand for, which may end inside a character.
+
+        Args:
+          ids: integers, in a list, an array [T] or any iterable.
+          continuation: `ids` follow other text. SentencePiece tokenizers then keep the space
+            before the first word, which they otherwise drop as their own addition.
+          show_special: write control tokens by name instead of leaving them out.
+
+        Raises:
+          UserError: an id is not an integer in 0..vocab_size-1.
+        """
+        ids = self._checked(ids)
+        pieces = self._kind.pieces
+        if show_special:
+            names = {i: name.encode() for name, i in self.special.items()}
+            data = b"".join(names.get(i, pieces[i]) for i in ids)
+        else:
+            data = b"".join([pieces[i] for i in ids])
+        if self._kind.strips_space and not continuation and data.startswith(b" "):
+            return data[1:]
+        return data
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yield text as ids arrive, holding back a character until all its bytes are there.
+
+        The pieces join to `decode(ids, continuation=True)`.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for i in ids:
+            if text := decoder.decode(self.decode_bytes([i], continuation=True)):
+                yield text
+        if text := decoder.decode(b"", final=True):
+            yield text
+
+    def chat(
+        self,
+        messages: list[dict],
+        tools: list | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping | None = None,
+    ) -> list[int]:
+        """Return the ids of a conversation; see `chat.encode_messages`."""
+        return chat_formats.encode_messages(self, messages, tools, add_generation_prompt, variables)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write what `load_tokenizer(directory)` needs to give this tokenizer again.
+
+        That is the original file, byte for byte, and `puna_tokenizer.json`. A tokenizer.json is
+        joined by a tokenizer_config.json for other programs. Each file appears whole or not at all.
+        """
+        directory, kind = Path(directory), self._kind
+        record = {"version": 1, "kind": kind.name, "file": kind.filename, **self._settings()}
+        record["sha256"] = hashlib.sha256(kind.data).hexdigest()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if kind.filename:
+                write_file(directory / kind.filename, kind.data)
+            if isinstance(kind, HuggingFaceKind):
+                write_file(directory / "tokenizer_config.json", json_bytes(self._hub_config()))
+            # Last, because it vouches for the others.
+            write_file(directory / _SAVED, json_bytes(record))
+        except OSError as error:
+            raise UserError(f"{directory}: cannot save the tokenizer: {error.strerror}") from None
+
+    def _hub_config(self) -> dict:
+        names = {i: name for name, i in self.special.items()}
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        for key, i in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
+            if i in names:
+                config[f"{key}_token"] = names[i]
+        if isinstance(self.chat_template, dict):
+            templates = self.chat_template.items()
+            config["chat_template"] = [{"name": n, "template": t} for n, t in templates]
+        elif self.chat_template:
+            config["chat_template"] = self.chat_template
+        return config
+
+    def _checked(self, ids) -> list[int]:
+        try:
+            array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
+        except (TypeError, ValueError):
+            array = np.zeros((1, 1))
+        if array.ndim == 1 and array.size == 0:
+            return []
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise UserError(_one_line(f"decode takes a flat list of ids, not {ids!r:.60}"))
+        bad = array[(array < 0) | (array >= self.vocab_size)]
+        if bad.size:
+            raise UserError(f"decode: id {bad[0]} is outside 0..{self.vocab_size - 1}")
+        return [int(i) for i in array]
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Return the tokenizer whose ids 0..255 are bytes; 256 begins, 257 ends, 258 pads a text."""
+    return Tokenizer(ByteKind())
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a byte-level BPE with Llama 3's splitting into words; lossless for any text.
+
+    The same texts give the same vocabulary. Ids are the 256 bytes, then merges by frequency, then
+    `BPE_SPECIAL`. A corpus too small for `vocab_size` gives fewer ids, and a warning in the log.
+
+    Args:
+      texts: the corpus, read once.
+      vocab_size: ids in all, control tokens included.
+
+    Raises:
+      UserError: no text at all, an item that is not a string, or no room for bytes and control
+        tokens.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    smallest = 256 + len(BPE_SPECIAL)
+    if vocab_size < smallest:
+        raise UserError(
+            f"a vocabulary of {vocab_size} has no room for 256 bytes and {len(BPE_SPECIAL)} "
+            f"control tokens: ask for at least {smallest}"
+        )
+    characters = 0
+
+    def checked():
+        nonlocal characters
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"a corpus is made of strings, not {type(text).__name__}")
+            characters += len(text)
+            yield _well_formed(text)
+
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    # The control tokens come after training, so that their ids are the last and the corpus'
+    # own mentions of them are learned as plain text.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(BPE_SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(checked(), trainer)
+    if not characters:
+        raise UserError("cannot train a tokenizer: the corpus holds no text")
+    model.add_special_tokens(
+        [tokenizers.AddedToken(name, special=True, normalized=False) for name in BPE_SPECIAL]
+    )
+    # Not for us, who put it there when asked, but for other programs that read the saved file.
+    begin = BPE_SPECIAL[0]
+    model.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A",
+        pair=f"{begin} $A {begin} $B",
+        special_tokens=[(begin, model.token_to_id(begin))],
+    )
+    trained = Tokenizer.from_tokenizers(model)
+    if trained.vocab_size < vocab_size:
+        logger.warning(
+            "the corpus (%d characters) has pairs for a vocabulary of %d, not %d",
+            characters,
+            trained.vocab_size,
+            vocab_size,
+        )
+    return trained
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Read a tokenizer from a run of ours, a file, or the first of these in a directory.
+
+    `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`, a single
+    `.gguf`. What a file is follows from its content. tokenizer_config.json,
+    special_tokens_map.json, generation_config.json and chat_template.jinja beside it name control
+    tokens, stops and the chat template.
+
+    Raises:
+      UserError: missing, empty, huge, corrupt or of another kind; the line names the file.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"a tokenizer's path is text, not {type(path).__name__}")
+    from . import gguf
+
+    path = Path(path)
+    if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
+        return _load_from_run(path)
+    if path.is_dir():
+        names = (_SAVED, "tokenizer.json", "tokenizer.model")
+        found = [path / name for name in names if (path / name).is_file()]
+        found = found or sorted(path.glob("*.gguf"))
+        if not found or (found[0].suffix == ".gguf" and len(found) > 1):
+            raise UserError(f"{path}: holds none of {', '.join(names)}, nor one .gguf file")
+        path = found[0]
+    if path.is_file() and gguf.is_gguf(path):
+        vocabulary, settings = gguf.read(path)
+        return Tokenizer.from_tokenizers(vocabulary, **settings)
+    data = read_file(path)
+    if path.name == _SAVED:
+        return _load_saved(path, read_object(path, data))
+    try:
+        kind = kind_of(data)(data)
+    except UserError as error:
+        raise UserError(_one_line(f"{path}: {error}")) from None
+    return Tokenizer(kind, **settings_beside(path.parent, kind))
+
+
+def _load_from_run(path: Path) -> Tokenizer:
+    from ..weights import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in run.tokenizer_files(run.find(path)).items():
+            (Path(folder) / Path(name).name).write_bytes(data)
+        return load_tokenizer(folder)
+
+
+def _load_saved(path: Path, record: dict) -> Tokenizer:
+    kind = next((kind for kind in _KINDS if kind.name == record.get("kind")), None)
+    if kind is None or record.get("version") != 1:
+        raise UserError(f"{path}: is not version 1 of a tokenizer saved by puna")
+    file = path.parent / kind.filename if kind.filename else path
+    data = read_file(file) if kind.filename else b""
+    if hashlib.sha256(data).hexdigest() != record.get("sha256"):
+        raise UserError(f"{file}: is not the file that {path.name} was saved with (sha256 differs)")
+    try:
+        tokenizer = _rebuild(kind, data, {key: record[key] for key in _SETTINGS})
+    except UserError as error:
+        raise UserError(_one_line(f"{file}: {error}")) from None
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: is damaged") from None
+    ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.stop_ids]
+    if not all(i is None or (type(i) is int and 0 <= i < tokenizer.vocab_size) for i in ids):
+        raise UserError(f"{path}: names ids outside 0..{tokenizer.vocab_size - 1}")
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise UserError(f"{path}: chat_template must be text or names with text")
+    return tokenizer
+
+
+def _rebuild(kind: type, data: bytes, settings: dict) -> Tokenizer:
+    return Tokenizer(kind(data), **settings)
+
+
+def _well_formed(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates, which broken JSON brings in."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s+", " ", message)[:300]
