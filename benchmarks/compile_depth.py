@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from puna.configs import get_config, schema
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
+from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state
 from puna.train.step import make_train_step
@@ -34,7 +35,9 @@ def compile_seconds(config, num_layers: int) -> float:
     names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
     batch = dict.fromkeys(names, ids)
     batch["weights_BT"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    step = make_train_step(config, Transformer(model), tx, jnp.ones(model.vocab_size), state)
+    step = make_train_step(
+        config, Transformer(model), tx, objectives.make(config, jnp.ones(model.vocab_size)), state
+    )
     with jax.set_mesh(mesh):
         began = time.perf_counter()
         step.lower(state, batch).compile()

@@ -33,6 +33,7 @@ from puna.models.kernels import blockwise
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 from puna.models.vision import Images
+from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import TrainState, abstract_state, init_state
 from puna.train.step import make_train_step
@@ -135,7 +136,7 @@ def run(name: str, mesh_axes: dict[str, int], parts: int) -> dict:
     places = abstract_state(c, tx, mesh)
     with jax.set_mesh(mesh):
         state = _initial(c, name, places)
-        step = make_train_step(c, Transformer(c.model), tx, np.ones(V), places)
+        step = make_train_step(c, Transformer(c.model), tx, objectives.make(c, np.ones(V)), places)
         out, gradient = [], None
         for i in range(STEPS):
             data = sharding.put_batch(mesh, batch(c.model, i), list(range(B)), B)

@@ -187,6 +187,10 @@ class OptimizerConfig:
 class TrainConfig:
     """How long and how often."""
 
+    objective: str = key("next_token", "the loss: a file of train/objectives", NOT_EMPTY)
+    init_from: str = key("", "weights to start from: a model, a run or RUN@STEP; empty = random")
+    with_optimizer: bool = key(False, "init_from is a run, whose moments are kept too")
+    trainable: str = key("", "regular expressions of parameters that train; empty = all")
     steps: int = key(1000, "optimizer updates", POSITIVE)
     batch_size: int = key(16, "rows of the global batch", POSITIVE)
     microbatches: int = key(1, "parts the batch is split into, one after another", POSITIVE)

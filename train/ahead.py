@@ -24,9 +24,10 @@ from ..models import hardware
 from ..models.hardware import Chip, TpuCompiler
 from ..models.parallel import sharding
 from ..models.transformer import Transformer, abstract_params
+from . import objectives
 from .optimizer import make_optimizer
 from .state import abstract_state
-from .step import abstract_batch, make_train_step
+from .step import make_train_step
 
 
 def devices(topology: str) -> list:
@@ -159,12 +160,12 @@ def lower_step(config: schema.Config, devices: list) -> jax.stages.Lowered:
     mesh = sharding.make_mesh(config.mesh, devices)
     tx = make_optimizer(config, abstract_params(config.model))
     state = abstract_state(config, tx, mesh)
-    token_bytes_V = np.ones(config.model.vocab_size, np.int32)
-    step = make_train_step(config, Transformer(config.model), tx, token_bytes_V, state)
+    objective = objectives.make(config, np.ones(config.model.vocab_size, np.int32))
+    step = make_train_step(config, Transformer(config.model), tx, objective, state)
     # Not `jax.set_mesh`: every constant made while tracing would be put on devices that are not
     # there. The default device tells kernels which hardware they are for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(devices[0]):
-        return step.lower(state, abstract_batch(config, mesh))
+        return step.lower(state, objective.abstract_batch(config, mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ..configs.errors import UserError
 from ..configs.schema import Config, to_dict
 from ..models.parallel import processes
 from ..models.weights import run
+from ..models.weights.checksum import checksums
 from ..models.weights.tensors import warn
 from .state import TrainState
 
@@ -55,6 +56,7 @@ class Checkpoints:
         if config.train.local_dir:
             # Runs that share the disk must not take each other's.
             self.local = pathlib.Path(config.train.local_dir, *workdir.absolute().parts[1:])
+        self._frozen: dict[str, str] | None = None
         self._managers: dict[pathlib.Path, ocp.CheckpointManager] = {}
 
     def due(self, step: int) -> bool:
@@ -73,13 +75,14 @@ class Checkpoints:
         rest = {"step": state.step, "opt_state": state.opt_state}
         meta = run.seal(
             {"config": self.config, "data": data_position, "tokenizer": self.tokenizer},
-            params=state.params, optimizer=rest,
+            {"frozen": self._frozen_sums(state.frozen)}, params=state.params, optimizer=rest,
         )  # fmt: skip
         # A step that is due nowhere is the last one on a machine that may be about to go.
         local = self.local is not None and self.due(step) and not self._due(step)
         folder = self.local if local else self.workdir
         # Of several processes Orbax can save one checkpoint at a time.
         self.wait()
+        self._save_frozen(state.frozen)
         with _explained(folder, "save"):
             self._manager(folder).save(
                 step,
@@ -89,6 +92,31 @@ class Checkpoints:
                     meta=ocp.args.JsonSave(meta),
                 ),
             )
+
+    def _frozen_sums(self, frozen: dict) -> dict[str, str]:
+        """Checksums of what does not train, made once: it never changes."""
+        if self._frozen is None:
+            self._frozen = checksums(frozen)
+        return self._frozen
+
+    def _save_frozen(self, frozen: dict) -> None:
+        """Save what does not train, once a run; a folder's name is the checksum of what it holds.
+
+        So a run that begins anew with other weights never meets those of an earlier start.
+        """
+        if not frozen:
+            return
+        sums = self._frozen_sums(frozen)
+        folder = self.workdir / run.FROZEN / run.frozen_name(sums)
+        if not any(processes.gather(not run.steps(folder))):
+            return
+        with _explained(folder, "save"):
+            path = (folder / run.CHECKPOINTS).absolute()
+            path.mkdir(parents=True, exist_ok=True)
+            with ocp.CheckpointManager(path) as manager:
+                meta = ocp.args.JsonSave(run.seal({}, {"params": sums}))
+                manager.save(0, args=ocp.args.Composite(params=_in_chunks(frozen), meta=meta))
+                manager.wait_until_finished()
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict] | None:
         """The newest whole state and its data position, or None where nothing is saved yet.
@@ -114,7 +142,8 @@ class Checkpoints:
         params = run.restore(folder, "params", abstract.params)
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         rest = run.restore(folder, "optimizer", rest)
-        return TrainState(rest["step"], params, rest["opt_state"]), meta["data"]
+        frozen = abstract.frozen and run.restore_frozen(folder, self.workdir, abstract.frozen)
+        return TrainState(rest["step"], params, frozen, rest["opt_state"]), meta["data"]
 
     def _check_config(self, folder, saved):
         old, new = _flatten(saved), _flatten(self.config)

@@ -11,7 +11,7 @@ from ..configs.errors import ConfigError, UserError
 from ..configs.files import write_json
 from ..models.parallel import processes, sharding
 from ..models.transformer import Transformer, abstract_params
-from . import metrics
+from . import metrics, objectives
 from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
 from .data.quarantine import prepare_quarantine
@@ -21,8 +21,8 @@ from .resilience.bad_steps import Watch
 from .resilience.goodput import Ledger, process_start
 from .resilience.replicas import check_replicas
 from .resilience.signals import Interrupted, Signals
-from .state import TrainState, abstract_state, init_state
-from .step import abstract_batch, make_train_step
+from .state import TrainState, abstract_state, init_state, join
+from .step import make_train_step
 from .validation import evaluate_loss
 
 Evaluator = Callable[..., dict[str, float]]
@@ -64,7 +64,7 @@ def train(
             c.data, tokenizer, c.train.batch_size, rows, c.train.seed, quarantine
         )
 
-    model = Transformer(c.model)
+    model, objective = Transformer(c.model), objectives.make(c, tokenizer.token_bytes)
     boxed = abstract_params(c.model)
     tx = make_optimizer(c, boxed)
     places = abstract_state(c, tx, mesh)
@@ -86,9 +86,9 @@ def train(
             print(f"step {start} of {c.train.steps}; compiling", flush=True)
         log = metrics.RunLog(c, workdir, start, ledger)
         watch = Watch(c, workdir, int(state.opt_state.bad))
-        step_fn = make_train_step(c, model, tx, tokenizer.token_bytes, places)
+        step_fn = make_train_step(c, model, tx, objective, places)
         with ledger.doing("compile"):
-            step_fn = step_fn.lower(places, abstract_batch(c, mesh)).compile()
+            step_fn = step_fn.lower(places, objective.abstract_batch(c, mesh)).compile()
             processes.wait("compiled")
         ledger.running()
         while step < c.train.steps:
@@ -113,8 +113,9 @@ def train(
                 check_replicas(state.params, step)
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
                 with ledger.doing("evaluation"):
+                    params = join(state.params, state.frozen)
                     for name, evaluate in evaluators.items():
-                        log.add(name, evaluate(c, model, state.params, tokenizer, mesh))
+                        log.add(name, evaluate(c, model, params, tokenizer, mesh))
                 log.add("data", {"bad_records": quarantine.count()})
             if saves:
                 log.flush()

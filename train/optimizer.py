@@ -8,6 +8,7 @@ import optax
 
 from ..configs.schema import Config
 from ..models.parallel.sharding import Param
+from .state import split
 
 # Steps after which the usual norm of the gradient is known well enough.
 _KNOWN = 20
@@ -49,9 +50,10 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
     """The gradient transformation of a configuration.
 
     Args:
-      config: reads `optimizer` and `train.steps`.
+      config: reads `optimizer`, `train.steps` and `train.trainable`.
       boxed: `transformer.abstract_params`, whose logical names tell matrices from norms.
     """
+    boxed, _ = split(boxed, config.train.trainable)
     o, rate = config.optimizer, schedule(config)
     decays = _per_parameter(boxed, lambda names: len(_own(names)) > 1)
     match o.name:

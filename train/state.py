@@ -1,32 +1,102 @@
 """What a training step carries: step count, parameters, optimizer state, each with its place."""
 
+import difflib
+import re
+
 import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import NamedSharding
 
+from ..configs.errors import ConfigError
 from ..configs.schema import Config
 from ..models.parallel import sharding
+from ..models.parallel.sharding import Param
 from ..models.transformer import abstract_params, init_params
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Updates done, the parameters after them, and the optimizer's moments."""
+    """What a run is at: updates done, what trains, what does not, and the optimizer's moments.
+
+    params: the parameters that train, a part of the model's nested dict or all of it.
+    frozen: trees that do not train, by name; "base" is the rest of the model's parameters.
+    """
 
     step: jax.Array
     params: dict
+    frozen: dict
     opt_state: optax.OptState
+
+
+def split(tree: dict, trainable: str) -> tuple[dict, dict]:
+    """Split a nested dict of parameters into what trains and what does not.
+
+    Args:
+      trainable: `train.trainable`: regular expressions, comma separated, one of which must be found
+        in the path of a parameter that trains, such as `blocks/layer_0/attention/wq_DNH`. Empty:
+        all train.
+
+    Returns:
+      Two dicts without empty parts; `join` undoes it.
+
+    Raises:
+      ConfigError: an expression is malformed, or nothing matches it.
+    """
+    patterns = []
+    for text in filter(None, (part.strip() for part in trainable.split(","))):
+        try:
+            patterns.append(re.compile(text))
+        except re.error as e:
+            raise ConfigError(
+                f"train.trainable={trainable}: {text} is no regular expression: {e}"
+            ) from None
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Param))
+    paths = [sharding.path_name(path) for path, _ in leaves]
+    for pattern in patterns:
+        if not any(pattern.search(path) for path in paths):
+            close = difflib.get_close_matches(pattern.pattern, paths, 1, 0.3) or paths[:1]
+            raise ConfigError(
+                f"train.trainable={trainable}: no parameter's path has {pattern.pattern}; "
+                f"a path is like {close[0]}"
+            )
+    parts: tuple[dict, dict] = {}, {}
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        trains = not patterns or any(pattern.search(path) for pattern in patterns)
+        parts[0 if trains else 1][tuple(path.split("/"))] = leaf
+    trains, rest = (traverse_util.unflatten_dict(part) for part in parts)
+    return trains, rest
+
+
+def join(params: dict, frozen: dict) -> dict:
+    """The model's parameters, whole: those that train and those of `frozen["base"]`."""
+    return _merge(params, frozen.get("base", {}))
+
+
+def _merge(a: dict, b: dict) -> dict:
+    both = {name: _merge(a[name], b[name]) for name in a.keys() & b.keys()}
+    return {**a, **b, **both}
 
 
 def abstract_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
     """Shape, dtype and sharding of every leaf of the state, computing nothing."""
-    boxed = abstract_params(config.model)
+    boxed, base = split(abstract_params(config.model), config.train.trainable)
     params, places = sharding.unbox(boxed), sharding.shardings(boxed, mesh)
+    frozen = {"base": (sharding.unbox(base), sharding.shardings(base, mesh))} if base else {}
     opt_state = jax.eval_shape(tx.init, params)
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
-    everywhere = sharding.replicated(mesh)
-    state_places = TrainState(everywhere, places, _like_params(opt_state, params, places, mesh))
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        params,
+        {name: tree for name, (tree, _) in frozen.items()},
+        opt_state,
+    )
+    state_places = TrainState(
+        sharding.replicated(mesh),
+        places,
+        {name: tree for name, (_, tree) in frozen.items()},
+        _like_params(opt_state, params, places, mesh),
+    )
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_places
     )
@@ -55,10 +125,16 @@ def _like_params(opt_state, params, places, mesh):
 
 def init_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
     """A fresh state: random parameters from `train.seed`, the same numbers on any mesh."""
-    abstract = abstract_state(config, tx, mesh)
     params = init_params(config.model, jax.random.key(config.train.seed), mesh)
+    return state_of(config, tx, mesh, params)
+
+
+def state_of(config: Config, tx: optax.GradientTransformation, mesh, params) -> TrainState:
+    """The state before the first step, from all parameters of the model."""
+    abstract = abstract_state(config, tx, mesh)
+    params, base = split(params, config.train.trainable)
     # Without explicit places optax's counters would all land on one device.
     places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, params, opt_state)
+    return TrainState(step, params, {"base": base} if base else {}, opt_state)

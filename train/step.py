@@ -7,36 +7,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..configs.schema import Config
 from ..models.moe import RouterStats
-from ..models.parallel import sharding
 from ..models.transformer import Transformer
-from .objectives import next_token
-from .state import TrainState
+from .objectives import Objective
+from .state import TrainState, join
 
 
-def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, places):
+def make_train_step(config: Config, model: Transformer, tx, objective: Objective, places):
     """Compile-ready step: (state, batch) -> (state, metrics), the state donated.
 
     Args:
       config: reads `train` and `model.bias_update_rate`.
       model: what the objective evaluates.
       tx: the optimizer of `make_optimizer`, whose state counts bad steps.
-      token_bytes_V: bytes of text that each token id stands for.
+      objective: the loss.
       places: the state's shapes and shardings, from `abstract_state`.
     """
     parts = config.train.microbatches
 
     def step(state: TrainState, batch):
-        weight = jnp.maximum(jnp.sum(batch["weights_BT"]), 1.0)
+        weight = jnp.maximum(jnp.sum(objective.weight_B(batch)), 1.0)
 
         def part_loss(params, part):
             """This part's share of the mean loss over the batch."""
-            total, nll, router = next_token.loss(
-                model, params, part, config.train.z_loss, config.train.loss_chunk
-            )
-            router = jax.tree.map(lambda x: x / parts, router)
+            found = objective.loss(model, join(params, state.frozen), state.frozen, part)
+            router = jax.tree.map(lambda x: x / parts, found.router)
             # Targets are weighed over the whole batch; routers balance each part for itself.
             auxiliary = sum(jnp.sum(layer.loss) for _, layer in router_layers(router))
-            return total / weight + auxiliary, {"nll": nll, "router": router}
+            sums = {name: jnp.sum(x_B) for name, x_B in found.rows_B.items()}
+            return found.total / weight + auxiliary, {"rows": sums, "router": router}
 
         gradient = jax.grad(part_loss, has_aux=True)
 
@@ -57,30 +55,18 @@ def make_train_step(config: Config, model: Transformer, tx, token_bytes_V, place
         if config.model.bias_update_rate:
             rate = config.model.bias_update_rate
             params = balance_routers(params, sums["router"], rate, bad)
-        bytes_ = jnp.sum(jnp.asarray(token_bytes_V)[batch["targets_BT"]] * batch["weights_BT"])
         metrics = {
-            "loss": sums["nll"] / weight,
-            "bits_per_byte": sums["nll"] / jnp.log(2.0) / jnp.maximum(bytes_, 1.0),
+            **objective.summary(sums["rows"]),
             "grad_norm": optax.tree.norm(grads),
             "bad_steps": opt_state.bad,
             **router_metrics(sums["router"]),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     out = jax.tree.map(lambda x: x.sharding, places)
     # Metrics are whole everywhere: every process of several can read them.
     whole = NamedSharding(out.step.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(out, whole))
-
-
-def abstract_batch(config: Config, mesh):
-    """Shapes, dtypes and places of a batch of text."""
-    shape = (config.train.batch_size, config.data.seq_len)
-    names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
-    place = sharding.batch_sharding(mesh)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
-    return dict.fromkeys(names, ids) | {"weights_BT": weights}
 
 
 def split(batch, parts: int):
@@ -123,7 +109,9 @@ def balance_routers(params, router, rate: float, bad):
     """
     params = jax.tree.map(lambda x: x, params)  # new dicts, to be changed
     for (block, name), stats in router_layers(router):
-        moe = params[block][name]["moe"]
+        moe = params.get(block, {}).get(name, {}).get("moe", {})
+        if "router_bias_E" not in moe:  # it does not train
+            continue
         even = jnp.mean(stats.load_E, axis=-1, keepdims=True)
         moe["router_bias_E"] += jnp.where(bad, 0.0, rate * jnp.sign(even - stats.load_E))
     return params

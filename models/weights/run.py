@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import tensorstore
+from flax import traverse_util
 
 from ...configs import schema
 from ...configs.errors import UserError
@@ -25,6 +26,8 @@ from .checksum import checksums
 from .tensors import warn
 
 CHECKPOINTS = "checkpoints"
+# What does not train is saved once, in FROZEN/CHECKSUM/checkpoints/0/params.
+FROZEN = "frozen"
 
 # What the meta of a checkpoint can hold that was saved before there were checksums.
 _UNSEALED = ({"config", "data", "tokenizer"}, {"config", "data", "tokenizer", "origin"})
@@ -70,9 +73,13 @@ def find(path, step: int | None = None) -> pathlib.Path:
     return path / CHECKPOINTS / str(have[-1] if step is None else step)
 
 
-def seal(meta: dict, **items) -> dict:
-    """Complete the meta of a checkpoint with the checksums of its items and of itself."""
-    arrays = {name: checksums(tree) for name, tree in items.items()}
+def seal(meta: dict, known: dict | None = None, **items) -> dict:
+    """Complete the meta of a checkpoint with the checksums of its items and of itself.
+
+    Args:
+      known: checksums of items that are made already, by name.
+    """
+    arrays = (known or {}) | {name: checksums(tree) for name, tree in items.items()}
     # As it will be read: JSON knows neither tuples nor numbers as keys.
     meta = json.loads(json.dumps(meta | {"checksums": arrays}))
     return meta | {"sha256": _digest(meta)}
@@ -137,6 +144,25 @@ def restore(folder: pathlib.Path, item: str, abstract):
         if now.get(path) != saved.get(item, {}).get(path):
             raise Damaged(f"{folder}: damaged checkpoint: {item}/{path} is not what was saved")
     return found
+
+
+def frozen_name(sums: dict[str, str]) -> str:
+    """The name of the folder that holds the parameters with these checksums."""
+    return _digest(sums)[:16]
+
+
+def restore_frozen(folder: pathlib.Path, workdir: pathlib.Path, abstract):
+    """Read what does not train in the run `workdir`, as the checkpoint `folder` knows it.
+
+    Raises:
+      Damaged: it is missing, or not what it was when the checkpoint was saved.
+    """
+    sums = read_meta(folder)["checksums"].get("frozen", {})
+    try:
+        home = find(workdir / FROZEN / frozen_name(sums))
+    except UserError as error:
+        raise Damaged(f"{folder}: damaged checkpoint: its frozen parameters: {error}") from None
+    return restore(home, "params", abstract)
 
 
 def _read(folder: pathlib.Path, abstract):
@@ -206,17 +232,26 @@ def load(path, dtype: str, mesh, step: int | None = None):
     meta = read_meta(folder)
     config = schema.from_dict(meta["config"]).model
     boxed = abstract_params(config)
-    sums = meta.get("checksums", {}).get("params", {})
-
-    def stored(path, x, place):
+    saved = meta.get("checksums", {})
+    base = {path.removeprefix("base/"): s for path, s in saved.get("frozen", {}).items()}
+    sums = base | saved.get("params", {})
+    places = jax.tree.leaves(sharding.shardings(boxed, mesh))
+    trains, rest = {}, {}
+    for (path, x), place in zip(
+        jax.tree.leaves_with_path(sharding.unbox(boxed)), places, strict=True
+    ):
+        name = sharding.path_name(path)
         # Weights of others may have several dtypes; a checksum begins with that of its array.
-        dtype = sums.get(sharding.path_name(path), x.dtype.name).partition("[")[0]
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
-
-    abstract = jax.tree.map_with_path(
-        stored, sharding.unbox(boxed), sharding.shardings(boxed, mesh)
-    )
-    leaves, tree = jax.tree.flatten(restore(folder, "params", abstract))
+        dtype = sums.get(name, x.dtype.name).partition("[")[0]
+        leaf = jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        (rest if name in base else trains)[tuple(name.split("/"))] = leaf
+    found = restore(folder, "params", traverse_util.unflatten_dict(trains))
+    if rest:
+        abstract = {"base": traverse_util.unflatten_dict(rest)}
+        frozen = restore_frozen(folder, folder.parent.parent, abstract)
+        flat = traverse_util.flatten_dict(found) | traverse_util.flatten_dict(frozen["base"])
+        found = traverse_util.unflatten_dict(flat)
+    leaves, tree = jax.tree.flatten(found)
     for i in range(len(leaves)):
         # One after another, so that there are never two whole models.
         leaves[i] = leaves[i].astype(dtype)

@@ -14,6 +14,7 @@ import numpy as np
 from puna.configs import schema
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
+from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state
 from puna.train.step import make_train_step
@@ -35,7 +36,9 @@ def compiled_text(matrix, name, mesh_axes):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), matrix.batch(c.model)
     )
     with jax.set_mesh(mesh):
-        step = make_train_step(c, Transformer(c.model), tx, np.ones(matrix.V), places)
+        step = make_train_step(
+            c, Transformer(c.model), tx, objectives.make(c, np.ones(matrix.V)), places
+        )
         return step.lower(places, batch).compile().as_text()
 
 

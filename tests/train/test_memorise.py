@@ -6,6 +6,7 @@ import numpy as np
 from puna.configs import get_config, schema
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
+from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state, init_state
 from puna.train.step import make_train_step
@@ -30,7 +31,9 @@ def test_tiny_scout_memorises_a_batch():
     }
     with jax.set_mesh(mesh):
         state = init_state(c, tx, mesh)
-        step = make_train_step(c, Transformer(c.model), tx, np.ones(512, np.int32), places)
+        step = make_train_step(
+            c, Transformer(c.model), tx, objectives.make(c, np.ones(512, np.int32)), places
+        )
         for _ in range(60):
             state, metrics = step(state, batch)
     assert float(metrics["loss"]) < 0.05

@@ -1,1 +1,77 @@
-"""Losses, one file each."""
+"""Losses, one file each, behind one contract: `Objective`.
+
+`train.objective=NAME` is the file `NAME.py` of this folder, whose `make(config, token_bytes_V)`
+gives the objective of a run. The step, the loop, compiling ahead of time and evaluation on held-out
+data know no other loss, so a new objective is a new file here.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from ...configs.errors import ConfigError
+from ...configs.schema import Config
+from ...models.transformer import Transformer
+
+
+class Loss(NamedTuple):
+    """What an objective makes of a batch.
+
+    total: the sum that training minimises, before it is divided by the weight of the whole batch.
+    rows_B: sums of each row [B] that `Objective.summary` turns into numbers for people.
+    router: statistics of the MoE layers, as `Output.router`; their auxiliary losses are added to
+      the mean.
+    """
+
+    total: jax.Array
+    rows_B: dict[str, jax.Array]
+    router: dict
+
+
+class Objective(Protocol):
+    """A loss: a frozen dataclass of settings, compared by identity, whose methods are pure."""
+
+    def abstract_batch(self, config: Config, mesh) -> dict[str, Any]:
+        """Shapes, dtypes and places of a training batch."""
+        ...
+
+    def weight_B(self, batch) -> jax.Array:
+        """What each row weighs in the mean over a batch [B]; known from the batch alone."""
+        ...
+
+    def loss(self, model: Transformer, params, frozen, batch) -> Loss:
+        """The loss of a batch.
+
+        Args:
+          params: of the model, whole: those that train joined with those that do not.
+          frozen: trees beside the model's own that do not train, by name (a reference, a teacher).
+        """
+        ...
+
+    def summary(self, sums: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers for people from the `rows_B` summed over rows; of JAX, NumPy or Python."""
+        ...
+
+
+def names() -> list[str]:
+    """The objectives there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def make(config: Config, token_bytes_V) -> Objective:
+    """The objective that a configuration names.
+
+    Args:
+      config: read by the objective: `train.objective`, and its own settings.
+      token_bytes_V: bytes of text that each token id stands for.
+
+    Raises:
+      ConfigError: there is no such objective.
+    """
+    name = config.train.objective
+    if name not in names():
+        raise ConfigError(f"train.objective={name} must be one of {', '.join(names())}")
+    return importlib.import_module(f".{name}", __name__).make(config, token_bytes_V)

@@ -4,41 +4,84 @@ Logits exist for a slice of the positions at a time. The gradient is made in the
 the vocabulary matmul runs three times a step (logits, d hidden, d table), as it must.
 """
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
+from ...configs.schema import Config
 from ...models.parallel import sharding
 from ...models.transformer import unembed_table
+from . import Loss
 
 
-def loss(model, params, batch, z_loss: float, loss_chunk: int):
-    """Summed training loss of a batch, and the sums that metrics are made of.
+@dataclasses.dataclass(frozen=True, eq=False)
+class NextToken:
+    """Mean cross-entropy of the targets that weigh something.
 
-    Args:
-      model: a `Transformer`.
-      params: its parameters.
-      batch: tokens, targets, positions, segment ids and weights, each [B, T]; and `images` or
-        `audio` of the rows, if there are any, whose own tokens should weigh nothing.
+    Attributes:
       z_loss: weight of log(Z)^2 (PaLM, arXiv 2204.02311), which keeps logits from drifting.
       loss_chunk: tokens whose logits exist at one time, a device.
-
-    Returns:
-      The sum over targets of weight * (nll + z_loss * log(Z)^2); the sum of weight * nll in
-      nats; and the statistics of the MoE routers, as `Output.router`.
+      token_bytes_V: bytes of text that each token id stands for.
     """
-    out = model.apply(
-        {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"],
-        images=batch.get("images"), audio=batch.get("audio"),
-    )  # fmt: skip
-    total, nll_BT = cross_entropy(
-        out.hidden_BTD, unembed_table(model.config, params), batch["targets_BT"],
-        batch["weights_BT"], model.config.compute_dtype, z_loss, loss_chunk,
-    )  # fmt: skip
-    return total, jnp.sum(nll_BT * batch["weights_BT"]), out.router
+
+    z_loss: float
+    loss_chunk: int
+    token_bytes_V: np.ndarray
+
+    def abstract_batch(self, config: Config, mesh) -> dict[str, Any]:
+        """Shapes, dtypes and places of a batch of text."""
+        shape = (config.train.batch_size, config.data.seq_len)
+        place = sharding.batch_sharding(mesh)
+        ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
+        weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
+        return dict.fromkeys(names, ids) | {"weights_BT": weights}
+
+    def weight_B(self, batch):
+        return jnp.sum(batch["weights_BT"], axis=1)
+
+    def loss(self, model, params, frozen, batch) -> Loss:
+        """Summed loss of a batch: weight * (nll + z_loss * log(Z)^2) over its targets.
+
+        Args:
+          batch: tokens, targets, positions, segment ids and weights, each [B, T]; and `images` or
+            `audio` of the rows, if there are any, whose own tokens should weigh nothing.
+        """
+        out = model.apply(
+            {"params": params}, batch["tokens_BT"], batch["positions_BT"],
+            batch["segment_ids_BT"], images=batch.get("images"), audio=batch.get("audio"),
+        )  # fmt: skip
+        weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
+        total, nll_BT = cross_entropy(
+            out.hidden_BTD, unembed_table(model.config, params), targets_BT, weights_BT,
+            model.config.compute_dtype, self.z_loss, self.loss_chunk,
+        )  # fmt: skip
+        bytes_BT = jnp.asarray(self.token_bytes_V)[targets_BT] * weights_BT
+        rows_B = {
+            "nll": jnp.sum(nll_BT * weights_BT, axis=1),
+            "tokens": self.weight_B(batch),
+            "bytes": jnp.sum(bytes_BT, axis=1),
+        }
+        return Loss(total, rows_B, out.router)
+
+    def summary(self, sums):
+        """`loss` in nats a target, and `bits_per_byte` of the text that the targets stand for."""
+        least = 1e-30  # of a batch without a target; the numbers are then 0
+        return {
+            "loss": sums["nll"] / (sums["tokens"] + least),
+            "bits_per_byte": sums["nll"] / math.log(2) / (sums["bytes"] + least),
+        }
+
+
+def make(config: Config, token_bytes_V) -> NextToken:
+    """The objective of pretraining."""
+    return NextToken(config.train.z_loss, config.train.loss_chunk, token_bytes_V)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
