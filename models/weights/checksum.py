@@ -26,6 +26,8 @@ def checksums(tree) -> dict[str, str]:
     With several processes all of them call this together, and all get the same.
     """
     leaves = jax.tree.leaves_with_path(tree)
+    if not leaves:
+        return {}
     meshes = {x.sharding.mesh for _, x in leaves if isinstance(x, jax.Array) and _is_named(x)}
     everywhere = NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
     sums = np.asarray(_summing(everywhere)([x for _, x in leaves]))
