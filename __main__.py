@@ -122,7 +122,7 @@ def _join(args, command):
 
     facts = {"command": command}
     if "config" in args:
-        facts["config"] = schema.to_dict(schema.from_dict(args.config))
+        facts["config"] = schema.to_dict(schema.build(args.config))
     processes.join(
         args.coordinator, args.num_processes, args.process_id, facts, args.join_timeout,
         args.heartbeat,
@@ -185,6 +185,11 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         )
     if command == "train":
         flags.DEFINE_bool("resume", True, "go on from the newest checkpoint in --workdir", **text)
+        flags.DEFINE_string(
+            "init_from", None, "weights to start from: a model, a run or RUN@STEP; the same as "
+            "--config.train.init_from", **text,
+        )  # fmt: skip
+        flags.DEFINE_bool("with_optimizer", False, "keep the moments of that run, too", **text)
         flags.DEFINE_bool("fresh", False, "start anew; refuses a --workdir that has any", **text)
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
@@ -226,6 +231,10 @@ def _prepare(arguments: list[str]) -> list[str]:
     left, out = list(arguments), []
     while left:
         argument = left.pop(0)
+        if found := re.fullmatch(r"--?(init_from|with_optimizer)(=.*)?", argument, re.DOTALL):
+            argument = f"--config.train.{found[1]}{found[2] or ''}"
+            if found[1] == "with_optimizer" and not found[2]:
+                argument += "=true"
         if argument in ("--config", "-config") and left:
             argument += "=" + left.pop(0)
         if match := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
@@ -292,7 +301,8 @@ def _run(argv: list[str]) -> None:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
     if "config" in args:
         _required(args, "config")
-        schema.from_dict(args.config)
+        if not schema.build(args.config).train.init_from:  # which completes the configuration
+            schema.from_dict(args.config)
     _join(args, command)
     {"train": _train, "eval": _eval, "generate": _generate}[command](args)
 

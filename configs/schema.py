@@ -255,12 +255,32 @@ def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Any:
     Raises:
       ConfigError: one line naming the key, its value, the rule and, where close, the fix.
     """
-    config = _build(values, cls, prefix)
+    config = build(values, cls, prefix)
     if isinstance(config, Config):
         check(config)
     elif isinstance(config, ModelConfig):
         check_model(config)
     return config
+
+
+def build(values: Mapping, cls: type = Config, prefix: str = "") -> Any:
+    """`from_dict` without the rules that join keys, for what is to be completed and checked.
+
+    Raises:
+      ConfigError: a key that does not exist, a value of a wrong type or against its own rule.
+    """
+    return _build(values, cls, prefix)
+
+
+def flatten(values: Mapping, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one of dotted names."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def to_dict(config) -> dict:

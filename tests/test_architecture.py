@@ -100,7 +100,7 @@ def test_imports_stay_in_their_layer_or_below():
 
 def test_nothing_is_imported_by_its_name_as_text():
     # An import that is no statement would escape the tests above. The root's lazy names load what
-    # a user asks for; an objective is a file of its own folder, whose imports are read like others'.
+    # a user asks for; an objective is a file of its own folder, whose imports are read too.
     dynamic = [
         f"{module}:{node.lineno}"
         for module, path in SOURCES.items()

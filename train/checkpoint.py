@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ..configs.errors import UserError
-from ..configs.schema import Config, to_dict
+from ..configs.schema import Config, flatten, to_dict
 from ..models.parallel import processes
 from ..models.weights import run
 from ..models.weights.checksum import checksums
@@ -43,14 +43,22 @@ class Checkpoints:
       workdir: the run's folder.
       config: saved with every checkpoint and compared on restore.
       tokenizer_files: name -> bytes, saved with every checkpoint.
+      origin: where the run comes from (see `init_from.lineage`), saved likewise.
     """
 
-    def __init__(self, workdir: pathlib.Path, config: Config, tokenizer_files: dict[str, bytes]):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        config: Config,
+        tokenizer_files: dict[str, bytes],
+        origin: dict | None = None,
+    ):
         # Orbax logs what it also raises, with the tracebacks of its threads.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.workdir = workdir
         self.train = config.train
         self.config = to_dict(config)
+        self.origin = {} if origin is None else {"origin": origin}
         self.tokenizer = {n: base64.b64encode(b).decode() for n, b in tokenizer_files.items()}
         self.local = None
         if config.train.local_dir:
@@ -74,7 +82,8 @@ class Checkpoints:
         """
         rest = {"step": state.step, "opt_state": state.opt_state}
         meta = run.seal(
-            {"config": self.config, "data": data_position, "tokenizer": self.tokenizer},
+            {"config": self.config, "data": data_position, "tokenizer": self.tokenizer}
+            | self.origin,
             {"frozen": self._frozen_sums(state.frozen)}, params=state.params, optimizer=rest,
         )  # fmt: skip
         # A step that is due nowhere is the last one on a machine that may be about to go.
@@ -146,7 +155,7 @@ class Checkpoints:
         return TrainState(rest["step"], params, frozen, rest["opt_state"]), meta["data"]
 
     def _check_config(self, folder, saved):
-        old, new = _flatten(saved), _flatten(self.config)
+        old, new = flatten(saved), flatten(self.config)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(_FREE):
                 raise UserError(
@@ -267,13 +276,3 @@ class _explained:
                 f"{self.workdir}: cannot {self.what} a checkpoint: {reason}; "
                 "the checkpoint before it is whole"
             ) from error
-
-
-def _flatten(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -16,12 +16,13 @@ from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
 from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
+from .init_from import initial_state, lineage, resolve
 from .optimizer import make_optimizer
 from .resilience.bad_steps import Watch
 from .resilience.goodput import Ledger, process_start
 from .resilience.replicas import check_replicas
 from .resilience.signals import Interrupted, Signals
-from .state import TrainState, abstract_state, init_state, join
+from .state import TrainState, abstract_state, join
 from .step import make_train_step
 from .validation import evaluate_loss
 
@@ -47,15 +48,17 @@ def train(
       UserError: the config, the data or the folder will not do; one line says why.
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
-    c = schema.from_dict(config)
+    workdir = pathlib.Path(workdir)
+    set_aside_unreadable(workdir)
+    c = resolve(schema.build(config), workdir)
+    workdir = _writable(workdir)
     if evaluators is None:
         evaluators = {"validation": evaluate_loss} if c.data.validation else {}
-    workdir = _writable(pathlib.Path(workdir))
     ledger = Ledger(workdir, started=process_start())
     _keep_programs()
     mesh = sharding.make_mesh(c.mesh)
     _check_batch(c, mesh)
-    set_aside_unreadable(workdir)
+    origin = lineage(c, workdir)
     rows = sharding.local_rows(mesh, c.train.batch_size)
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
         quarantine = prepare_quarantine(workdir)
@@ -70,13 +73,19 @@ def train(
     places = abstract_state(c, tx, mesh)
     if processes.is_first():
         print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
+        if c.train.trainable:
+            trains, total = (
+                sum(x.size for x in jax.tree.leaves(tree))
+                for tree in (places.params, sharding.unbox(boxed))
+            )
+            print(f"{trains:,} of {total:,} parameters train", flush=True)
 
     with (
         jax.set_mesh(mesh),
-        Checkpoints(workdir, c, tokenizer_files(workdir)) as checkpoints,
+        Checkpoints(workdir, c, tokenizer_files(workdir), origin) as checkpoints,
         Signals() as signals,
     ):
-        state, position = checkpoints.restore(places) or (init_state(c, tx, mesh), None)
+        state, position = checkpoints.restore(places) or (initial_state(c, tx, mesh), None)
         if position is not None:
             loader.set_state(position)
         start = step = int(state.step)
@@ -84,7 +93,7 @@ def train(
         if processes.is_first():
             write_json(workdir / "config.json", schema.to_dict(c))
             print(f"step {start} of {c.train.steps}; compiling", flush=True)
-        log = metrics.RunLog(c, workdir, start, ledger)
+        log = metrics.RunLog(c, workdir, start, ledger, (origin or {}).get("init_from"))
         watch = Watch(c, workdir, int(state.opt_state.bad))
         step_fn = make_train_step(c, model, tx, objective, places)
         with ledger.doing("compile"):
@@ -102,7 +111,7 @@ def train(
             if watch.look(step, values, position) or (saves and watch.last()):
                 # Back to the last checkpoint, and over the data that made a step bad.
                 checkpoints.wait()
-                state, _ = checkpoints.restore(places) or (init_state(c, tx, mesh), None)
+                state, _ = checkpoints.restore(places) or (initial_state(c, tx, mesh), None)
                 loader.set_state(loader.get_state() if saves else position)
                 step = int(state.step)
                 watch.rewound(step, int(state.opt_state.bad))

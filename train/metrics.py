@@ -72,9 +72,18 @@ class RunLog:
       start: steps already done; later records of an interrupted run are cut off, since the run
         that goes on from the checkpoint writes them again.
       ledger: told of the waits for input, and brought up to date with every record.
+      init_from: where the run started from (see `init_from.lineage`), for `results.json`.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, start: int, ledger: Ledger):
+    def __init__(
+        self,
+        config: Config,
+        workdir: pathlib.Path,
+        start: int,
+        ledger: Ledger,
+        init_from: dict | None = None,
+    ):
+        self.init_from = init_from
         self.config, self.workdir, self.start, self.ledger = config, workdir, start, ledger
         self.rate = schedule(config)
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
@@ -197,6 +206,8 @@ class RunLog:
             "wall_seconds": round(time.perf_counter() - self.began, 1),
             **self.last,
         }
+        if self.init_from:
+            results["init_from"] = self.init_from
         if seconds:
             # The median: the first steps of a run compile.
             results["step_seconds"] = statistics.median(seconds)

@@ -14,7 +14,7 @@ from ..weights.config import LLAMA4, family
 _KNOWN = {*licences.LICENCES, "apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause"}  # fmt: skip  # noqa: E501
 
 
-def facts_of_run(home: pathlib.Path, config: Mapping[str, Any], converted: bool) -> dict[str, Any]:
+def facts_of_run(home: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     """What a run's own files say for its card: data, steps, results."""
     facts: dict[str, Any] = {}
     for name in ("results.json", "eval/results.json"):
@@ -25,7 +25,11 @@ def facts_of_run(home: pathlib.Path, config: Mapping[str, Any], converted: bool)
             except ValueError:
                 continue
             facts["results"] = facts.get("results", {}) | found
-    if not converted:
+    config = meta["config"]
+    if init_from := (meta.get("origin") or {}).get("init_from"):
+        step = f", step {init_from['step']}" if "step" in init_from else ""
+        facts["init_from"] = f"{init_from['path']}{step}"
+    if meta["data"]:  # a model of others that was only converted has no data position
         train = config["train"]
         facts["data"] = config["data"]["train"]
         facts["training"] = (
@@ -78,6 +82,7 @@ def _text(name, config, origin, facts) -> str:
         "",
         "## Data",
         "",
+        *([f"- Started from: {facts['init_from']}"] if "init_from" in facts else []),
         f"- Training data: {facts.get('data', licences.UNKNOWN)}",
         f"- Training: {facts.get('training', licences.UNKNOWN)}",
         "",

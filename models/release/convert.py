@@ -135,7 +135,7 @@ class RunModel:
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
         self.origin = unknown | (meta.get("origin") or {})
         home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
-        self.facts = card.facts_of_run(home, meta["config"], meta.get("origin") is not None)
+        self.facts = card.facts_of_run(home, meta)
         self._held: dict[str, np.ndarray] = {}
         try:
             with ocp.StandardCheckpointer() as reader:

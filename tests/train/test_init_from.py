@@ -1,0 +1,158 @@
+"""A run starts from any model's weights, or branches from another run, and resumes bit for bit."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import puna
+from puna import __main__ as cli
+from puna.configs import base, schema
+from puna.configs.errors import ConfigError, UserError
+from puna.models.parallel import sharding
+from puna.models.release.convert import convert
+from puna.models.transformer import abstract_params
+from puna.models.weights import run
+from puna.train import init_from
+from puna.train.loop import train
+from puna.train.optimizer import make_optimizer
+
+
+def arrays(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(arrays(a), arrays(b), strict=True))
+
+
+@pytest.fixture(scope="session")
+def plain(corpus):
+    """A configuration that says nothing of the architecture."""
+
+    def make(**train_keys):
+        config = base.get_config()
+        config.model.compute_dtype = "float32"
+        config.data.update(train=f"{corpus}/train/*.txt", validation="", seq_len=32)
+        config.optimizer.update(warmup_steps=1, learning_rate=3e-3)
+        config.train.update(
+            steps=4, batch_size=8, log_every=1, save_every=2, eval_every=0, **train_keys
+        )
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def first(corpus, plain, tmp_path_factory):
+    """A run of four steps, and the same as a Hugging Face directory."""
+    config = plain()
+    config.model.update(
+        vocab_size=264, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
+        mlp_dim=24, max_positions=64,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("first")
+    train(config, folder / "run")
+    convert(folder / "run", folder / "hf", name="first")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["hf", "run", "run@2", "run/checkpoints/4"])
+def test_weights_are_where_the_run_starts(first, plain, tmp_path, kind):
+    config = plain(init_from=f"{first}/{kind}")
+    c = init_from.resolve(schema.build(config), tmp_path)
+    assert c.model.embed_dim == 16 and c.model.max_positions == 64  # the weights' own
+    step = 2 if kind == "run@2" else None
+    _, params = puna.load(run.find(first / "run", step) if "run" in kind else first / "hf")
+    for axes in ({}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = sharding.make_mesh(schema.MeshConfig(**({"data": 8} | axes)))
+        tx = make_optimizer(c, abstract_params(c.model))
+        with jax.set_mesh(mesh):
+            assert equal(init_from.initial_state(c, tx, mesh).params, params)
+
+
+def test_a_run_from_weights_resumes_bit_for_bit_and_without_them(first, plain, tmp_path):
+    shutil.copytree(first / "hf", tmp_path / "hf")
+    config = plain(init_from=str(tmp_path / "hf"))
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "hf")
+    resumed = train(config, tmp_path / "cut")
+    assert equal(whole, resumed)
+    # Where it came from stands in the config, the results, the checkpoint and the card.
+    saved = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert saved["train"]["init_from"] == str(tmp_path / "hf")
+    assert saved["model"]["embed_dim"] == 16 and saved["data"]["tokenizer"] == str(tmp_path / "hf")
+    results = json.loads((tmp_path / "cut" / "results.json").read_text())
+    assert results["init_from"] == {"path": str(tmp_path / "hf")}
+    convert(tmp_path / "cut", tmp_path / "release", name="second")
+    assert f"Started from: {tmp_path}/hf" in (tmp_path / "release" / "README.md").read_text()
+
+
+def test_a_branch_keeps_parameters_and_moments(first, plain, tmp_path):
+    config = plain(init_from=f"{first}/run@2", with_optimizer=True)
+    config.optimizer.update(learning_rate=1e-4, schedule="linear", warmup_steps=0)
+    config.data.seq_len = 64
+    config.model.update(max_positions=128, rope_theta=2e6)
+    config.train.batch_size = 16
+    state = train(config, tmp_path / "branch")
+    assert int(state.step) == 4
+    results = json.loads((tmp_path / "branch" / "results.json").read_text())["init_from"]
+    assert results["step"] == 2 and results["with_optimizer"]
+    changed = results["changed"]
+    assert changed["optimizer.learning_rate"] == [3e-3, 1e-4]
+    assert changed["data.seq_len"] == [32, 64]
+    assert changed["model.rope_theta"] == [500000.0, 2e6] and "model.embed_dim" not in changed
+    # The schedule begins anew, and the moments do not: their count goes on from 2.
+    counts = {int(x) for x in arrays(state.opt_state) if x.ndim == 0 and x.dtype == np.int32}
+    assert {4, 2 + 4} <= counts
+    record = json.loads((tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["learning_rate"] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.embed_dim": 32}, "model.embed_dim=32 differs from 16.*leave the key out"),
+        ({"model.vision.num_layers": 1}, "model.vision.num_layers=1 differs from 0"),
+        ({"data.seq_len": 100}, "data.seq_len=100 must be at most model.max_positions=64"),
+        ({"train.init_from": "{first}/nothing"}, "no such file"),
+        ({"train.init_from": "{first}/run@3"}, "has no checkpoint of step 3"),
+        ({"train.init_from": "{first}/hf@3"}, "no run of puna"),
+        ({"train.init_from": "", "train.with_optimizer": True}, "needs train.init_from"),
+        ({"train.with_optimizer": True}, "needs a run"),
+        (
+            {"train.init_from": "{first}/run", "train.with_optimizer": True,
+             "optimizer.name": "muon"},
+            "optimizer.name='muon' must be 'adamw'",
+        ),
+        (
+            {"train.init_from": "{first}/run", "train.with_optimizer": True,
+             "train.trainable": "mlp"},
+            "train.trainable='mlp' must be ''",
+        ),
+    ],
+)  # fmt: skip
+def test_what_contradicts_the_weights_is_one_line(first, plain, tmp_path, changes, message):
+    config = plain(init_from=f"{first}/hf")
+    for key, value in changes.items():
+        value = value.format(first=first) if isinstance(value, str) else value
+        config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_converted_model_has_no_moments(first, plain, tmp_path):
+    convert(first / "hf", tmp_path / "converted", to="puna")
+    config = plain(init_from=str(tmp_path / "converted"), with_optimizer=True)
+    with pytest.raises(ConfigError, match="no optimizer state"):
+        train(config, tmp_path / "run")
+
+
+def test_the_flag_is_the_key():
+    prepared = cli._prepare(["--init_from=x", "--with_optimizer"])
+    assert prepared == ["--config.train.init_from=x", "--config.train.with_optimizer=true"]

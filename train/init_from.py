@@ -1,0 +1,190 @@
+"""Where a run starts: random parameters, the weights of any model, or a branch of another run.
+
+`train.init_from` is what `puna.load` reads, or RUN@STEP. The architecture is the weights' own, the
+tokenizer too where none is named, and the run's checkpoints carry on the licence of the weights.
+With `train.with_optimizer` a run keeps the moments of the one it branches from: its parameters
+train on under another mixture, rate, batch, schedule or context length.
+"""
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ..configs import schema
+from ..configs.errors import ConfigError, UserError
+from ..configs.schema import Config, ModelConfig
+from ..models.weights import run
+from ..models.weights.load import load, open_weights
+from .optimizer import Guard
+from .state import TrainState, abstract_state, init_state, state_of
+
+# Keys of the model that say how it is computed and trained, not what it is.
+_OF_TRAINING = {
+    *("compute_dtype", "param_dtype", "remat", "pipeline_microbatches", "capacity_factor"),
+    *("load_balance_weight", "router_z_weight"),
+}
+# Keys that change what the same parameters compute; a run may change them on purpose, for a longer
+# context say. All others must be those of the weights.
+_MAY_CHANGE = re.compile("max_positions|rope_.*|temperature_.*|norm_eps|chunk_size")
+
+
+def resolve(config: schema.Config, workdir: pathlib.Path) -> Config:
+    """Complete a configuration with the architecture and tokenizer of what the run starts from.
+
+    Args:
+      config: from `schema.build`, unchecked: rules may hold for the completed one only.
+      workdir: the run's folder, whose checkpoints say what the weights were if there are any: a run
+        resumes where they are gone.
+
+    Raises:
+      ConfigError: the configuration contradicts itself, or the weights.
+      UserError: nothing can be read at `train.init_from`.
+    """
+    where = config.train.init_from
+    if not where:
+        if config.train.with_optimizer:
+            raise ConfigError("train.with_optimizer=True needs train.init_from, a run")
+        schema.check(config)
+        return config
+    path, of_run = source(where)
+    if run.steps(workdir):
+        old = run.read_config(run.find(workdir))
+    elif of_run:
+        old = run.read_config(path)
+    else:
+        old = Config(model=open_weights(path).config)
+    model = _architecture(config.model, old.model, where)
+    config = dataclasses.replace(config, model=model)
+    if config.data.tokenizer == schema.DataConfig.tokenizer:
+        data = dataclasses.replace(config.data, tokenizer=str(path))
+        config = dataclasses.replace(config, data=data)
+    schema.check(config)
+    if config.train.with_optimizer:
+        if not of_run:
+            raise ConfigError(
+                f"train.with_optimizer=True needs a run, and train.init_from={where} is none"
+            )
+        if not run.steps(workdir):
+            _check_moments(config, old, path)
+    return config
+
+
+def source(where: str) -> tuple[pathlib.Path, bool]:
+    """What a `train.init_from` names: the path to load, and whether it is a checkpoint of a run.
+
+    Raises:
+      UserError: it is a run without that step, or without any.
+    """
+    path, step = pathlib.Path(where), None
+    if not path.exists() and (found := re.fullmatch(r"(.+)@(\d+)", where)):
+        path, step = pathlib.Path(found[1]), int(found[2])
+    if run.is_run(path):
+        return run.find(path, step), True
+    if step is not None:
+        raise UserError(f"train.init_from={where}: {path} is no run of puna, so it has no steps")
+    return path, False
+
+
+def _architecture(wanted: ModelConfig, found: ModelConfig, where: str, prefix: str = "model."):
+    """The architecture `found`, trained as `wanted` says; a key at its default says nothing."""
+    made = {}
+    for field in dataclasses.fields(found):
+        name = field.name
+        mine, theirs = getattr(wanted, name), getattr(found, name)
+        if dataclasses.is_dataclass(theirs):
+            made[name] = _architecture(mine, theirs, where, f"{prefix}{name}.")
+        elif name in _OF_TRAINING:
+            made[name] = mine
+        elif mine in (theirs, field.default):
+            made[name] = theirs
+        elif _MAY_CHANGE.fullmatch(name):
+            made[name] = mine
+        else:
+            raise ConfigError(
+                f"{prefix}{name}={mine!r} differs from {theirs!r} of train.init_from={where}; the "
+                "architecture is that of the weights: leave the key out"
+            )
+    return dataclasses.replace(found, **made)
+
+
+def _check_moments(config: Config, old: Config, path: pathlib.Path) -> None:
+    """Moments are of one update rule and of the parameters that trained."""
+    for key in ("optimizer.name", "train.trainable", "model.param_dtype"):
+        section, name = key.split(".")
+        mine, theirs = (getattr(getattr(c, section), name) for c in (config, old))
+        if mine != theirs:
+            raise ConfigError(
+                f"{key}={mine!r} must be {theirs!r}, as in {path}, where train.with_optimizer=True"
+            )
+    if not (path / "optimizer").is_dir():
+        raise ConfigError(
+            f"train.with_optimizer=True: {path} has no optimizer state; it was converted, not "
+            "trained"
+        )
+
+
+def lineage(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Where a run comes from, for its checkpoints, results and card; None if from nowhere.
+
+    Returns:
+      `base_model`, `licence` and `files` of the weights (see `licences.origin_of`), and
+      `init_from`: the path, and for a branch the step, whether moments were kept, and each key that
+      changed as [before, after].
+    """
+    where = config.train.init_from
+    if not where:
+        return None
+    if run.steps(workdir):  # as it was found when the run began
+        return run.read_meta(run.find(workdir)).get("origin")
+    path, of_run = source(where)
+    facts: dict[str, Any] = {"path": where}
+    if not of_run:
+        return open_weights(path).origin | {"init_from": facts}
+    meta = run.read_meta(path)
+    old, new = schema.flatten(meta["config"]), schema.flatten(schema.to_dict(config))
+    facts["step"] = int(path.name)
+    facts["with_optimizer"] = config.train.with_optimizer
+    facts["changed"] = {
+        key: [old.get(key), value]
+        for key, value in new.items()
+        if old.get(key) != value and not key.startswith(("train.init_from", "train.with_opt"))
+    }
+    return (meta.get("origin") or {}) | {"init_from": facts}
+
+
+def initial_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
+    """The state before the first step; weights stream straight onto the mesh.
+
+    Raises:
+      UserError: the weights cannot be read.
+    """
+    if not config.train.init_from:
+        return init_state(config, tx, mesh)
+    path, _ = source(config.train.init_from)
+    _, params = load(path, config.model.param_dtype, mesh)
+    state = state_of(config, tx, mesh, params)
+    if not config.train.with_optimizer:
+        return state
+    abstract = abstract_state(config, tx, mesh)
+    rest = {"step": abstract.step, "opt_state": abstract.opt_state}
+    moments = run.restore(path, "optimizer", rest)["opt_state"]
+    return state.replace(opt_state=_from_step_0(moments))
+
+
+def _from_step_0(opt_state):
+    """The same moments under a schedule that begins now."""
+
+    def scheduled(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def restart(x):
+        return x._replace(count=jnp.zeros_like(x.count)) if scheduled(x) else x
+
+    opt_state = jax.tree.map(restart, opt_state, is_leaf=scheduled)
+    assert isinstance(opt_state, Guard)
+    return opt_state._replace(bad=jnp.zeros_like(opt_state.bad))
