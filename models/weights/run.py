@@ -242,8 +242,8 @@ def load(path, dtype: str, mesh, step: int | None = None):
     ):
         name = sharding.path_name(path)
         # Weights of others may have several dtypes; a checksum begins with that of its array.
-        dtype = sums.get(name, x.dtype.name).partition("[")[0]
-        leaf = jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
+        stored = sums.get(name, x.dtype.name).partition("[")[0]
+        leaf = jax.ShapeDtypeStruct(x.shape, stored, sharding=place)
         (rest if name in base else trains)[tuple(name.split("/"))] = leaf
     found = restore(folder, "params", traverse_util.unflatten_dict(trains))
     if rest:
