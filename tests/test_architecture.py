@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("configs", "models", "train", "eval", "__main__")
 FOLDERS = LAYERS[:-1]
 MAX_LINES = 500
-MAX_KEYS = 100
+MAX_KEYS = 160
 
 
 def source_files():
