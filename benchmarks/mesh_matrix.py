@@ -21,7 +21,7 @@ if __name__ == "__main__":
             os.environ.get("XLA_FLAGS", ""),
             "--xla_force_host_platform_device_count=8",
             # Compiling is all of the time. The sums stay the same.
-            "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+            "--xla_backend_optimization_level=0",
         )
     )
 

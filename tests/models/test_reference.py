@@ -74,8 +74,7 @@ def assert_gradients(found, reference, tolerance=GRADIENT):
 
 def jit(function):
     # Each of these programs runs once, so time spent on making it fast is lost.
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return jax.jit(function, compiler_options=options)
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def run(config, params, tokens, positions, segments, rows=None):
