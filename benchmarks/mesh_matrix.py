@@ -14,6 +14,8 @@ import json
 import os
 import sys
 
+from puna.models import hardware
+
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = " ".join(
@@ -22,6 +24,7 @@ if __name__ == "__main__":
             "--xla_force_host_platform_device_count=8",
             # Compiling is all of the time. The sums stay the same.
             "--xla_backend_optimization_level=0",
+            *hardware.known_xla_flags("--xla_cpu_use_fusion_emitters=false"),
         )
     )
 

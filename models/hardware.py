@@ -4,6 +4,9 @@ Peak FLOP/s are dense bfloat16 of one device as JAX counts devices. A device tha
 no utilisation rather than an invented one.
 """
 
+import os
+import subprocess
+import sys
 from typing import NamedTuple
 
 _GIB = 2**30
@@ -82,3 +85,18 @@ def compilable() -> dict[str, Chip]:
 def peak_flops(device_kind: str) -> float | None:
     """Dense bfloat16 FLOP/s of a device, None where it is not known."""
     return next((c.flops for c in CHIPS.values() if device_kind in c.device_kinds), None)
+
+
+def known_xla_flags(*flags: str) -> list[str]:
+    """Those of some XLA flags (`--name=value`) that the installed jaxlib knows.
+
+    XLA ends a process whose XLA_FLAGS hold another, so a process of its own is asked; it imports
+    jaxlib alone. For whoever sets the variable, before JAX is imported.
+    """
+    code = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    environment = {**os.environ, "XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    _, _, unknown = done.stderr.partition("Unknown flag")
+    return [flag for flag in flags if flag not in unknown.split()]

@@ -6,32 +6,34 @@ JAX reads its environment when it is first imported, so this file sets it and im
 import contextlib
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from puna.models.hardware import known_xla_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before the tests could set it up"
 
-JAXLIB = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=8",
-        # Tests compile far more than they compute: twice as fast, and still the same arithmetic.
-        # The slow tests that run `puna` in a process of its own take the usual optimizations.
-        "--xla_backend_optimization_level=0",
-        # A flag that jaxlib does not know ends the process; newer ones have one way to fuse.
-        "--xla_cpu_use_fusion_emitters=false" if JAXLIB < (0, 11) else "",
-        # Eight simulated devices take turns on few cores: a late one is slow, not stuck.
-        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        *known_xla_flags(
+            "--xla_force_host_platform_device_count=8",
+            # Tests compile far more than they compute: twice as fast, and still the same
+            # arithmetic. The slow tests that run `puna` in a process of its own take the usual
+            # optimizations.
+            "--xla_backend_optimization_level=0",
+            "--xla_cpu_use_fusion_emitters=false",
+            # Eight simulated devices take turns on few cores: a late one is slow, not stuck.
+            "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+            "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        ),
     )
 ).strip()
 # Compiling is most of what the suite does. Workers, subprocesses and later runs share the results.

@@ -112,6 +112,26 @@ def test_nothing_is_imported_by_its_name_as_text():
     assert not dynamic, dynamic
 
 
+def test_no_private_module_of_others_is_imported():
+    private = [
+        f"{module}:{node.lineno}"
+        for module, path in SOURCES.items()
+        for node in ast.walk(parse(path))
+        for name in imported_names(node)
+        if any(part.startswith("_") and part[:2] != "__" for part in name.split("."))
+    ]
+    assert not private, private
+
+
+def imported_names(node):
+    """The full names that an import statement of something outside of puna brings."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
 def test_imports_name_modules_that_exist():
     unknown = [
         f"{module}:{line} imports {target}"

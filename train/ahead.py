@@ -9,6 +9,7 @@ work where there is neither. They give the program that the hardware would run. 
 purpose: the time that a step takes, of which no compiler has more than a guess.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -28,6 +29,15 @@ from . import objectives
 from .optimizer import make_optimizer
 from .state import abstract_state
 from .step import make_train_step
+
+# libtpu looks for a TPU machine around it, and for other processes that hold its chips, when it is
+# loaded; a compiler needs neither.
+_NO_TPU_MACHINE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 def devices(topology: str) -> list:
@@ -64,20 +74,29 @@ def _tpus(topology, tpu: TpuCompiler, slices, cores):
             f"to {most}"
         )
     _require("libtpu", topology, "tpu")
-    # The compiler looks for a TPU machine around it, and for other processes that hold its chips.
-    os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-    )
     dims = tpu.torus_dims
     sides = [2 ** ((power + i) // dims) for i in range(dims)]
     if chips == 4 and dims == 3:
         sides = [2, 2, 1]
     name = f"{tpu.name}:{'x'.join(map(str, sides))}"
-    found = topologies.get_topology_desc(name, "tpu", num_slices=slices)
+    with _environment(**_NO_TPU_MACHINE):
+        found = topologies.get_topology_desc(name, "tpu", num_slices=slices)
     return list(found.devices)
+
+
+@contextlib.contextmanager
+def _environment(**variables: str):
+    """Variables of this process, set for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _gpus(topology, chip: Chip, count):

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ...configs.errors import UserError
+from . import cluster
 from .roll_call import Peers, roll_call
 
 _peers: Peers | None = None
@@ -44,9 +45,10 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1, fa
             raise UserError(
                 "--coordinator, --num_processes and --process_id must be given together"
             )
-        coordinator, num_processes, process_id = _cluster(timeout)
-        if num_processes <= 1:
+        place = cluster.find()
+        if place is None or place.num_processes <= 1:
             return
+        coordinator, num_processes, process_id = place
     if process_id >= num_processes:
         raise UserError(f"--process_id={process_id} must be below --num_processes={num_processes}")
     global _peers
@@ -68,15 +70,6 @@ def join(coordinator: str = "", num_processes: int = 0, process_id: int = -1, fa
     if is_first():
         kind = jax.devices()[0].device_kind
         print(f"{num_processes} processes of {here[0]} devices each ({kind})", flush=True)
-
-
-def _cluster(timeout: int) -> tuple[str, int, int]:
-    """What the cluster says, as JAX reads it; ("", 1, 0) outside of any."""
-    from jax._src.clusters import ClusterEnv
-
-    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
-    coordinator, num_processes, process_id, _ = found
-    return coordinator or "", num_processes or 1, process_id or 0
 
 
 def _about(facts) -> dict:

@@ -4,11 +4,13 @@ The slow tests run the README's commands. They need a compiler of an extra, neve
 `libtpu` is in [tpu], which `make slow` installs; `make .cache/cuda` brings that of [cuda] alone.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,25 @@ def test_a_missing_compiler_says_what_to_install(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"{topology} needs its compiler.*{extra}"):
         ahead.devices(topology)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_variables_of_the_tpu_compiler_are_set_while_it_is_loaded_only(monkeypatch, fails):
+    monkeypatch.setattr(ahead, "_require", lambda *_: None)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "mine")
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    before, seen = dict(os.environ), []
+
+    def describe(*_, **__):
+        seen.append((os.environ["TPU_SKIP_MDS_QUERY"], os.environ["TPU_WORKER_HOSTNAMES"]))
+        if fails:
+            raise RuntimeError("the compiler is broken")
+        return types.SimpleNamespace(devices=[])
+
+    monkeypatch.setattr(ahead.topologies, "get_topology_desc", describe)
+    with pytest.raises(RuntimeError) if fails else contextlib.nullcontext():
+        ahead.devices("v5p-8")
+    assert seen == [("1", "localhost")] and dict(os.environ) == before
 
 
 @pytest.mark.parametrize(
