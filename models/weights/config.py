@@ -1,10 +1,9 @@
 """Hugging Face `config.json` <-> `ModelConfig`, for Llama 1-3.3 and Llama 4.
 
 Names, defaults and meaning are those of `LlamaConfig`, `Llama4TextConfig` and `Llama4Config` in
-transformers 5.23; older files are read too. Every key is mapped, has one value that puna can
-honour, or is known not to touch the numbers; any other key is refused by its name.
-Only the text model is mapped here: the vision keys of a `llama4` file are left for the image
-encoder's own mapping.
+transformers 5.23; older files are read too. Every key is mapped, or cannot change a number
+(`keys.py`), or is refused by its name. Only the text model is mapped here: the vision keys of a
+`llama4` file are left for the image encoder's own mapping.
 """
 
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
+from . import keys
 
 LLAMA = "llama"
 LLAMA4 = "llama4_text"
@@ -72,7 +72,14 @@ _DEFAULTS = {  # of the configuration classes
     },
 }
 _READ = {  # keys that functions below read, besides the fields
-    LLAMA: {"head_dim", "num_key_value_heads", "rope_parameters", "rope_scaling", "rope_theta"},
+    LLAMA: {
+        "head_dim",
+        "num_key_value_heads",
+        "original_max_position_embeddings",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+    },
     LLAMA4: {
         "attention_chunk_size",
         "attn_scale",
@@ -85,6 +92,7 @@ _READ = {  # keys that functions below read, besides the fields
         "no_rope_layer_interval",
         "no_rope_layers",
         "num_key_value_heads",
+        "original_max_position_embeddings",
         "rope_parameters",
         "rope_scaling",
         "rope_theta",
@@ -92,78 +100,6 @@ _READ = {  # keys that functions below read, besides the fields
 }
 
 _NULLABLE = {"attention_chunk_size", "head_dim", "num_key_value_heads"}
-
-# Keys with values that puna can honour: those values, and why no other.
-_ONLY = {
-    "add_cross_attention": ((False,), "puna's text models are decoders"),
-    "attention_bias": ((False,), "no Llama has biases"),
-    "attention_dropout": ((0,), "puna has no dropout; set it to 0 to load the weights"),
-    "chunk_size_feed_forward": ((0,), "it does not exist in any Llama"),
-    "hidden_act": (("silu", "swish"), "every Llama is SwiGLU"),
-    "is_decoder": ((False, True), "puna's text models are decoders"),
-    "is_encoder_decoder": ((False,), "puna's text models are decoders"),
-    "mlp_bias": ((False,), "no Llama has biases"),
-    "partial_rotary_factor": ((1, None), "RoPE turns the whole head"),
-    "per_layer_config": ((None, {}), "every layer of a Llama has one shape"),
-    "quantization_config": ((None,), "load the unquantized weights"),
-    "router_jitter_noise": ((0,), "puna's router has no noise"),
-    "sliding_window": ((None,), "no Llama has a sliding window"),
-    "use_sliding_window": ((False,), "no Llama has a sliding window"),
-}
-
-# Keys that do not change what the network computes: bookkeeping, generation, training.
-_HARMLESS = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "attn_implementation",
-    "begin_suppress_tokens",
-    "bos_token_id",
-    "cache_implementation",
-    "decoder_start_token_id",
-    "do_sample",
-    "dtype",
-    "eos_token_id",
-    "experts_implementation",
-    "finetuning_task",
-    "for_llm_compressor",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_length",
-    "max_sequence_length",
-    "min_length",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "pruned_heads",
-    "repetition_penalty",
-    "return_dict",
-    "router_aux_loss_coef",  # no public code reads it; puna's own is load_balance_weight
-    "sep_token_id",
-    "suppress_tokens",
-    "task_specific_params",
-    "temperature",
-    "tie_encoder_decoder",
-    "tokenizer_class",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-}
 
 # The level of a multimodal file that holds the text model and the image encoder.
 _MULTIMODAL = {
@@ -214,8 +150,8 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"config.json: model_type={kind!r} must be one of llama, llama4_text, llama4"
         )
-    _check_keys(values, set(_FIELDS[kind]) | set(_EXPERT_FIELDS if kind == LLAMA4 else ())
-                | _READ[kind])  # fmt: skip
+    mapped = set(_FIELDS[kind]) | set(_EXPERT_FIELDS if kind == LLAMA4 else ()) | _READ[kind]
+    keys.check(values, mapped)
     get = _Reader(values, _DEFAULTS[kind])
     made = {field: get(key) for key, field in _FIELDS[kind].items()}
     made["norm_eps"] = float(made["norm_eps"])
@@ -301,6 +237,8 @@ class _Reader:
         value = self.values.get(key, default)
         if default is None or (value is None and key in _NULLABLE):
             return value
+        if value is None and default is False:
+            return False
         if type(value) is type(default) or (type(default) is float and type(value) is int):
             return value
         if key == "attn_temperature_tuning" and isinstance(value, int):
@@ -314,9 +252,7 @@ def _or(value, default):
 
 def _text_of(config_json):
     """The text model's part of a multimodal file, with what the outer level says about it."""
-    for key, value in config_json.items():
-        if key not in _MULTIMODAL:
-            _check_keys({key: value}, set())
+    keys.check(config_json, _MULTIMODAL)
     text = config_json.get("text_config") or {}
     if text.get("model_type", LLAMA4) != LLAMA4:
         raise UserError(
@@ -324,26 +260,6 @@ def _text_of(config_json):
         )
     # transformers ties by the inner flag; the outer one speaks where that is silent.
     return {"tie_word_embeddings": config_json.get("tie_word_embeddings", False)} | dict(text)
-
-
-def _check_keys(values, known):
-    for key, value in values.items():
-        if key in known or key in _HARMLESS:
-            continue
-        if key not in _ONLY:
-            raise UserError(
-                f"config.json: {key}={_short(value)} is not a key that puna knows for a Llama; "
-                "remove it if the weights do not depend on it"
-            )
-        allowed, why = _ONLY[key]
-        if value not in allowed:
-            wanted = " or ".join(repr(a) for a in allowed)
-            raise UserError(f"config.json: {key}={_short(value)} must be {wanted}: {why}")
-
-
-def _short(value):
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _rope(values, get, max_positions):
@@ -356,19 +272,24 @@ def _rope(values, get, max_positions):
     kind = rope.pop("rope_type", None)
     kind = _or(kind, rope.pop("type", "default"))
     rope.pop("type", None)
-    made = {"rope_theta": _number("rope_theta", rope.pop("rope_theta", get("rope_theta")))}
+    theta = rope.pop("rope_theta") if "rope_theta" in rope else get("rope_theta")
+    made = {"rope_theta": _number("rope_theta", theta)}
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise UserError(f"config.json: {name}.partial_rotary_factor must be 1")
+    if kind == "linear" and rope.get("factor") == 1:
+        kind = "default"
     if kind not in ("default", "llama3"):
         raise UserError(f"config.json: {name}.rope_type={kind!r} must be default or llama3")
     allowed = _LLAMA3_ROPE if kind == "llama3" else {}
     for key, value in rope.items():
-        if key not in allowed:
+        if key not in allowed and not keys.changes_nothing(key, value):
             raise UserError(
-                f"config.json: {name}.{key}={_short(value)} is not a key of rope_type={kind}"
+                f"config.json: {name}.{key}={keys.short(value)} is not a key of rope_type={kind}"
             )
     if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", max_positions)
+        old_context = "original_max_position_embeddings"
+        # In transformers the one outside wins.
+        rope[old_context] = _or(values.get(old_context), rope.get(old_context, max_positions))
         for key, field in _LLAMA3_ROPE.items():
             if key not in rope:
                 raise UserError(f"config.json: {name}.{key} is missing, rope_type=llama3 needs it")
@@ -379,7 +300,7 @@ def _rope(values, get, max_positions):
 
 def _number(key, value):
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"config.json: {key}={_short(value)} must be a number")
+        raise UserError(f"config.json: {key}={keys.short(value)} must be a number")
     return float(value)
 
 
@@ -431,7 +352,9 @@ def _interval(key, layers, num_layers):
         return 0
     n = layers[0] + 1
     if layers != list(range(n - 1, num_layers, n)):
-        raise UserError(f"config.json: {key} must repeat every n-th layer, not {_short(layers)}")
+        raise UserError(
+            f"config.json: {key} must repeat every n-th layer, not {keys.short(layers)}"
+        )
     return n
 
 

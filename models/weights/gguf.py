@@ -14,7 +14,7 @@ import numpy as np
 from ...configs import schema
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
-from . import gguf_files, huggingface, licences
+from . import gguf_files, huggingface, keys, licences
 from .gguf_files import is_gguf
 from .huggingface import Row
 from .safetensors_files import check_depth
@@ -52,14 +52,6 @@ _READ = {
     "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon",
     "attention.value_length", "rope.dimension_count", "rope.freq_base", "vocab_size",
 }  # fmt: skip
-# Values of other keys that change nothing.
-_ONLY = {
-    "expert_count": (0,),
-    "expert_used_count": (0,),
-    "rope.scaling.type": ("none",),
-    "attention.causal": (True,),
-    "use_parallel_residual": (False,),
-}
 
 
 def leaves(config: ModelConfig) -> dict[str, huggingface.Leaf]:
@@ -106,7 +98,7 @@ def _alone(path: pathlib.Path) -> bool:
 def _config(path, metadata, tensors: dict[str, Tensor]) -> ModelConfig:
     own = {k.removeprefix("llama."): v for k, v in metadata.items() if k.startswith("llama.")}
     for key, value in own.items():
-        if key not in _SIZES and key not in _READ and value not in _ONLY.get(key, ()):
+        if key not in _SIZES and key not in _READ and not keys.says_nothing(key, value):
             raise UserError(
                 f"{path}: llama.{key}={str(value)[:60]} is not something puna can honour"
             )

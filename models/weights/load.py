@@ -59,17 +59,22 @@ def open_weights(path) -> Weights:
         if gguf.is_gguf(path):
             return gguf.open_file(path)
         raise UserError(f"{path}: is not a GGUF file; other formats are given as their directory")
-    if (path / "config.json").exists():
-        from . import safetensors_files
+    from . import meta, safetensors_files
 
+    # A folder may hold several formats: what is whole comes first.
+    ggufs = sorted(path.glob("*.gguf"))
+    if safetensors_files.is_whole(path):
+        return safetensors_files.open_directory(path)
+    if meta.is_whole(path):
+        return meta.open_directory(path)
+    if len(ggufs) == 1:
+        return open_weights(ggufs[0])
+    if len(ggufs) > 1:
+        raise UserError(f"{path}: holds {len(ggufs)} GGUF files: give one of them, as {ggufs[0]}")
+    if (path / "config.json").exists():
         return safetensors_files.open_directory(path)
     if (path / "params.json").exists() or list(path.glob("consolidated*.pth")):
-        from . import meta
-
         return meta.open_directory(path)
-    found = sorted(path.glob("*.gguf"))
-    if len(found) == 1:
-        return open_weights(found[0])
     raise UserError(
         f"{path}: is neither a run of puna (no {run.CHECKPOINTS} folder), a Hugging Face directory "
         "(no config.json), a Meta directory (no params.json) nor a GGUF file"

@@ -14,7 +14,7 @@ from typing import Any
 from ...configs import schema
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
-from . import huggingface, licences, torch_files
+from . import huggingface, keys, licences, torch_files
 from .huggingface import Row
 from .safetensors_files import check_depth, read_json, same
 from .tensors import Joined, Part, Weights, check, warn
@@ -61,6 +61,8 @@ _IGNORED = re.compile(
     r"|expert_activation_DE)|.*\._extra_state)"
 )
 _VISION = re.compile(r"vision_(embeddings|projection)\.")
+# Width and depth of the text models of Llama 3.2.
+_LLAMA32 = {(2048, 16), (3072, 28)}
 _HARMLESS = {"max_batch_size", "max_seq_len", "model_parallel_size", "vision_args"}
 _KEYS = {
     "attention_chunk_size", "attn_scale", "attn_temperature_tuning", "dim", "ffn_dim_multiplier",
@@ -68,6 +70,11 @@ _KEYS = {
     "n_layers", "nope_layer_interval", "norm_eps", "rope_high_freq_factor", "rope_scaling_factor",
     "rope_theta", "use_qk_norm", "use_scaled_rope", "vocab_size",
 }  # fmt: skip
+
+
+def is_whole(path: pathlib.Path) -> bool:
+    """Whether a directory has both params.json and weights."""
+    return (path / "params.json").is_file() and bool(list(path.glob("consolidated*.pth")))
 
 
 def open_directory(path: pathlib.Path) -> Weights:
@@ -109,7 +116,13 @@ def leaves(config: ModelConfig) -> dict[str, huggingface.Leaf]:
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
     single = path / "consolidated.pth"
-    found = [single] if single.exists() else sorted(path.glob("consolidated.*.pth"))
+    found = sorted(path.glob("consolidated.*.pth"))
+    if single.exists():
+        if found:
+            raise UserError(
+                f"{path}: has both {single.name} and {found[0].name}; keep those of one model"
+            )
+        found = [single]
     wanted = [path / f"consolidated.{i:02}.pth" for i in range(len(found))]
     if not found:
         raise UserError(f"{path}: has params.json but no consolidated.00.pth")
@@ -136,7 +149,7 @@ def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
     """Map params.json, whose unknown keys are refused; a few facts stand in the tensors only."""
     where = path / "params.json"
     for key, value in params.items():
-        if key not in _KEYS | _HARMLESS and value is not None:
+        if key not in _KEYS | _HARMLESS and not keys.says_nothing(key, value):
             raise UserError(f"{where}: {key}={str(value)[:60]} is not a key that puna knows")
 
     def get(key, kind, default: Any = None) -> Any:
@@ -174,9 +187,11 @@ def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
     if not tied and ranks == 1:  # Llama 3.2 writes the one table twice
         tied = same(parts["output.weight"][0], parts["tok_embeddings.weight"][0])
     if scaled:
-        # Of the dense ones only Llama 3.2's text models are tied, and only they scale by 32; their
-        # params.json does not say so, the published Hugging Face configurations do.
-        factor = 16.0 if moe is not None else 32.0 if tied else 8.0
+        # Of the dense ones only Llama 3.2's text models scale by 32; their params.json does not say
+        # so, the published Hugging Face configurations do. They are known by the one table, and by
+        # their sizes where training has taken it apart.
+        small = tied or (dim, fields["num_layers"]) in _LLAMA32
+        factor = 16.0 if moe is not None else 32.0 if small else 8.0
         fields["rope_scaling_factor"] = get("rope_scaling_factor", float, factor)
         high = 1.0 if moe is not None else 4.0
         fields["rope_high_freq_factor"] = get("rope_high_freq_factor", float, high)

@@ -4,6 +4,7 @@ Nothing in a file is trusted: `safetensors` checks each header against the file'
 shard names may not leave the directory.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,13 +14,18 @@ import numpy as np
 from ...configs import schema
 from ...configs.errors import UserError
 from . import config as hf_config
-from . import huggingface, licences, vision_table
+from . import huggingface, keys, licences, vision_table
 from .tensors import BFLOAT16, File, Mapped, Weights, check, warn
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_JSON = 256 * 2**20
+# What may hold the weights of a model in such a directory, read or not.
+_WEIGHTS = re.compile(
+    r".*\.safetensors(\.index\.json)?|(pytorch_|adapter_)model.*\.bin(\.index\.json)?"
+    r"|consolidated.*\.pth|.*\.gguf|tf_model.*\.h5|flax_model.*\.msgpack"
+)
 # Old exports carry the RoPE frequencies of each layer; config.json has them too.
 _ROPE = re.compile(r"(language_model\.)?model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -51,6 +57,12 @@ def _no_duplicates(pairs):
     return found
 
 
+def is_whole(path: pathlib.Path) -> bool:
+    """Whether a directory has both config.json and safetensors."""
+    has = {name for name in ("config.json", SINGLE, INDEX) if (path / name).is_file()}
+    return "config.json" in has and len(has) > 1
+
+
 def open_directory(path: pathlib.Path) -> Weights:
     """Open a Hugging Face directory and compare its tensors with its config.json.
 
@@ -69,14 +81,30 @@ def open_directory(path: pathlib.Path) -> Weights:
         if values.get("vision_config") or any(n.startswith("vision_model.") for n in tensors):
             fields["vision"] = _fields(path / "config.json", vision_table.from_hf, values)
     model = schema.from_dict(fields, schema.ModelConfig, "model.")
+    for level in (values, values.get("text_config"), values.get("vision_config")):
+        for note in keys.notes(level or {}):
+            warn(f"{path}: {note}")
     check_depth(path, model, tensors)
-    table = huggingface.leaves(model, prefix, kind) | vision_table.leaves(model)
     ignored = {name for name in tensors if _ROPE.fullmatch(name)}
     head, embedding = prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"
+    if not model.tie_embeddings and embedding in tensors and head not in tensors:
+        raise UserError(
+            f"{path}: tensor {head} is missing; where it is the embedding, config.json must say "
+            "tie_word_embeddings=true"
+        )
     if model.tie_embeddings and head in tensors:
-        ignored.add(head)
-        if embedding in tensors and not same(tensors[head], tensors[embedding]):
-            warn(f"{path}: {head} differs from the embedding that config.json ties it to; left out")
+        # As transformers does it: what is in the file counts.
+        if embedding not in tensors:
+            tensors[embedding] = tensors.pop(head)
+        elif same(tensors[head], tensors[embedding]):
+            ignored.add(head)
+        else:
+            warn(
+                f"{path}: {head} differs from the embedding that config.json ties it to; the file "
+                "counts: the model is loaded as one that is not tied"
+            )
+            model = dataclasses.replace(model, tie_embeddings=False)
+    table = huggingface.leaves(model, prefix, kind) | vision_table.leaves(model)
     check(path, table, tensors, ignored)
     return Weights(model, table, tensors, licences.origin_of(path, values))
 
@@ -108,41 +136,46 @@ def check_depth(path, config, tensors) -> None:
 
 
 def same(a, b) -> bool:
-    """Whether two tensors hold the same bytes, read a few rows at a time."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    """Whether two tensors hold the same numbers, read a few rows at a time."""
+    if a.shape != b.shape:
         return False
     rows = max(1, 2**22 // max(1, int(np.prod(a.shape[1:]))))
     rest = (slice(None),) * (len(a.shape) - 1)
     for start in range(0, a.shape[0], rows):
         index = (slice(start, start + rows), *rest)
-        if a[index].tobytes() != b[index].tobytes():
+        one, other = a[index], b[index]
+        if a.dtype == b.dtype and one.tobytes() == other.tobytes():
+            continue  # NaN too
+        if not np.array_equal(one.astype(np.float32), other.astype(np.float32)):
             return False
     return True
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Mapped]:
-    """The tensors of all safetensors files of a directory, by name.
+    """The tensors of the safetensors files of a directory, by name.
+
+    As in transformers, a whole `model.safetensors` counts where there is an index too. What may
+    hold weights and is not read is named on standard error.
 
     Raises:
       UserError: a shard is missing, damaged or named outside the directory, an index that is not
         true, a tensor that stands in two shards.
     """
-    if (path / INDEX).exists():
-        place = read_json(path / INDEX).get("weight_map")
-        if not isinstance(place, dict) or not all(isinstance(v, str) for v in place.values()):
-            raise UserError(f"{path / INDEX}: weight_map must be an object of file names")
-        shards = sorted(set(place.values()))
-        for shard in shards:
-            if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard):
-                raise UserError(
-                    f"{path / INDEX}: shard {shard!r} must be the plain name of a .safetensors file"
-                )
-            if not (path / shard).is_file():
-                raise UserError(f"{path / INDEX}: names {shard}, which is missing")
-    elif (path / SINGLE).exists():
+    if (path / SINGLE).is_file():
         place, shards = None, [SINGLE]
+    elif (path / INDEX).is_file():
+        place = _read_index(path)
+        shards = sorted(set(place.values()))
     else:
-        raise UserError(f"{path}: has neither {SINGLE} nor {INDEX}; only safetensors are read")
+        others = _weights_of(path)
+        raise UserError(
+            f"{path}: has neither {SINGLE} nor {INDEX}; only safetensors are read"
+            + (f": save {others[0]} as such with transformers' save_pretrained" if others else "")
+        )
+    read = INDEX if place else SINGLE
+    if others := [name for name in _weights_of(path) if name not in {read, *shards}]:
+        more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+        warn(f"{path}: {read} is read; ignored beside it: {', '.join(others[:4])}{more}")
     tensors: dict[str, Mapped] = {}
     for shard in shards:
         for name, tensor in open_file(path / shard).items():
@@ -154,6 +187,26 @@ def open_tensors(path: pathlib.Path) -> dict[str, Mapped]:
     if place is not None and (gone := sorted(place.keys() - tensors.keys())):
         raise UserError(f"{path / place[gone[0]]}: lacks tensor {gone[0]}, which {INDEX} names")
     return tensors
+
+
+def _read_index(path: pathlib.Path) -> dict[str, str]:
+    """The shard of each tensor."""
+    place = read_json(path / INDEX).get("weight_map")
+    if not isinstance(place, dict) or not all(isinstance(v, str) for v in place.values()):
+        raise UserError(f"{path / INDEX}: weight_map must be an object of file names")
+    for shard in sorted(set(place.values())):
+        if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard):
+            raise UserError(
+                f"{path / INDEX}: shard {shard!r} must be the plain name of a .safetensors file"
+            )
+        if not (path / shard).is_file():
+            raise UserError(f"{path / INDEX}: names {shard}, which is missing")
+    return place
+
+
+def _weights_of(path: pathlib.Path) -> list[str]:
+    """Names of the files that may hold the weights of a model."""
+    return sorted(p.name for p in path.iterdir() if _WEIGHTS.fullmatch(p.name) and p.is_file())
 
 
 def open_file(path: pathlib.Path) -> dict[str, Mapped]:

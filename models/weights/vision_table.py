@@ -11,6 +11,7 @@ from typing import Any
 
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig, VisionConfig
+from . import keys
 from .huggingface import Leaf, Row, Source
 
 
@@ -102,15 +103,18 @@ _FIELDS = {
 }
 # Keys that may have one value only: that value. No code of Llama 4 reads any other norm_eps.
 _ONLY = {
-    "attention_dropout": 0.0,
     "hidden_act": "gelu",
     "multi_modal_projector_bias": False,
     "norm_eps": 1e-5,
     "num_channels": 3,
     "pixel_shuffle_ratio": 0.5,
-    "projector_dropout": 0.0,
     "vision_feature_select_strategy": "default",
 }
+_DROPOUT = {"attention_dropout": 0.0, "projector_dropout": 0.0}
+_READ = {
+    "projector_input_dim", "rope_parameters", "rope_theta", "vision_feature_layer",
+    "vision_output_dim",
+}  # fmt: skip
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _IMAGE_TOKEN = 200092
 
@@ -125,9 +129,12 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = config_json.get("vision_config") or {}
     made = {field: values.get(key, default) for key, (field, default) in _FIELDS.items()}
+    keys.check(values, {*_FIELDS, *_ONLY, *_READ}, "vision_config.")
     for key, wanted in _ONLY.items():
         if values.get(key, wanted) != wanted:
             raise UserError(f"config.json: vision_config.{key}={values[key]!r} must be {wanted!r}")
+    if values.get("vision_feature_layer", -1) != -1:
+        raise UserError("config.json: vision_config.vision_feature_layer must be -1")
     rope = values.get("rope_parameters") or {"rope_theta": values.get("rope_theta", 10000)}
     if _ROPE | dict(rope) != _ROPE:
         raise UserError(f"config.json: vision_config.rope_parameters={rope!r} must be {_ROPE!r}")
@@ -165,5 +172,5 @@ def to_hf(config: VisionConfig) -> dict[str, Any]:
     vision = {"model_type": "llama4_vision_model", "rope_parameters": dict(_ROPE)}
     return {
         "image_token_index": config.token_id,
-        "vision_config": values | widths | _ONLY | vision,
+        "vision_config": values | widths | _ONLY | _DROPOUT | vision,
     }

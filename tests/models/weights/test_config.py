@@ -65,6 +65,24 @@ MAPPED = {
                                  "high_freq_factor": 4}},
         SCALED | {"rope_original_positions": 131072},
     ),
+    "rope_theta null beside rope_parameters": (
+        LLAMA, {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+        {"rope_theta": 7.0},
+    ),
+    "the old context outside": (
+        LLAMA, {"rope_scaling": LLAMA3_ROPE | {"rope_type": "llama3"},
+                "original_max_position_embeddings": 4096},
+        SCALED | {"rope_original_positions": 4096},
+    ),
+    "linear by 1": (
+        LLAMA, {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling_factor": 1.0, "rope_theta": 5e5},
+    ),
+    "unused keys of rope": (
+        LLAMA, {"rope_parameters": {"rope_type": "default", "mrope_section": [], "factor": 1.0}},
+        {"rope_theta": 5e5},
+    ),
+    "tied null": (LLAMA, {"tie_word_embeddings": None}, {"tie_embeddings": False}),
     "rope_scaling null": (LLAMA, {"rope_scaling": None}, {"rope_scaling_factor": 1.0}),
     "bookkeeping": (
         LLAMA, {"pretraining_tp": 2, "torch_dtype": "bfloat16", "eos_token_id": [1, 2],
@@ -154,7 +172,6 @@ REFUSED = {
     "activation": (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "attention bias": (LLAMA, {"attention_bias": True}, "attention_bias=True"),
     "mlp bias": (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
-    "dropout": (LLAMA, {"attention_dropout": 0.1}, "attention_dropout=0.1"),
     "sliding window": (LLAMA, {"sliding_window": 4096}, "sliding_window=4096"),
     "quantized": (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
     "layers of several shapes": (LLAMA, {"per_layer_config": {"0": {}}}, "per_layer_config"),
@@ -168,7 +185,7 @@ REFUSED = {
     "rope layers cut short": (LLAMA4, {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers has 4"),
     "moe layers without a pattern": (LLAMA4, {"moe_layers": [0, 5]}, "moe_layers"),
     "moe layers that stop": (LLAMA4, {"moe_layers": [1, 3]}, "moe_layers"),
-    "jitter": (LLAMA4, {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    "rope_theta null alone": (LLAMA, {"rope_theta": None}, "rope_theta=None"),
     "sliding layers": (
         LLAMA4, {"layer_types": ["sliding_attention"] * 48}, "layer_types must say"
     ),

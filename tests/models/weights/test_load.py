@@ -1,6 +1,7 @@
 """From Hugging Face files onto devices: the right numbers, split, cast, and read once."""
 
 import dataclasses
+import json
 import os
 
 import jax
@@ -12,6 +13,7 @@ import puna
 from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.models.parallel import sharding
+from puna.models.release.convert import convert
 from puna.models.weights import huggingface, placing, tensors
 from puna.models.weights.load import open_weights
 
@@ -116,11 +118,88 @@ def test_every_other_name_of_the_same_model(files, tiny, tmp_path):
     assert_same(params, huggingface.to_puna(scout, weights))
 
 
-def test_a_tied_head_that_differs_is_said(files, tiny, tmp_path, capsys):
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_a_head_of_its_own_counts_whatever_the_config_says(files, tiny, tmp_path, capsys, prefix):
+    """As in transformers; and it is the same model after a release and as a run."""
+    if prefix:
+        config = files.model_config(files.SCOUT)
+        config_json = files.hf_table(config)[1] | {"tie_word_embeddings": True}
+        tied_json = {"model_type": "llama4", "text_config": config_json}
+        weights = files.random_tensors(files.hf_shapes(config))
+    else:
+        config, config_json, weights = tiny
+        tied_json = config_json | {"tie_word_embeddings": True}
+    named = {prefix + n: w for n, w in weights.items()}
+    path = files.write_hf(tmp_path / "model", tied_json, named)
+    model, params = puna.load(path)
+    assert f"{prefix}lm_head.weight differs from the embedding" in capsys.readouterr().err
+    assert not model.config.tie_embeddings
+    assert_same(params, huggingface.to_puna(config, weights))
+    for to in ("hf", "puna"):
+        convert(path, tmp_path / to, to=to)
+        again, found = puna.load(tmp_path / to)
+        assert not again.config.tie_embeddings
+        assert_same(found, huggingface.to_puna(config, weights))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("stored", [EMBEDDING, HEAD, "both"])
+def test_tied_is_tied_whichever_is_stored(files, tiny, tmp_path, capsys, stored, dtype):
+    config, config_json, weights = tiny
+    table = weights[EMBEDDING].astype(jnp.bfloat16)
+    rest = {n: w for n, w in weights.items() if n not in (HEAD, EMBEDDING)}
+    # Equal numbers of two dtypes are equal.
+    have = {EMBEDDING: table, HEAD: table.astype(dtype)}
+    have = have if stored == "both" else {stored: have[stored]}
+    path = files.write_hf(tmp_path, config_json | {"tie_word_embeddings": True}, rest | have)
+    model, params = puna.load(path)
+    assert model.config.tie_embeddings and "unembed" not in params and not capsys.readouterr().err
+    np.testing.assert_array_equal(params["embed"]["table_VD"], table.astype(np.float32))
+
+
+def test_no_head_where_the_config_has_one(files, tiny, tmp_path):
+    """transformers makes one up, at random."""
     _, config_json, weights = tiny
-    path = files.write_hf(tmp_path, config_json | {"tie_word_embeddings": True}, weights)
-    puna.load(path)
-    assert "lm_head.weight differs from the embedding" in capsys.readouterr().err
+    weights = {n: w for n, w in weights.items() if n != HEAD}
+    with pytest.raises(UserError, match="lm_head.weight is missing.* tie_word_embeddings=true"):
+        puna.load(files.write_hf(tmp_path, config_json, weights))
+
+
+def test_of_two_formats_in_a_folder_the_whole_one(files, tiny, tmp_path, capsys):
+    config, config_json, weights = tiny
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="only safetensors are read: save pytorch_model.bin as"):
+        puna.load(tmp_path)
+    for i in range(2):
+        (tmp_path / f"{i}.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="holds 2 GGUF files: give one of them"):
+        puna.load(tmp_path)
+    params = {
+        "dim": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 64,
+        "multiple_of": 8, "ffn_dim_multiplier": 0.38, "norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+    }  # fmt: skip
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    (tmp_path / "consolidated.00.pth").write_bytes(
+        files.torch_bytes(files.to_meta(config, weights))
+    )
+    _, found = puna.load(tmp_path)
+    assert_same(found, huggingface.to_puna(config, weights))
+    assert not capsys.readouterr().err
+    other = {n: w + 1 for n, w in weights.items()}
+    files.write_hf(tmp_path, config_json, other)
+    _, found = puna.load(tmp_path)
+    assert_same(found, huggingface.to_puna(config, other))
+    ignored = "0.gguf, 1.gguf, consolidated.00.pth, pytorch_model.bin"
+    assert f"model.safetensors is read; ignored beside it: {ignored}\n" in capsys.readouterr().err
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "consolidated.pth").write_bytes(b"x")
+    with pytest.raises(UserError, match="has both consolidated.pth and consolidated.00.pth"):
+        puna.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])
@@ -173,3 +252,38 @@ def test_a_split_that_does_not_fit_is_an_error(files, tiny, tmp_path):
     path = files.write_hf(tmp_path, config_json, weights)
     with pytest.raises(UserError, match="must be a multiple of mesh.tensor=8"):
         puna.load(path, mesh=mesh(tensor=8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["written twice", "a head of its own", "only the head"])
+def test_logits_are_those_of_transformers(tmp_path, case):
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    def save(seed, **options):
+        torch.manual_seed(seed)
+        sizes = {
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        }  # fmt: skip
+        config = LlamaConfig(**sizes, tie_word_embeddings=case != "written twice")
+        LlamaForCausalLM(config).save_pretrained(tmp_path, **options)
+
+    if case == "written twice":
+        save(0, max_shard_size="20KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+    save(1)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    if case == "a head of its own":
+        tensors[HEAD] = torch.flip(tensors[EMBEDDING], (0,))
+    if case == "only the head":
+        tensors[HEAD] = tensors.pop(EMBEDDING)
+    save_file(tensors, file, {"format": "pt"})
+    ids = torch.arange(1, 20)[None]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(tmp_path).eval()(ids).logits.numpy()
+    model, params = puna.load(tmp_path)
+    found = model.apply({"params": params}, ids.numpy()).logits_BTV
+    np.testing.assert_allclose(found, wanted, atol=2e-5)

@@ -12,6 +12,7 @@ import pytest
 import puna
 from puna.configs.errors import UserError
 from puna.models.weights import huggingface, torch_files
+from puna.models.weights import meta as meta_files
 from puna.models.weights.load import open_weights
 
 PARAMS = {
@@ -78,7 +79,7 @@ def config_of(files, tmp_path, params, tensors):
     return open_weights(write_meta(files, tmp_path, params, [tensors])).config
 
 
-def test_params_json_of_every_generation(files, tiny, tmp_path):
+def test_params_json_of_every_generation(files, tiny, tmp_path, monkeypatch):
     config, _, hf = tiny
     meta = files.to_meta(config, hf)
     old = {k: v for k, v in PARAMS.items() if k not in ("rope_theta", "vocab_size")}
@@ -91,6 +92,10 @@ def test_params_json_of_every_generation(files, tiny, tmp_path):
     tied = meta | {"output.weight": meta["tok_embeddings.weight"]}
     made = config_of(files, tmp_path / "3.2", scaled, tied)
     assert made.rope_scaling_factor == 32.0 and made.tie_embeddings
+    # Training has given a Llama 3.2 a head of its own: its RoPE stays what it is.
+    monkeypatch.setattr(meta_files, "_LLAMA32", {(32, 3)})
+    made = config_of(files, tmp_path / "3.2 trained", scaled, meta)
+    assert made.rope_scaling_factor == 32.0 and not made.tie_embeddings
     extra = meta | {"rope.freqs": np.ones(4, np.float32)}
     assert config_of(files, tmp_path / "freqs", PARAMS, extra).num_layers == 3
 

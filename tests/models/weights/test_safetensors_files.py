@@ -12,6 +12,7 @@ import pytest
 from puna import __main__ as cli
 from puna.configs.errors import UserError
 from puna.models.weights.load import open_weights
+from puna.models.weights.safetensors_files import open_tensors
 
 NORM = "model.norm.weight"
 INDEX = "model.safetensors.index.json"
@@ -177,6 +178,44 @@ INDICES = {
         lambda folder, place: {"weight_map": place | {"x": place[NORM]}}, "lacks tensor x"
     ),
 }  # fmt: skip
+
+
+def read_back(folder):
+    return {n: t[(slice(None),) * len(t.shape)] for n, t in open_tensors(folder).items()}
+
+
+@pytest.mark.parametrize("gone", ["", "model-*", "*.index.json"])
+def test_a_whole_file_counts_over_an_index(files, tiny, tmp_path, capsys, gone):
+    """As in transformers: a model saved again, whole, into the folder of its shards."""
+    _, config_json, old = tiny
+    files.write_hf(tmp_path, config_json, old, shards=3)
+    new = {n: w + 1 for n, w in old.items()}
+    files.write_hf(tmp_path, config_json, new)
+    (tmp_path / INDEX).write_text("{")  # not even looked at
+    for file in tmp_path.glob(gone) if gone else ():
+        file.unlink()
+    found = read_back(tmp_path)
+    assert all(np.array_equal(found[n], new[n]) for n in new) and found.keys() == new.keys()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "model.safetensors is read; ignored beside it: " in said
+    assert (INDEX in said) == (gone != "*.index.json")
+    assert ("model-00001-of-00003.safetensors" in said) == (gone != "model-*")
+
+
+def test_shards_of_another_count_are_named(files, tiny, tmp_path, capsys):
+    _, config_json, weights = tiny
+    files.write_hf(tmp_path, config_json, weights, shards=2)
+    files.write_hf(tmp_path, config_json, weights, shards=3)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "tokenizer.model"):
+        (tmp_path / name).write_bytes(b"x")
+    assert read_back(tmp_path).keys() == weights.keys()
+    assert capsys.readouterr().err == (
+        f"puna: warning: {tmp_path}: {INDEX} is read; ignored beside it: "
+        "adapter_model.safetensors, model-00001-of-00002.safetensors, "
+        "model-00002-of-00002.safetensors\n"
+    )
+
 
 CASES = [
     (kind, case)
