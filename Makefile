@@ -31,7 +31,8 @@ demo-devices: export JAX_PLATFORMS = cpu
 demo-devices: export XLA_FLAGS = --xla_force_host_platform_device_count=8
 demo-devices: $(VENV)/.puna  ## the same training, a few steps, on eight simulated devices
 	$(BIN)/puna train --config=tiny --workdir=runs/demo-devices \
-	  --config.mesh.fsdp=4 --config.mesh.tensor=2 --config.train.steps=10
+	  --config.mesh.fsdp=4 --config.mesh.tensor=2 --config.train.steps=10 \
+	  --config.optimizer.warmup_steps=2
 
 demo-real: $(VENV)/.real  ## a real, trained Llama of 135M parameters: its loss, and an answer
 	$(BIN)/python benchmarks/real_model.py

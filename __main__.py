@@ -227,7 +227,6 @@ def _prepare(arguments: list[str]) -> list[str]:
 
     `config_flags` would do the first with a traceback and knows no names.
     """
-    kinds = {name: kind for name, kind, *_ in schema.keys()}
     left, out = list(arguments), []
     while left:
         argument = left.pop(0)
@@ -239,27 +238,13 @@ def _prepare(arguments: list[str]) -> list[str]:
             argument += "=" + left.pop(0)
         if match := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
             name, value = match.groups()
-            if name not in kinds:
-                raise errors.ConfigError(schema.explain_unknown(name))
-            if value is None:
-                value = left[0] if left else ""
-            _check_value(name, value, kinds[name])
+            schema.parse(name, (left or [""])[0] if value is None else value)
         elif match := re.fullmatch(r"--?config=(.*)", argument, re.DOTALL):
             get_config(match[1])
             path, variant = find(match[1])
             argument = f"--config={path}" + ("" if variant is None else f":{variant}")
         out.append(argument)
     return out
-
-
-def _check_value(name, value, kind):
-    try:
-        if kind is bool and value.lower() not in ("true", "false", "1", "0"):
-            raise ValueError
-        if kind in (int, float):
-            kind(value)
-    except ValueError:
-        raise errors.ConfigError(f"{name}={value!r} must be of type {kind.__name__}") from None
 
 
 def _usage() -> str:

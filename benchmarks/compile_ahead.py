@@ -13,7 +13,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import sys
 import time
 
@@ -44,23 +43,6 @@ def measure(config: schema.Config, topology: str) -> dict:
     return facts | {"fits": memory.peak <= facts["limit"]} | dataclasses.asdict(memory)
 
 
-def overridden(name: str, arguments: list[str]) -> schema.Config:
-    """The configuration `name` with the values of `--config.KEY=VALUE` arguments."""
-    config = get_config(name)
-    kinds = {key: kind for key, kind, *_ in schema.keys()}
-    for argument in arguments:
-        found = re.fullmatch(r"--config\.([^=]+)=(.*)", argument)
-        if not found or found[1] not in kinds:
-            raise errors.ConfigError(
-                f"{argument} must be --config.KEY=VALUE with a key of the schema"
-            )
-        key, value = found.groups()
-        kind = kinds[key]
-        value = value.lower() in ("true", "1") if kind is bool else kind(value)
-        config.update_from_flattened_dict({key: value})
-    return schema.from_dict(config)
-
-
 def main():
     """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -71,8 +53,9 @@ def main():
     # A program for a TPU is of no use to any other run.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
+        config = get_config(args.config, [text.removeprefix("--config.") for text in rest])
         facts = {"config": args.config, "overrides": rest}
-        facts |= measure(overridden(args.config, rest), args.topology)
+        facts |= measure(schema.from_dict(config), args.topology)
     except errors.UserError as e:
         sys.exit(f"compile_ahead: {e}")
     for name, value in facts.items():

@@ -2,15 +2,17 @@
 
 import importlib.util
 import pathlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from . import schema
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     import ml_collections
 
 _FOLDER = pathlib.Path(__file__).parent
-_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "schema"}
+_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "rules", "schema"}
 
 
 def names() -> list[str]:
@@ -34,17 +36,18 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
     )
 
 
-def get_config(name: str) -> "ml_collections.ConfigDict":
+def get_config(name: str, overrides: Iterable[str] = ()) -> "ml_collections.ConfigDict":
     """Load an experiment, as `--config=NAME` does.
 
     Args:
       name: a packaged experiment or the path of a config file, with an optional `:variant`.
+      overrides: `KEY=VALUE` texts, as `--config.KEY=VALUE` changes values on the command line.
 
     Returns:
       A locked `ConfigDict`: values can be changed, keys cannot be added.
 
     Raises:
-      ConfigError: the name, the variant or a value is wrong.
+      ConfigError: the name, the variant, a key or the type of a value is wrong.
     """
     import ml_collections
 
@@ -61,4 +64,11 @@ def get_config(name: str) -> "ml_collections.ConfigDict":
         raise ConfigError(f"--config={name}: {type(e).__name__}: {str(e).splitlines()[0]}") from e
     if not isinstance(config, ml_collections.ConfigDict):
         raise ConfigError(f"--config={name}: get_config() must return a ConfigDict")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        value = schema.parse(key, text)
+        if not equals:
+            raise ConfigError(f"{key} must be KEY=VALUE")
+        with config.unlocked():
+            config.update_from_flattened_dict({key: value})
     return config.lock()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from .errors import ConfigError
+from .rules import check, check_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +47,33 @@ AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v:
 DTYPE = one_of("float32", "bfloat16")
 
 
-def key(default, doc: str, rule: Rule | None = None) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """Where a key has an effect: where `key` is one of `values`, or set at all if there are none.
+
+    Elsewhere it must be left at its default, since a value that nothing reads is a mistake.
+    """
+
+    key: str
+    values: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return f"only where {self.key} is {' or '.join(self.values) or 'set'}"
+
+    def holds(self, value) -> bool:
+        return value in self.values if self.values else bool(value)
+
+
+def key(default, doc: str, rule: Rule | None = None, only: Only | None = None) -> Any:
     """Declare one configuration key."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule})
+    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule, "only": only})
+
+
+MOE = Only("model.moe_interval")
+WSD = Only("optimizer.schedule", ("wsd",))
+DECAYING = Only("optimizer.schedule", ("cosine", "linear", "wsd"))
+ADAM = Only("optimizer.name", ("adamw", "muon"))  # Adafactor has decays of its own
 
 
 def section(cls) -> Any:
@@ -116,11 +141,15 @@ class ModelConfig:
     experts_per_token: int = key(1, "routed experts a token goes to", POSITIVE)
     expert_dim: int = key(0, "hidden width of an expert, routed or shared", at_least(0))
     shared_expert: bool = key(True, "one more expert that every token goes to")
-    router: str = key("sigmoid", "score", one_of("sigmoid", "softmax", "expert_choice"))
-    capacity_factor: float = key(0.0, "rows an expert takes / even share; 0 = all", at_least(0))
-    load_balance_weight: float = key(0.0, "weight of the load-balancing loss", at_least(0))
-    router_z_weight: float = key(0.0, "weight of the router z-loss", at_least(0))
-    bias_update_rate: float = key(0.0, "step of loss-free bias balancing; 0 = off", at_least(0))
+    router: str = key("sigmoid", "score", one_of("sigmoid", "softmax", "expert_choice"), MOE)
+    capacity_factor: float = key(
+        0.0, "rows an expert takes / even share; 0 = all", at_least(0), MOE
+    )
+    load_balance_weight: float = key(0.0, "weight of the load-balancing loss", at_least(0), MOE)
+    router_z_weight: float = key(0.0, "weight of the router z-loss", at_least(0), MOE)
+    bias_update_rate: float = key(
+        0.0, "step of loss-free bias balancing; 0 = off", at_least(0), MOE
+    )
 
     compute_dtype: str = key("bfloat16", "matmul operands and activations", DTYPE)
     param_dtype: str = key("float32", "stored parameters", DTYPE)
@@ -174,11 +203,11 @@ class OptimizerConfig:
         "cosine", "shape after warm-up", one_of("constant", "cosine", "linear", "wsd")
     )
     warmup_steps: int = key(100, "steps of linear warm-up", at_least(0))
-    decay_fraction: float = key(0.2, "share of the steps that wsd decays in", between(0, 1))
-    final_fraction: float = key(0.1, "last learning rate / peak", between(0, 1))
-    b1: float = key(0.9, "decay of the first moment, or Muon's momentum", between(0, 0.9999))
-    b2: float = key(0.95, "decay of the second moment", between(0, 0.99999))
-    eps: float = key(1e-8, "added to the root of the second moment", more_than(0))
+    decay_fraction: float = key(0.2, "share of the steps that wsd decays in", between(0, 1), WSD)
+    final_fraction: float = key(0.1, "last learning rate / peak", between(0, 1), DECAYING)
+    b1: float = key(0.9, "decay of the first moment, or Muon's momentum", between(0, 0.9999), ADAM)
+    b2: float = key(0.95, "decay of the second moment", between(0, 0.99999), ADAM)
+    eps: float = key(1e-8, "added to the root of the second moment", more_than(0), ADAM)
     weight_decay: float = key(0.1, "decoupled decay of matrices, not of norms", at_least(0))
     clip_norm: float = key(1.0, "largest global norm of the gradient; 0 = no clipping", at_least(0))
 
@@ -207,7 +236,9 @@ class TrainConfig:
     keep: int = key(2, "newest checkpoints kept", POSITIVE)
     keep_every: int = key(0, "checkpoints of steps kept for ever; 0 = none", at_least(0))
     local_dir: str = key("", "faster disk for checkpoints between those; empty = none")
-    local_every: int = key(50, "steps between checkpoints in local_dir", POSITIVE)
+    local_every: int = key(
+        50, "steps between checkpoints in local_dir", POSITIVE, Only("train.local_dir")
+    )
     eval_every: int = key(500, "steps between evaluations; 0 = only at the end", at_least(0))
 
 
@@ -298,7 +329,27 @@ def keys(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, type, Any,
             doc = field.metadata["doc"]
             if rule := field.metadata["rule"]:
                 doc = f"{doc} (must {rule.text})"
+            if only := field.metadata["only"]:
+                doc = f"{doc} ({only.text})"
             yield f"{prefix}{field.name}", types[field.name], field.default, doc
+
+
+def parse(name: str, text: str) -> Any:
+    """The value of a dotted key from its text on the command line, not yet held to its rule.
+
+    Raises:
+      ConfigError: there is no such key, or the text is of another type.
+    """
+    kinds = {known: kind for known, kind, *_ in keys()}
+    if name not in kinds:
+        raise ConfigError(explain_unknown(name))
+    kind = kinds[name]
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{name}={text!r} must be of type {kind.__name__}") from None
 
 
 def explain_unknown(name: str) -> str:
@@ -366,111 +417,3 @@ def _shown(value) -> str:
         return repr(value)
     except ValueError:  # Python writes out no int of more than 4,300 digits
         return f"<{type(value).__name__}>"
-
-
-def _multiple(name_a, a, name_b, b):
-    if a % b:
-        raise ConfigError(f"{name_a}={a} must be a multiple of {name_b}={b}")
-
-
-def check_model(m: ModelConfig) -> None:
-    """Raise `ConfigError` for an architecture whose keys contradict each other."""
-    _multiple("model.num_heads", m.num_heads, "model.num_kv_heads", m.num_kv_heads)
-    if m.rope_high_freq_factor < m.rope_low_freq_factor:
-        raise ConfigError(
-            f"model.rope_high_freq_factor={m.rope_high_freq_factor} must be at least "
-            f"model.rope_low_freq_factor={m.rope_low_freq_factor}"
-        )
-    if m.temperature_scale and not m.nope_interval:
-        raise ConfigError(
-            f"model.temperature_scale={m.temperature_scale} acts on NoPE layers only and must be 0 "
-            "where model.nope_interval=0"
-        )
-    if m.moe_interval:
-        _check_experts(m)
-    elif m.num_experts:
-        raise ConfigError(
-            f"model.num_experts={m.num_experts} must be 0 where model.moe_interval=0; "
-            "set model.moe_interval=1 to make every layer mixture-of-experts"
-        )
-    if m.vision.num_layers:
-        v = m.vision
-        _multiple("model.vision.embed_dim", v.embed_dim, "model.vision.num_heads", v.num_heads)
-        if v.embed_dim // v.num_heads % 4:
-            raise ConfigError(
-                f"model.vision.embed_dim={v.embed_dim} / model.vision.num_heads={v.num_heads} = "
-                f"{v.embed_dim // v.num_heads} must be a multiple of 4 for the 2-D RoPE"
-            )
-        # The pixel shuffle joins 2 x 2 patches.
-        _multiple("model.vision.image_size", v.image_size, "2 * model.vision.patch_size",
-                  2 * v.patch_size)  # fmt: skip
-        _below_vocab("model.vision.token_id", v.token_id, m)
-    if m.audio.num_layers:
-        a = m.audio
-        _multiple("model.audio.embed_dim", a.embed_dim, "2 * model.audio.num_heads",
-                  2 * a.num_heads)  # fmt: skip
-        _below_vocab("model.audio.token_id", a.token_id, m)
-        if m.vision.num_layers and a.token_id == m.vision.token_id:
-            raise ConfigError(
-                f"model.audio.token_id={a.token_id} must differ from model.vision.token_id"
-            )
-
-
-def _below_vocab(name, value, m):
-    if value >= m.vocab_size:
-        raise ConfigError(f"{name}={value} must be below model.vocab_size={m.vocab_size}")
-
-
-def _check_experts(m):
-    if m.moe_interval > m.num_layers:
-        raise ConfigError(
-            f"model.moe_interval={m.moe_interval} must be at most model.num_layers={m.num_layers}, "
-            "or no layer has experts"
-        )
-    for name in ("num_experts", "expert_dim"):
-        if not getattr(m, name):
-            raise ConfigError(
-                f"model.{name}=0 must be at least 1 where model.moe_interval={m.moe_interval}"
-            )
-    if m.experts_per_token > m.num_experts:
-        raise ConfigError(
-            f"model.experts_per_token={m.experts_per_token} must be at most "
-            f"model.num_experts={m.num_experts}"
-        )
-    if m.router == "expert_choice":
-        for name in ("load_balance_weight", "bias_update_rate"):
-            if getattr(m, name):
-                raise ConfigError(
-                    f"model.{name}={getattr(m, name)} must be 0 where model.router=expert_choice, "
-                    "whose load is even by construction"
-                )
-
-
-def check(c: Config) -> None:
-    """Raise `ConfigError` for keys that contradict each other."""
-    check_model(c.model)
-    if c.data.seq_len > c.model.max_positions:
-        raise ConfigError(
-            f"data.seq_len={c.data.seq_len} must be at most "
-            f"model.max_positions={c.model.max_positions}"
-        )
-    if c.data.tokenizer == "train" and c.data.tokenizer_vocab > c.model.vocab_size:
-        raise ConfigError(
-            f"data.tokenizer_vocab={c.data.tokenizer_vocab} must be at most "
-            f"model.vocab_size={c.model.vocab_size}"
-        )
-    _multiple("train.batch_size", c.train.batch_size, "train.microbatches", c.train.microbatches)
-    _multiple("train.keep_every", c.train.keep_every, "train.save_every", c.train.save_every)
-    if c.train.local_dir and c.train.local_every >= c.train.save_every:
-        raise ConfigError(
-            f"train.local_every={c.train.local_every} must be below "
-            f"train.save_every={c.train.save_every} where train.local_dir is given"
-        )
-    if c.optimizer.name == "muon" and c.model.param_dtype != "float32":
-        raise ConfigError(
-            f"model.param_dtype={c.model.param_dtype} must be float32 where optimizer.name=muon"
-        )
-    axes = {f.name: getattr(c.mesh, f.name) for f in dataclasses.fields(c.mesh)}
-    if sum(v == -1 for v in axes.values()) > 1:
-        inferred = " and ".join(f"mesh.{k}=-1" for k, v in axes.items() if v == -1)
-        raise ConfigError(f"{inferred}: at most one axis can take the devices that are left")

@@ -129,7 +129,7 @@ class RunModel:
         self.path = path
         self.folder = run.find(path)
         meta = run.read_meta(self.folder)
-        self.config = schema.from_dict(meta["config"]).model
+        self.config = schema.build(meta["config"]).model
         self._has_tokenizer = bool(meta["tokenizer"])
         self._checksums = meta.get("checksums", {}).get("params")
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}

@@ -108,8 +108,11 @@ def read_meta(folder: pathlib.Path) -> dict:
 
 
 def read_config(folder: pathlib.Path) -> schema.Config:
-    """The resolved config that a checkpoint was trained with."""
-    return schema.from_dict(read_meta(folder)["config"])
+    """The resolved config that a checkpoint was trained with.
+
+    Not held to the rules that join keys: they may be newer than the run.
+    """
+    return schema.build(read_meta(folder)["config"])
 
 
 def tokenizer_files(folder: pathlib.Path) -> dict[str, bytes]:
@@ -230,7 +233,7 @@ def load(path, dtype: str, mesh, step: int | None = None):
     """The model and the parameters of a run, placed on the mesh and cast to `dtype`."""
     folder = find(path, step)
     meta = read_meta(folder)
-    config = schema.from_dict(meta["config"]).model
+    config = schema.build(meta["config"]).model
     boxed = abstract_params(config)
     saved = meta.get("checksums", {})
     base = {path.removeprefix("base/"): s for path, s in saved.get("frozen", {}).items()}

@@ -1,5 +1,7 @@
 """Every user mistake that the schema can see is one line that names the key and the rule."""
 
+import dataclasses
+
 import pytest
 
 from puna.configs import get_config, names, schema
@@ -126,10 +128,120 @@ def test_packaged_experiments_are_valid(name):
     assert schema.from_dict(schema.to_dict(schema.from_dict(config))) == schema.from_dict(config)
 
 
-def test_at_most_100_keys_each_explained():
-    keys = list(schema.keys())
-    assert len(keys) <= 100
-    assert all(doc for *_, doc in keys)
+def test_each_key_is_explained():
+    assert all(doc for *_, doc in schema.keys())
+
+
+# A key that has no effect, where it stands: the keys that are set, and the message.
+WITHOUT_EFFECT = [
+    ({"optimizer.name": "adafactor", "optimizer.b1": 0.95},
+     "optimizer.b1=0.95 must be left at 0.9 where optimizer.name=adafactor: it has an effect only "
+     "where optimizer.name is adamw or muon"),
+    ({"optimizer.name": "adafactor", "optimizer.b2": 0.99}, "optimizer.b2=0.99 must be left"),
+    ({"optimizer.name": "adafactor", "optimizer.eps": 1e-6}, "optimizer.eps=1e-06 must be left"),
+    ({"optimizer.decay_fraction": 0.5}, "must be left at 0.2 where optimizer.schedule=cosine"),
+    ({"optimizer.schedule": "constant", "optimizer.final_fraction": 0.0},
+     "only where optimizer.schedule is cosine or linear or wsd"),
+    ({"train.local_every": 20}, "train.local_dir='': it has an effect only where train.local_dir "
+     "is set"),
+    ({"model.load_balance_weight": 0.01}, "must be left at 0.0 where model.moe_interval=0"),
+    ({"model.router_z_weight": 0.01}, "only where model.moe_interval is set"),
+    ({"model.bias_update_rate": 0.01}, "only where model.moe_interval is set"),
+    ({"model.capacity_factor": 1.25}, "only where model.moe_interval is set"),
+    ({"model.router": "softmax"}, "only where model.moe_interval is set"),
+    ({"optimizer.warmup_steps": 11, "train.steps": 10},
+     "optimizer.warmup_steps=11 must be at most train.steps=10"),
+    ({"train.steps": 50}, "optimizer.warmup_steps=100 must be at most train.steps=50"),
+    ({"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.95},
+     "optimizer.decay_fraction=0.95 of train.steps=1000 must leave room for "
+     "optimizer.warmup_steps=100"),
+]  # fmt: skip
+
+
+def with_keys(values):
+    config = {}
+    for name, value in values.items():
+        section, key = name.split(".")
+        config.setdefault(section, {})[key] = value
+    return config
+
+
+@pytest.mark.parametrize("values,message", WITHOUT_EFFECT)
+def test_a_key_without_effect_is_refused(values, message):
+    with pytest.raises(ConfigError) as caught:
+        schema.from_dict(with_keys(values))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"optimizer.name": "adafactor", "optimizer.weight_decay": 0.0},
+        {"optimizer.name": "muon", "optimizer.b1": 0.95, "optimizer.b2": 0.99},
+        {"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.9},
+        {"train.steps": 100},
+        {"train.local_dir": "/tmp/x", "train.local_every": 20},
+    ],
+)
+def test_a_key_with_an_effect_is_not(values):
+    schema.from_dict(with_keys(values))
+
+
+def test_conditions_name_keys_and_values_that_exist():
+    # A condition that no value can meet would refuse the key for ever.
+    def conditions(cls):
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.default_factory):
+                yield from conditions(field.default_factory)
+            elif field.metadata["only"]:
+                yield field.metadata["only"]
+
+    rules = {name: doc for name, _, _, doc in schema.keys()}
+    found = list(conditions(schema.Config))
+    assert found
+    for only in found:
+        assert all(value in rules[only.key].split("be one of")[1] for value in only.values)
+        assert only.key in rules
+
+
+@pytest.mark.parametrize(
+    "text,value",
+    [
+        ("train.steps=5", 5),
+        ("optimizer.learning_rate=1e-4", 1e-4),
+        ("optimizer.clip_norm=1", 1.0),
+        ("data.shuffle=False", False),
+        ("model.tie_embeddings=1", True),
+        ("data.train=a=b,c", "a=b,c"),
+        ("data.validation=", ""),
+        ("model.vision.num_layers=2", 2),
+    ],
+)
+def test_a_key_as_text(text, value):
+    config = get_config("tiny", [text])
+    assert config.is_locked
+    found = config.to_dict()
+    for part in text.partition("=")[0].split("."):
+        found = found[part]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("train.stps=5", "did you mean train.steps?"),
+        ("train=5", "train is a section, not a key"),
+        ("train.steps", "train.steps='' must be of type int"),
+        ("--config.train.steps=5", "--config.train.steps is not a key; did you mean train.steps?"),
+        ("train.steps=five", "train.steps='five' must be of type int"),
+        ("train.steps=1.5", "must be of type int"),
+        ("data.shuffle=maybe", "must be of type bool"),
+    ],
+)
+def test_a_mistake_as_text_is_one_line(text, message):
+    with pytest.raises(ConfigError) as caught:
+        get_config("tiny", [text])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_key_left_out_takes_its_default():

@@ -92,6 +92,17 @@ def test_a_run_from_weights_resumes_bit_for_bit_and_without_them(first, plain, t
     assert f"Started from: {tmp_path}/hf" in (tmp_path / "release" / "README.md").read_text()
 
 
+def test_a_run_is_readable_under_newer_rules(first, monkeypatch, tmp_path):
+    def newer(config):
+        raise ConfigError("a rule that the run does not know")
+
+    monkeypatch.setattr(schema, "check", newer)
+    assert run.read_config(run.find(first / "run")).train.steps == 4
+    _, params = puna.load(first / "run")
+    convert(first / "run", tmp_path / "hf", name="second")
+    assert equal(puna.load(tmp_path / "hf")[1], params)
+
+
 def test_a_branch_keeps_parameters_and_moments(first, plain, tmp_path):
     config = plain(init_from=f"{first}/run@2", with_optimizer=True)
     config.optimizer.update(learning_rate=1e-4, schedule="linear", warmup_steps=0)

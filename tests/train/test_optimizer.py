@@ -25,7 +25,8 @@ def config(**optimizer):
 @pytest.mark.parametrize("shape", ["constant", "cosine", "linear", "wsd"])
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_schedule(shape, warmup):
-    c = config(schedule=shape, warmup_steps=warmup, learning_rate=2.0, final_fraction=0.25)
+    final = {} if shape == "constant" else {"final_fraction": 0.25}
+    c = config(schedule=shape, warmup_steps=warmup, learning_rate=2.0, **final)
     rates = np.array([float(schedule(c)(i)) for i in range(101)])
     assert rates[0] == pytest.approx(2.0 / (warmup + 1))
     assert rates[warmup] == pytest.approx(2.0)

@@ -1,0 +1,147 @@
+"""Rules that join keys: what a single value cannot say of itself.
+
+A rule here is one line when it is broken: the key, its value, what it must be and why.
+"""
+
+import dataclasses
+import operator
+
+from .errors import ConfigError
+
+
+def _multiple(name_a, a, name_b, b):
+    if a % b:
+        raise ConfigError(f"{name_a}={a} must be a multiple of {name_b}={b}")
+
+
+def check_model(m) -> None:
+    """Raise `ConfigError` for an architecture whose keys contradict each other."""
+    _multiple("model.num_heads", m.num_heads, "model.num_kv_heads", m.num_kv_heads)
+    if m.rope_high_freq_factor < m.rope_low_freq_factor:
+        raise ConfigError(
+            f"model.rope_high_freq_factor={m.rope_high_freq_factor} must be at least "
+            f"model.rope_low_freq_factor={m.rope_low_freq_factor}"
+        )
+    if m.temperature_scale and not m.nope_interval:
+        raise ConfigError(
+            f"model.temperature_scale={m.temperature_scale} acts on NoPE layers only and must be 0 "
+            "where model.nope_interval=0"
+        )
+    if m.moe_interval:
+        _check_experts(m)
+    elif m.num_experts:
+        raise ConfigError(
+            f"model.num_experts={m.num_experts} must be 0 where model.moe_interval=0; "
+            "set model.moe_interval=1 to make every layer mixture-of-experts"
+        )
+    if m.vision.num_layers:
+        v = m.vision
+        _multiple("model.vision.embed_dim", v.embed_dim, "model.vision.num_heads", v.num_heads)
+        if v.embed_dim // v.num_heads % 4:
+            raise ConfigError(
+                f"model.vision.embed_dim={v.embed_dim} / model.vision.num_heads={v.num_heads} = "
+                f"{v.embed_dim // v.num_heads} must be a multiple of 4 for the 2-D RoPE"
+            )
+        # The pixel shuffle joins 2 x 2 patches.
+        _multiple("model.vision.image_size", v.image_size, "2 * model.vision.patch_size",
+                  2 * v.patch_size)  # fmt: skip
+        _below_vocab("model.vision.token_id", v.token_id, m)
+    if m.audio.num_layers:
+        a = m.audio
+        _multiple("model.audio.embed_dim", a.embed_dim, "2 * model.audio.num_heads",
+                  2 * a.num_heads)  # fmt: skip
+        _below_vocab("model.audio.token_id", a.token_id, m)
+        if m.vision.num_layers and a.token_id == m.vision.token_id:
+            raise ConfigError(
+                f"model.audio.token_id={a.token_id} must differ from model.vision.token_id"
+            )
+
+
+def _below_vocab(name, value, m):
+    if value >= m.vocab_size:
+        raise ConfigError(f"{name}={value} must be below model.vocab_size={m.vocab_size}")
+
+
+def _check_experts(m):
+    if m.moe_interval > m.num_layers:
+        raise ConfigError(
+            f"model.moe_interval={m.moe_interval} must be at most model.num_layers={m.num_layers}, "
+            "or no layer has experts"
+        )
+    for name in ("num_experts", "expert_dim"):
+        if not getattr(m, name):
+            raise ConfigError(
+                f"model.{name}=0 must be at least 1 where model.moe_interval={m.moe_interval}"
+            )
+    if m.experts_per_token > m.num_experts:
+        raise ConfigError(
+            f"model.experts_per_token={m.experts_per_token} must be at most "
+            f"model.num_experts={m.num_experts}"
+        )
+    if m.router == "expert_choice":
+        for name in ("load_balance_weight", "bias_update_rate"):
+            if getattr(m, name):
+                raise ConfigError(
+                    f"model.{name}={getattr(m, name)} must be 0 where model.router=expert_choice, "
+                    "whose load is even by construction"
+                )
+
+
+def check(c) -> None:
+    """Raise `ConfigError` for keys that contradict each other."""
+    check_model(c.model)
+    _check_effects(c, c)
+    _check_schedule(c.optimizer, c.train.steps)
+    if c.data.seq_len > c.model.max_positions:
+        raise ConfigError(
+            f"data.seq_len={c.data.seq_len} must be at most "
+            f"model.max_positions={c.model.max_positions}"
+        )
+    if c.data.tokenizer == "train" and c.data.tokenizer_vocab > c.model.vocab_size:
+        raise ConfigError(
+            f"data.tokenizer_vocab={c.data.tokenizer_vocab} must be at most "
+            f"model.vocab_size={c.model.vocab_size}"
+        )
+    _multiple("train.batch_size", c.train.batch_size, "train.microbatches", c.train.microbatches)
+    _multiple("train.keep_every", c.train.keep_every, "train.save_every", c.train.save_every)
+    if c.train.local_dir and c.train.local_every >= c.train.save_every:
+        raise ConfigError(
+            f"train.local_every={c.train.local_every} must be below "
+            f"train.save_every={c.train.save_every} where train.local_dir is given"
+        )
+    if c.optimizer.name == "muon" and c.model.param_dtype != "float32":
+        raise ConfigError(
+            f"model.param_dtype={c.model.param_dtype} must be float32 where optimizer.name=muon"
+        )
+    axes = {f.name: getattr(c.mesh, f.name) for f in dataclasses.fields(c.mesh)}
+    if sum(v == -1 for v in axes.values()) > 1:
+        inferred = " and ".join(f"mesh.{k}=-1" for k, v in axes.items() if v == -1)
+        raise ConfigError(f"{inferred}: at most one axis can take the devices that are left")
+
+
+def _check_effects(c, section, prefix=""):
+    """A key that has no effect where another is as it is must be left at its default."""
+    for field in dataclasses.fields(section):
+        name, value = prefix + field.name, getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_effects(c, value, f"{name}.")
+        elif (only := field.metadata["only"]) and value != field.default:
+            other = operator.attrgetter(only.key)(c)
+            if not only.holds(other):
+                raise ConfigError(
+                    f"{name}={value} must be left at {field.default} where "
+                    f"{only.key}={other or repr(other)}: it has an effect {only.text}"
+                )
+
+
+def _check_schedule(o, steps):
+    if o.warmup_steps > steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={o.warmup_steps} must be at most train.steps={steps}: a short "
+            "run needs a short warm-up"
+        )
+    if o.schedule == "wsd" and o.warmup_steps + round(o.decay_fraction * steps) > steps:
+        raise ConfigError(
+            f"optimizer.decay_fraction={o.decay_fraction} of train.steps={steps} must leave room "
+            f"for optimizer.warmup_steps={o.warmup_steps}"
+        )
