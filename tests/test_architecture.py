@@ -186,24 +186,6 @@ def test_the_package_has_one_name_here():
     assert [name for name, file in files.items() if file == puna.__file__] == ["puna"]
 
 
-def test_every_schema_field_is_read_outside_configs():
-    from puna.configs import schema
-    from puna.models.parallel import sharding
-
-    # The mesh section is read as a whole, field by field: a field there is an axis.
-    axes = {f"mesh.{axis}" for axis in sharding.AXES}
-    attributes = {
-        node.attr
-        for module, path in SOURCES.items()
-        if not module.startswith("puna.configs")
-        for node in ast.walk(parse(path))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-    }
-    keys = [key for key, *_ in schema.keys()]
-    unread = [key for key in keys if key not in axes and key.rsplit(".")[-1] not in attributes]
-    assert not unread, f"no module reads these keys: {unread}"
-
-
 def test_the_schema_stays_within_its_budget():
     from puna.configs import schema
 
