@@ -1,14 +1,18 @@
 """The processes of a run meet before JAX joins them, and watch each other while it runs.
 
-JAX's own way ends a process without a word on who is missing. Here each process tells the first
-who and what it is, and hears "go" or why not. The connections stay: one that closes, or is silent
-for too long, tells who is gone, and everybody ends with that word instead of waiting.
+Each process tells the first who and what it is, and hears "go" or why not. The connections stay:
+one that closes, or is silent for too long, tells who is gone, and all end with that message.
+
+JAX's coordination service cannot do this (seen with jax 0.10): where a process is missing or dies
+it ends all others with SIGABRT from C++, which no Python code can catch to save or to say more; its
+message names no host, and nothing can be compared before all have connected.
 """
 
 import contextlib
+import errno
 import json
 import os
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -17,7 +21,7 @@ from collections.abc import Callable
 
 from ...configs.errors import LOST, UserError
 
-# Of a message; nobody has more to say.
+# Of a message.
 _MOST_BYTES = 65536
 # After a process has ended with a message: others may be about to say the same themselves.
 _PATIENCE_SECONDS = 3.0
@@ -57,19 +61,16 @@ class Peers:
 
     def _watch(self, heartbeat, end):
         self._heard = dict.fromkeys(self._lines, time.monotonic())
-        while True:
+        while open_lines := {n: x for n, x in self._lines.items() if n not in self._done}:
             self._tell({"beat": 1})
-            open_lines = {line: n for n, line in self._lines.items() if n not in self._done}
-            if not open_lines:
-                return
             try:
-                ready, _, _ = select.select(list(open_lines), [], [], heartbeat / 5)
-            except (OSError, ValueError):  # closed by this process itself
+                ready = _readable(open_lines, heartbeat / 5)
+            except OSError:  # closed by this process itself
                 return
-            for line in ready:
-                self._listen(open_lines[line], line, end)
+            for number in ready:
+                self._listen(number, open_lines[number], end)
             now = time.monotonic()
-            for number in open_lines.values():
+            for number in open_lines:
                 silent = now - self._heard[number]
                 if number not in self._done and silent > heartbeat:
                     self._gone(number, f"has been silent for {silent:.0f} s", end)
@@ -109,6 +110,20 @@ class Peers:
 
     def _name(self, number):
         return f"process {number} on {self._hosts[number]}"
+
+
+def _readable(lines: dict[int, socket.socket], timeout: float) -> list[int]:
+    """The numbers of the lines that have something to read, or are closed at the other end.
+
+    Raises:
+      OSError: a line is closed at this end.
+    """
+    with selectors.DefaultSelector() as selector:  # `select.select` ends at descriptor 1023
+        for number, line in lines.items():
+            if line.fileno() < 0:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            selector.register(line, selectors.EVENT_READ, number)
+        return [key.data for key, _ in selector.select(timeout)]
 
 
 def _end(reason: str) -> None:

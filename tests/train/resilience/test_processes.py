@@ -1,8 +1,10 @@
 """Several processes: the same numbers as one, and a word on who is missing or different."""
 
+import contextlib
 import json
 import os
 import queue
+import resource
 import signal
 import socket
 import subprocess
@@ -201,6 +203,25 @@ def test_who_is_gone_is_said_by_all_others(gone, left):
     peers[gone].close()  # as the system does for a process that is killed
     for i in left:
         assert said[i].get(timeout=10).startswith(f"process {gone} on h{gone} is gone; the run")
+
+
+def test_a_watcher_with_many_open_files(request):
+    """Descriptors from 1024 on, which `select.select` refuses."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1400 and hard != resource.RLIM_INFINITY:
+        pytest.skip(f"at most {hard} open files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1200):
+            stack.enter_context(socket.socket())
+        peers = three_peers()
+        said = hear({i: peers[i] for i in (0, 1)})
+        peers[2].close()
+        for i in (0, 1):
+            assert said[i].get(timeout=10).startswith("process 2 on h2 is gone")
+        for peer in peers[:2]:
+            peer.close()
 
 
 def test_who_is_silent_is_gone():
