@@ -43,6 +43,7 @@ class Ledger:
         if before and not before.get("finished"):
             self._since = max(self._since, float(before["last_sign"]))
             self._seconds["lost to failure"] += self._since - float(before["last_sign"])
+        self.write()  # a session that is killed while it starts has been one too
 
     def going_on_from(self, step: int) -> None:
         """The steps after this checkpoint, if there were any, are done again: they are lost."""

@@ -54,6 +54,16 @@ def test_a_failure_costs_what_is_done_again_and_the_time_until_the_restart(tmp_p
     assert third.write()["wall_seconds"] == 66
 
 
+def test_a_session_that_is_killed_before_its_first_step_counts(tmp_path):
+    clock = Clock()
+    Ledger(tmp_path, clock, started=990.0)
+    clock.time += 100
+    report = Ledger(tmp_path, clock).write()
+    assert report["sessions"] == 2 and report["first_start"] == 990
+    assert report["seconds"]["lost to failure"] == 100
+    assert report["wall_seconds"] == 110
+
+
 @given(
     st.lists(st.tuples(st.sampled_from((*KINDS, "saved", "crash")), st.floats(0, 99)), max_size=30)
 )
