@@ -235,12 +235,15 @@ def _json(value, indent: int | None = None) -> str:
 
 
 def _with_template(tokenizer, messages, tools, add_generation_prompt, variables) -> list[int]:
-    names = {i: name for name, i in tokenizer.special.items()}
     context = {
-        "messages": [message["given"] for message in messages],
+        # As transformers does: templates ask whether a key is there, and would print its None.
+        "messages": [
+            {key: value for key, value in message["given"].items() if value is not None}
+            for message in messages
+        ],
         "tools": [t for t in tools if not isinstance(t, str)] or None,
+        "documents": None,
         "add_generation_prompt": bool(add_generation_prompt),
-        **{f"{k}_token": names.get(getattr(tokenizer, f"{k}_id"), "") for k in ("bos", "eos")},
         **variables,
     }
     own = [tool for tool in tools if isinstance(tool, str)]

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from ...configs.errors import UserError
-from .kinds import HuggingFaceKind
+from .kinds import HuggingFaceKind, SentencePieceKind
 
 # Llama 4's tokenizer.json has about 30 MB; anything far beyond that is some other file.
 _MAX_FILE_BYTES = 256 * 2**20
@@ -33,7 +33,29 @@ def settings_beside(directory: Path, kind) -> dict:
         if key == "eos":
             settings["stop_ids"] = ids
     settings["chat_template"] = _chat_template(directory, config)
+    settings["special_names"] = _special_names(kind, config, names)
     return settings
+
+
+def _special_names(kind, config: dict, names: dict) -> dict[str, str] | None:
+    """The control tokens that `transformers` defines in a chat template, by name.
+
+    Those are `*_token` keys of both files and the named ones among the extra tokens; nothing is
+    guessed from the vocabulary. None where no file is there to name any.
+    """
+    found: dict = {}
+    if isinstance(kind, SentencePieceKind):  # the defaults of LlamaTokenizer
+        found = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    elif not config and not names:
+        return None
+    # A config that lists its added tokens is of a time when the other file was no longer read.
+    for source in (config,) if "added_tokens_decoder" in config else (config, names):
+        for key in ("model_specific_special_tokens", "extra_special_tokens"):
+            extra = source.get(key)
+            found |= extra if isinstance(extra, dict) else {}
+        found |= {key: value for key, value in source.items() if key.endswith("_token")}
+    texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in found.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def _ids(directory: Path, generation: dict, key: str, vocab_size: int) -> list[int]:

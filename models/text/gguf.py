@@ -15,6 +15,11 @@ __all__ = ["is_gguf", "read"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _IDS = {"bos_id": "bos_token_id", "eos_id": "eos_token_id", "pad_id": "padding_token_id"}
+_NAMED = {
+    "bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id", "sep_token": "seperator_token_id",
+    "cls_token": "cls_token_id", "mask_token": "mask_token_id",
+}  # fmt: skip
 _STOPS = ("eot_token_id", "eom_token_id")
 _PATTERNS = {
     "llama-bpe": LLAMA3_PATTERN, "llama3": LLAMA3_PATTERN, "llama-v3": LLAMA3_PATTERN,
@@ -57,7 +62,7 @@ def read(path: pathlib.Path):
         raise UserError(
             f"{path}: its tokenizer is damaged ({str(error).splitlines()[0][:100]})"
         ) from None
-    return made, _settings(path, own, metadata, len(tokens))
+    return made, _settings(path, own, metadata, tokens)
 
 
 def _byte_level(path, own, vocab):
@@ -131,7 +136,8 @@ def _add(made, tokens, types) -> None:
         )
 
 
-def _settings(path, own, metadata, count) -> dict:
+def _settings(path, own, metadata, tokens) -> dict:
+    count = len(tokens)
     settings: dict = {name: own.get(key) for name, key in _IDS.items()}
     stops = [own[key] for key in _STOPS if key in own]
     for value in [*settings.values(), *stops]:
@@ -140,5 +146,8 @@ def _settings(path, own, metadata, count) -> dict:
     template = metadata.get("tokenizer.chat_template")
     return settings | {
         "stop_ids": stops,
+        "special_names": {
+            name: tokens[own[key]] for name, key in _NAMED.items() if own.get(key) in range(count)
+        },
         "chat_template": template if isinstance(template, str) and template else None,
     }

@@ -46,7 +46,7 @@ BPE_SPECIAL = (
 )
 
 _SAVED = "puna_tokenizer.json"
-_SETTINGS = ("bos_id", "eos_id", "pad_id", "stop_ids", "chat_template")
+_SETTINGS = ("bos_id", "eos_id", "pad_id", "stop_ids", "chat_template", "special_names")
 _KINDS = (ByteKind, HuggingFaceKind, SentencePieceKind, TiktokenKind)
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Tokenizer:
       token_bytes: int32 [vocab_size], bytes of UTF-8 text that each id stands for; 0 for control
         tokens. For byte-level kinds they sum to the length of the encoded text.
       chat_template: Jinja source, {name: source}, or None for the built-in chat formats.
+      special_names: what a chat template may call control tokens by: {"bos_token": "<s>", ...}.
     """
 
     def __init__(
@@ -74,12 +75,14 @@ class Tokenizer:
         pad_id: int | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | dict[str, str] | None = None,
+        special_names: Mapping[str, str] | None = None,
     ):
         """Wrap a vocabulary; ids left None are found by name in it.
 
         Args:
           kind: one of the classes of `kinds`.
           stop_ids: ids to stop at beside `eos_id` and the end tokens known by name.
+          special_names: None for the tokens of `bos_id`, `eos_id` and `pad_id`.
         """
         self._kind = kind
         self.special: dict[str, int] = kind.special
@@ -91,6 +94,7 @@ class Tokenizer:
         known |= set(stop_ids) | ({self.eos_id} - {None})
         self.stop_ids: tuple[int, ...] = tuple(sorted(known))
         self.chat_template = chat_template
+        self.special_names = self._named() if special_names is None else dict(special_names)
         self.token_bytes = np.array([len(piece) for piece in kind.pieces], np.int32)
         self.token_bytes.setflags(write=False)
 
@@ -101,6 +105,11 @@ class Tokenizer:
 
     def _first(self, names: Iterable[str]) -> int | None:
         return next((self.special[name] for name in names if name in self.special), None)
+
+    def _named(self) -> dict[str, str]:
+        names = {i: name for name, i in self.special.items()}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        return {key: names[i] for key, i in ids.items() if i in names}
 
     def __repr__(self) -> str:
         return f"Tokenizer({self._kind.name}, vocab_size={self.vocab_size})"
@@ -207,14 +216,11 @@ class Tokenizer:
             raise UserError(f"{directory}: cannot save the tokenizer: {error.strerror}") from None
 
     def _hub_config(self) -> dict:
-        names = {i: name for name, i in self.special.items()}
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            **self.special_names,
         }
-        for key, i in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id)):
-            if i in names:
-                config[f"{key}_token"] = names[i]
         if isinstance(self.chat_template, dict):
             templates = self.chat_template.items()
             config["chat_template"] = [{"name": n, "template": t} for n, t in templates]
@@ -370,16 +376,20 @@ def _load_saved(path: Path, record: dict) -> Tokenizer:
     if hashlib.sha256(data).hexdigest() != record.get("sha256"):
         raise UserError(f"{file}: is not the file that {path.name} was saved with (sha256 differs)")
     try:
+        # What older versions saved had no special_names.
+        record.setdefault("special_names", None)
         tokenizer = _rebuild(kind, data, {key: record[key] for key in _SETTINGS})
     except UserError as error:
         raise UserError(_one_line(f"{file}: {error}")) from None
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: is damaged") from None
     ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.stop_ids]
     if not all(i is None or (type(i) is int and 0 <= i < tokenizer.vocab_size) for i in ids):
         raise UserError(f"{path}: names ids outside 0..{tokenizer.vocab_size - 1}")
     if not isinstance(tokenizer.chat_template, str | dict | None):
         raise UserError(f"{path}: chat_template must be text or names with text")
+    if not all(isinstance(text, str) for text in tokenizer.special_names.values()):
+        raise UserError(f"{path}: special_names must be names with text")
     return tokenizer
 
 
