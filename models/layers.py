@@ -108,15 +108,12 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, tokens_BT):
-        """Returns the rows [B, T, D] and the table.
-
-        An id outside the vocabulary gives NaN, not a neighbour's row.
-        """
+        """Rows [B, T, D]; an id outside the vocabulary gives NaN, not a neighbour's row."""
         c = self.config
         shape, std = (c.vocab_size, c.embed_dim), c.embed_dim**-0.5
         table_VD = param(self, "table_VD", shape, ("vocab", "embed"), normal(std), c.param_dtype)
         x_BTD = look_up(table_VD, jnp.asarray(tokens_BT), c.compute_dtype)
-        return constrain(x_BTD, "batch", "length", "act_embed"), table_VD
+        return constrain(x_BTD, "batch", "length", "act_embed")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

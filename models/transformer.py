@@ -30,18 +30,23 @@ from .remat import rematerialized, stage_policy
 from .vision import Images, VisionEncoder, no_images
 
 
-class Output(flax.struct.PyTreeNode):
-    """What the model gives.
+class States(flax.struct.PyTreeNode):
+    """What the layers give.
 
-    logits_BTV: in float32. hidden_BTD: the normed states they come from. cache: the new cache, if
-    one went in. router: `RouterStats` of the MoE layers by scanned "blocks" (with a leading
-    axis) and "tail", then by layer.
+    hidden_BTD: the normed states that logits come from. cache: the new cache, if one went in.
+    router: `RouterStats` of the MoE layers by scanned "blocks" (with a leading axis) and "tail",
+    then by layer.
     """
 
-    logits_BTV: jax.Array
     hidden_BTD: jax.Array
     cache: Cache | None
     router: dict
+
+
+class Output(States):
+    """What the model gives: `States`, and their logits_BTV in float32."""
+
+    logits_BTV: jax.Array
 
 
 class Layer(nn.Module):
@@ -92,7 +97,6 @@ class Transformer(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
     def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None,
                  images: Images | Features | None = None,
                  audio: Audio | Features | None = None) -> Output:  # fmt: skip
@@ -108,6 +112,19 @@ class Transformer(nn.Module):
             in order, or those features from `vision.encode_images`.
           audio: likewise for `audio.token_id`.
         """
+        states = self.states(tokens_BT, positions_BT, segment_ids_BT, cache, images, audio)
+        params = nn.meta.unbox(self.variables["params"])
+        logits_BTV = unembed(self.config, params, states.hidden_BTD)
+        return Output(states.hidden_BTD, states.cache, states.router, logits_BTV)
+
+    @nn.compact
+    def states(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None,
+               images: Images | Features | None = None,
+               audio: Audio | Features | None = None) -> States:  # fmt: skip
+        """All but the logits, with the arguments of `__call__`.
+
+        Training and the prefill of a prompt need no logits, or few of them at a time (`unembed`).
+        """
         c = self.config
         tokens_BT = jnp.asarray(tokens_BT)
         default = default_tokens(tokens_BT.shape)
@@ -122,8 +139,10 @@ class Transformer(nn.Module):
         caches = {} if cache is None else cache.layers
         new, router = {}, {}
 
-        x_BTD, table_VD = Embed(c, name="embed")(tokens_BT)
-        if self.is_initializing():  # each encoder has its parameters, used or not
+        x_BTD = Embed(c, name="embed")(tokens_BT)
+        if self.is_initializing():  # all parameters, used here or not
+            if not c.tie_embeddings:
+                Unembed(c, name="unembed")()
             if c.vision.num_layers and images is None:
                 images = no_images(c.vision, len(tokens_BT))
             if c.audio.num_layers and audio is None:
@@ -168,17 +187,13 @@ class Transformer(nn.Module):
         if tokens.dealt:
             x_BTD = context.undeal(x_BTD)
         hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
-        table_DV = table_VD.T if c.tie_embeddings else Unembed(c, name="unembed")()
-        # Rounding the logits would cost what the float32 accumulation has won.
-        logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, c.compute_dtype, "float32")
-        logits_BTV = constrain(logits_BTV, "batch", "length", "act_vocab")
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
             cache = Cache(new, lengths_B)
         router = jax.tree.map(
             lambda sums: router_stats(sums, c), router, is_leaf=lambda x: isinstance(x, RouterSums)
         )
-        return Output(logits_BTV, hidden_BTD, cache, router)
+        return States(hidden_BTD, cache, router)
 
     def _block(self, params, x_BTD, tokens):
         """One block on its own, for the pipeline, which has a policy for whole ticks."""
@@ -193,6 +208,13 @@ def unembed_table(config: ModelConfig, params):
     if config.tie_embeddings:
         return params["embed"]["table_VD"].T
     return params["unembed"]["table_DV"]
+
+
+def unembed(config: ModelConfig, params, hidden_BTD):
+    """Logits of normed states, in float32: rounding would cost what accumulating in it has won."""
+    table_DV = unembed_table(config, params)
+    logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, config.compute_dtype, "float32")
+    return constrain(logits_BTV, "batch", "length", "act_vocab")
 
 
 def abstract_params(config: ModelConfig):

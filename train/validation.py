@@ -60,8 +60,9 @@ def evaluate_loss(config: Config, model, params, tokenizer, mesh) -> dict[str, f
 def _row_losses(model, params, batch):
     """Summed negative log-likelihood of each row, [B] in nats."""
     out = model.apply(
-        {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"]
-    )
+        {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"],
+        method="states",
+    )  # fmt: skip
     _, nll_BT = cross_entropy(
         out.hidden_BTD, unembed_table(model.config, params), batch["targets_BT"],
         batch["weights_BT"], model.config.compute_dtype,

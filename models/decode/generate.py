@@ -117,7 +117,10 @@ def _prefill(model, max_length, params, cache, tokens_BT, segments_BT):
     """The cache with these tokens added; the first piece makes it."""
     if cache is None:
         cache = _empty_cache(model.config, len(tokens_BT), max_length)
-    return model.apply({"params": params}, tokens_BT, segment_ids_BT=segments_BT, cache=cache).cache
+    states = model.apply(
+        {"params": params}, tokens_BT, segment_ids_BT=segments_BT, cache=cache, method="states"
+    )
+    return states.cache
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")

@@ -56,6 +56,7 @@ class NextToken:
         out = model.apply(
             {"params": params}, batch["tokens_BT"], batch["positions_BT"],
             batch["segment_ids_BT"], images=batch.get("images"), audio=batch.get("audio"),
+            method="states",
         )  # fmt: skip
         weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
         total, nll_BT = cross_entropy(

@@ -257,7 +257,7 @@ class Script:
 
     config: ModelConfig = CONFIG
 
-    def apply(self, variables, tokens_BT, segment_ids_BT, cache):
+    def apply(self, variables, tokens_BT, segment_ids_BT, cache, method=None):
         assert not self.config.capacity_factor
         said_BT, prompt_B = variables["params"]
         lengths_B = cache.lengths_B + jnp.sum(segment_ids_BT, axis=1)
