@@ -14,7 +14,7 @@ import traceback
 
 from absl import flags
 
-from .configs import errors, find, get_config, names, schema
+from .configs import errors, files, find, get_config, names, schema
 
 COMMANDS = {
     "train": "train a model; the same command goes on after an interruption",
@@ -143,7 +143,7 @@ def _convert(args, paths):
 
 def _write_results(workdir: pathlib.Path, results: dict) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    files.write_json(workdir / "results.json", results)
     print(f"results.json is in {workdir}")
 
 

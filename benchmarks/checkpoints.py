@@ -119,7 +119,7 @@ def blocking(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cli._run(["train", *arguments, f"--workdir={folder}"])
         seconds = json.loads((pathlib.Path(folder) / "goodput.json").read_text())["seconds"]
-    total = sum(seconds[kind] for kind in ("step", "input wait", "save", "evaluation"))
+    total = sum(seconds[kind] for kind in ("step", "input_wait", "save", "evaluation"))
     each = ", ".join(f"{t:.2f}" for t in took)
     print(f"{len(took)} saves held the run up for {each} s: {100 * sum(took) / total:.1f} % of "
           f"{total:.1f} s")  # fmt: skip

@@ -173,6 +173,21 @@ def test_no_utils_and_no_giants():
     assert not long, f"over {MAX_LINES} lines: {long}"
 
 
+def test_small_files_have_one_writer():
+    # Of configs/files.py: atomic, synced, valid JSON.
+    plain = [
+        f"{module}:{node.lineno}"
+        for module, path in SOURCES.items()
+        if module != "puna.configs.files"
+        for node in ast.walk(parse(path))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("write_text", "write_bytes", "dump")
+        and not (isinstance(node.func.value, ast.Name) and node.func.value.id == "files")
+    ]
+    assert not plain, f"written without configs/files.py: {plain}"
+
+
 def test_tests_are_not_a_package():
     # With __init__.py files, tests/models would be imported as the module `models`.
     assert not list((ROOT / "tests").rglob("__init__.py"))

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, event files, the progress line, results.json, the plot."""
 
+import io
 import json
 import math
 import pathlib
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ..configs.files import write_json, write_text
+from ..configs.files import to_json, write_bytes, write_json, write_text
 from ..configs.schema import Config, ModelConfig
 from ..models import hardware
 from ..models.parallel.processes import is_first
@@ -106,7 +107,7 @@ class RunLog:
         if is_first():
             path = self.workdir / "metrics.jsonl"
             kept = [m for m in read(path) if m["step"] <= start]
-            write_text(path, "".join(json.dumps(m) + "\n" for m in kept))
+            write_text(path, "".join(to_json(m) + "\n" for m in kept))
             self.file = open(path, "a", encoding="utf-8")
             self.events = SummaryWriter(str(self.workdir / "events"), purge_step=start + 1)
         self.last: dict = kept[-1] if kept else {}
@@ -117,7 +118,7 @@ class RunLog:
     def fetch(self, loader):
         """The next batch; the time it takes is the run's input wait."""
         began = time.perf_counter()
-        with self.ledger.doing("input wait"):
+        with self.ledger.doing("input_wait"):
             batch = next(loader)
         self.input_wait += time.perf_counter() - began
         return batch
@@ -163,13 +164,11 @@ class RunLog:
 
     def _write(self, step: int, record: dict) -> None:
         scalars = {k: v for k, v in record.items() if not isinstance(v, list)}
-        # JSON has no number for what is not finite.
-        bad = {k: None for k, v in scalars.items() if not math.isfinite(v)}
-        self.last = {"step": step, **record, **bad}
+        self.last = {"step": step, **record}
         self.ledger.write()
         if self.file is None or self.events is None:
             return
-        self.file.write(json.dumps(self.last, allow_nan=False) + "\n")
+        self.file.write(to_json(self.last) + "\n")
         self.file.flush()
         for name, value in scalars.items():
             self.events.add_scalar(name, value, step)
@@ -246,4 +245,6 @@ def plot_losses(workdir: pathlib.Path) -> None:
     axes.set(xlabel="step", ylabel="bits per byte", title=workdir.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(workdir / "loss.png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_bytes(workdir / "loss.png", picture.getvalue())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ...configs.files import write_text
 from ...configs.schema import ModelConfig
 from ..weights import licences
 from ..weights.config import LLAMA4, family
@@ -48,14 +49,14 @@ def write(
 ) -> None:
     """Write README.md, the licence files that came with the base model, and NOTICE if it is due."""
     for file, text in origin["files"].items():
-        (folder / file).write_text(text, encoding="utf-8")
+        write_text(folder / file, text)
     licence = licences.LICENCES.get(origin["licence"])
     if licence is not None:
         notice = folder / "NOTICE"
         old = notice.read_text(encoding="utf-8") if notice.exists() else ""
         if licence.notice.strip() not in old:
-            notice.write_text(old + licence.notice, encoding="utf-8")
-    (folder / "README.md").write_text(_text(name, config, origin, facts), encoding="utf-8")
+            write_text(notice, old + licence.notice)
+    write_text(folder / "README.md", _text(name, config, origin, facts))
 
 
 def _text(name, config, origin, facts) -> str:

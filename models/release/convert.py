@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ...configs import schema
 from ...configs.errors import UserError
+from ...configs.files import write_json
 from ..parallel import sharding
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from ..weights import config as hf_config
@@ -281,8 +282,8 @@ def _write_release(model, folder: pathlib.Path, name: str, shard_bytes: int) -> 
         _write_tokenizer(model, tokenizer, folder)
         text = config_json.get("text_config", config_json)
         text |= ids | {"eos_token_id": tokenizer.eos_id}
-    _write_json(folder / "config.json", config_json | {"dtype": main_dtype})
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "config.json", config_json | {"dtype": main_dtype})
+    write_json(folder / "generation_config.json", ids)
     card.write(folder, name, model.config, model.origin, model.facts)
     model.finish()
 
@@ -353,7 +354,7 @@ def _write_weights(model, table, folder: pathlib.Path, shard_bytes: int) -> str:
     if files > 1:
         place = {name: names[slot.file] for name, slot in slots.items()}
         index = {"metadata": {"total_size": total}, "weight_map": place}
-        _write_json(folder / safetensors_files.INDEX, index)
+        write_json(folder / safetensors_files.INDEX, index)
     sizes: dict[str, int] = {}
     for slot in slots.values():
         sizes[slot.dtype.name] = sizes.get(slot.dtype.name, 0) + slot.size
@@ -413,7 +414,3 @@ def _write_tokenizer(model, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():
             shutil.copyfile(home / name, folder / name)
-
-
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

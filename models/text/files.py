@@ -1,10 +1,8 @@
-"""Files of a tokenizer: reading them with one-line errors, writing them whole, and what the
-configuration files that Hugging Face puts beside a tokenizer say about it.
+"""Files of a tokenizer: reading them with one-line errors, and what the configuration files that
+Hugging Face puts beside a tokenizer say about it.
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from ...configs.errors import UserError
@@ -120,23 +118,3 @@ def read_object(path: Path, data: bytes) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return value
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old one or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes it private, which others' jobs could not read
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def json_bytes(value: dict) -> bytes:
-    """Return `value` as readable JSON."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

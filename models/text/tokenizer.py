@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from ...configs.errors import UserError
+from ...configs.files import write_bytes, write_json
 from . import chat as chat_formats
-from .files import json_bytes, read_file, read_object, settings_beside, write_file
+from .files import read_file, read_object, settings_beside
 from .kinds import (
     LLAMA3_PATTERN,
     ByteKind,
@@ -207,11 +208,11 @@ class Tokenizer:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if kind.filename:
-                write_file(directory / kind.filename, kind.data)
+                write_bytes(directory / kind.filename, kind.data)
             if isinstance(kind, HuggingFaceKind):
-                write_file(directory / "tokenizer_config.json", json_bytes(self._hub_config()))
+                write_json(directory / "tokenizer_config.json", self._hub_config())
             # Last, because it vouches for the others.
-            write_file(directory / _SAVED, json_bytes(record))
+            write_json(directory / _SAVED, record)
         except OSError as error:
             raise UserError(f"{directory}: cannot save the tokenizer: {error.strerror}") from None
 
@@ -363,7 +364,7 @@ def _load_from_run(path: Path) -> Tokenizer:
 
     with tempfile.TemporaryDirectory() as folder:
         for name, data in run.tokenizer_files(run.find(path)).items():
-            (Path(folder) / Path(name).name).write_bytes(data)
+            write_bytes(Path(folder) / Path(name).name, data)
         return load_tokenizer(folder)
 
 

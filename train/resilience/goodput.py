@@ -2,13 +2,14 @@
 
 A run is a series of sessions, each from its start to its end or its last sign of life. What a
 session did after its last checkpoint is done again by the next one, so that time, and the time
-until the next one started, is `lost to failure`.
+until the next one started, is `lost_to_failure`.
 """
 
 import contextlib
 import json
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from ...models.parallel import processes
 
 FILE = "goodput.json"
 _MARKS = 64
-KINDS = ("start-up", "compile", "input wait", "step", "save", "evaluation", "lost to failure")
+KINDS = ("start_up", "compile", "input_wait", "step", "save", "evaluation", "lost_to_failure")
 
 
 class Ledger:
@@ -32,24 +33,24 @@ class Ledger:
     def __init__(self, workdir: pathlib.Path, now: Callable[[], float] = time.time,
                  started: float | None = None):  # fmt: skip
         self._path, self._now = workdir / FILE, now
-        self._kind = "start-up"
+        self._kind = "start_up"
         self._since = now() if started is None else started
         before = _read(self._path)
-        self._seconds = {kind: float(before.get("seconds", {}).get(kind, 0.0)) for kind in KINDS}
-        self._sessions = int(before.get("sessions", 0)) + 1
-        self._first = float(before.get("first_start", self._since))
+        self._seconds = dict.fromkeys(KINDS, 0.0) | before.get("seconds", {})
+        self._sessions = before.get("sessions", 0) + 1
+        self._first = before.get("first_start", self._since)
         # Step -> seconds of steps until its checkpoint.
-        self._marks = {int(k): float(v) for k, v in before.get("marks", {}).items()}
-        if before and not before.get("finished"):
-            self._since = max(self._since, float(before["last_sign"]))
-            self._seconds["lost to failure"] += self._since - float(before["last_sign"])
+        self._marks = before.get("marks", {})
+        if before and not before["finished"]:
+            self._since = max(self._since, before["last_sign"])
+            self._seconds["lost_to_failure"] += self._since - before["last_sign"]
         self.write()  # a session that is killed while it starts has been one too
 
     def going_on_from(self, step: int) -> None:
         """The steps after this checkpoint, if there were any, are done again: they are lost."""
         again = max(0.0, self._seconds["step"] - self._marks.get(step, 0.0))
         self._seconds["step"] -= again
-        self._seconds["lost to failure"] += again
+        self._seconds["lost_to_failure"] += again
 
     @contextlib.contextmanager
     def doing(self, kind: str) -> Iterator[None]:
@@ -120,8 +121,15 @@ def _read(path: pathlib.Path) -> dict:
     """An earlier report; {} where there is none or it cannot be read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        float(report["last_sign"])
-        {int(k): float(v) for k, v in report["marks"].items()}
-        return report
+        # Older versions wrote "input wait" and the like.
+        seconds = {re.sub("[ -]", "_", k): float(v) for k, v in report["seconds"].items()}
+        return {
+            "seconds": {kind: seconds.get(kind, 0.0) for kind in KINDS},
+            "marks": {int(k): float(v) for k, v in report["marks"].items()},
+            "last_sign": float(report["last_sign"]),
+            "first_start": float(report["first_start"]),
+            "sessions": int(report["sessions"]),
+            "finished": bool(report["finished"]),
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

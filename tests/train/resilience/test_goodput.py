@@ -40,8 +40,8 @@ def test_a_failure_costs_what_is_done_again_and_the_time_until_the_restart(tmp_p
     again.saving(8)
     report = again.write(finished=True)
     assert report["seconds"] == {
-        "start-up": 3.0, "compile": 5.0, "input wait": 0.0, "step": 17.0, "save": 1.0,
-        "evaluation": 2.0, "lost to failure": 37.0,
+        "start_up": 3.0, "compile": 5.0, "input_wait": 0.0, "step": 17.0, "save": 1.0,
+        "evaluation": 2.0, "lost_to_failure": 37.0,
     }  # fmt: skip
     assert report["sessions"] == 2
     assert report["wall_seconds"] == clock.time - 998
@@ -60,8 +60,25 @@ def test_a_session_that_is_killed_before_its_first_step_counts(tmp_path):
     clock.time += 100
     report = Ledger(tmp_path, clock).write()
     assert report["sessions"] == 2 and report["first_start"] == 990
-    assert report["seconds"]["lost to failure"] == 100
+    assert report["seconds"]["lost_to_failure"] == 100
     assert report["wall_seconds"] == 110
+
+
+def test_a_file_of_an_older_version_is_read(tmp_path):
+    seconds = {"start-up": 1.0, "compile": 2.0, "input wait": 3.0, "step": 4.0, "save": 5.0}
+    seconds |= {"evaluation": 6.0, "lost to failure": 7.0}
+    old = {"goodput": 0.1, "wall_seconds": 28.0, "seconds": seconds, "sessions": 2}
+    old |= {"first_start": 10.0, "last_sign": 990.0, "marks": {"4": 3.5}, "finished": False}
+    (tmp_path / FILE).write_text(json.dumps(old))
+    ledger = Ledger(tmp_path, Clock())
+    ledger.going_on_from(4)
+    report = ledger.write()
+    assert report["seconds"] == {
+        "start_up": 1.0, "compile": 2.0, "input_wait": 3.0, "step": 3.5, "save": 5.0,
+        "evaluation": 6.0, "lost_to_failure": 17.5,
+    }  # fmt: skip
+    assert (report["sessions"], report["first_start"]) == (3, 10.0)
+    assert all(kind.isidentifier() for kind in json.loads((tmp_path / FILE).read_text())["seconds"])
 
 
 @given(
@@ -89,7 +106,16 @@ def test_nothing_is_counted_twice_or_not_at_all(tmp_path_factory, events):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"last_sign": "x"}', '{"last_sign": 1, "marks": []}', "null"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"last_sign": "x"}',
+        '{"last_sign": 1, "marks": []}',
+        "null",
+        '{"last_sign": 1, "marks": {}, "seconds": [], "sessions": 1, "first_start": 1}',
+    ],
 )
 def test_a_damaged_file_is_begun_anew(tmp_path, text):
     (tmp_path / FILE).write_text(text)
