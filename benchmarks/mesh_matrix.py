@@ -35,7 +35,6 @@ from puna.configs import schema
 from puna.models.kernels import blockwise
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
-from puna.models.vision import Images
 from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import TrainState, abstract_state, init_state
@@ -110,7 +109,7 @@ def batch(config: schema.ModelConfig, seed: int = 0):
         tokens[::2, 1:5] = config.vision.token_id  # one tile is four features
         shape = (B, 1, config.vision.image_size, config.vision.image_size, 3)
         tiles = rng.uniform(-1, 1, shape).astype(np.float32)
-        out["images"] = Images(tiles, (np.arange(B) % 2 == 0).astype(np.int32))
+        out |= {"tiles_BIYXC": tiles, "num_tiles_B": (np.arange(B) % 2 == 0).astype(np.int32)}
     return out
 
 

@@ -102,6 +102,14 @@ def check(c) -> None:
             f"data.tokenizer_vocab={c.data.tokenizer_vocab} must be at most "
             f"model.vocab_size={c.model.vocab_size}"
         )
+    for key, encoder, section in (
+        ("images", c.model.vision, "vision"), ("clips", c.model.audio, "audio"),
+    ):  # fmt: skip
+        if getattr(c.data, key) and not encoder.num_layers:
+            raise ConfigError(
+                f"data.{key}={getattr(c.data, key)} must be 0 where model.{section}.num_layers=0: "
+                "the model has no encoder for them"
+            )
     _multiple("train.batch_size", c.train.batch_size, "train.microbatches", c.train.microbatches)
     _multiple("train.keep_every", c.train.keep_every, "train.save_every", c.train.save_every)
     if c.train.local_dir and c.train.local_every >= c.train.save_every:

@@ -183,6 +183,8 @@ class DataConfig:
     validation: str = key("tfds:python_source:validation", "held-out sources; empty = none")
     seq_len: int = key(512, "tokens of a row", at_least(2))
     text_key: str = key("text", "field of a record that holds its text", NOT_EMPTY)
+    images: int = key(0, "image tiles that a row has room for; 0 = no pictures", at_least(0))
+    clips: int = key(0, "audio clips that a row has room for; 0 = no sound", at_least(0))
     tokenizer: str = key("bytes", "bytes, train (a BPE on the training data), or a path", NOT_EMPTY)
     tokenizer_vocab: int = key(8192, "vocabulary of a BPE trained here", POSITIVE)
     data_dir: str = key("", "where TFDS keeps its data sets; empty = its default")

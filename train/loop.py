@@ -14,6 +14,7 @@ from ..models.transformer import Transformer, abstract_params
 from . import metrics, objectives
 from .checkpoint import Checkpoints, set_aside_unreadable
 from .data import make_train_loader
+from .data.packing import media_room
 from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .init_from import initial_state, lineage, resolve
@@ -24,7 +25,7 @@ from .resilience.replicas import check_replicas
 from .resilience.signals import Interrupted, Signals
 from .state import TrainState, abstract_state, join
 from .step import make_train_step
-from .validation import evaluate_loss
+from .validation import HeldOut
 
 Evaluator = Callable[..., dict[str, float]]
 
@@ -52,8 +53,6 @@ def train(
     set_aside_unreadable(workdir)
     c = resolve(schema.build(config), workdir)
     workdir = _writable(workdir)
-    if evaluators is None:
-        evaluators = {"validation": evaluate_loss} if c.data.validation else {}
     ledger = Ledger(workdir, started=process_start())
     _keep_programs()
     mesh = sharding.make_mesh(c.mesh)
@@ -63,11 +62,16 @@ def train(
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
         quarantine = prepare_quarantine(workdir)
         tokenizer = prepare_tokenizer(c, workdir, quarantine)
+        objective = objectives.make(c, tokenizer.token_bytes)
         loader = make_train_loader(
-            c.data, tokenizer, c.train.batch_size, rows, c.train.seed, quarantine
-        )
+            c.data, objective.transform(c, tokenizer), c.train.batch_size, rows, c.train.seed,
+            quarantine, media_room(c),
+        )  # fmt: skip
+        held_out = None
+        if evaluators is None and c.data.validation:
+            held_out = HeldOut(c, objective, tokenizer, mesh)
 
-    model, objective = Transformer(c.model), objectives.make(c, tokenizer.token_bytes)
+    model = Transformer(c.model)
     boxed = abstract_params(c.model)
     tx = make_optimizer(c, boxed)
     places = abstract_state(c, tx, mesh)
@@ -123,7 +127,9 @@ def train(
             if last or (c.train.eval_every and step % c.train.eval_every == 0):
                 with ledger.doing("evaluation"):
                     params = join(state.params, state.frozen)
-                    for name, evaluate in evaluators.items():
+                    if held_out is not None:
+                        log.add("validation", held_out(model, params, state.frozen))
+                    for name, evaluate in (evaluators or {}).items():
                         log.add(name, evaluate(c, model, params, tokenizer, mesh))
                 log.add("data", {"bad_records": quarantine.count()})
             if saves:

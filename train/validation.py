@@ -1,70 +1,114 @@
-"""Token-weighted loss, perplexity and bits per byte of a split, the same for any batch or mesh.
+"""The loss on held-out data, the same for any batch size, mesh and number of processes.
 
-Rows are packed without regard to the batch size, each row's loss is summed on the device, and
-the rows are summed on the host in float64.
+Rows are packed without regard to the batch size, each row's sums are made on the device, and the
+rows are summed on the host in float64. The data are opened, screened and packed once: a later
+evaluation of the same run reads no file as long as its rows fit the memory set aside for them.
 """
 
+import collections
 import functools
 import itertools
-import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..configs.errors import UserError
 from ..configs.schema import Config
 from ..models.parallel import processes, sharding
-from ..models.transformer import unembed_table
-from .data import batches, make_eval_rows
-from .objectives.next_token import cross_entropy
+from . import objectives
+from .data import Batch, HeldOutRows
+from .data.packing import Room, media_room
+from .objectives import Objective
+
+# Batches whose sums are still on the devices: the host is ahead by so many.
+_IN_FLIGHT = 4
+
+
+class HeldOut:
+    """`data.validation`, or its first `eval.max_rows` packed rows, ready to be measured.
+
+    Args:
+      config: its data, eval and model sections are read.
+      objective: the loss.
+      tokenizer: of the model.
+      mesh: where batches are put; a process reads and keeps the rows of its own devices only.
+
+    Raises:
+      UserError: the data cannot be read or hold nothing to predict.
+    """
+
+    def __init__(self, config: Config, objective: Objective, tokenizer, mesh):
+        self.objective, self.mesh = objective, mesh
+        self.sources = config.data.validation
+        parts = sharding.parts("batch", mesh)
+        self.batch_size = -(-config.eval.batch_size // parts) * parts
+        self.local = sharding.local_rows(mesh, self.batch_size)
+        self.rows = HeldOutRows(
+            config.data, objective.transform(config, tokenizer), self.sources,
+            Room(config.data.seq_len + 1, media_room(config)), config.eval.max_rows or None,
+        )  # fmt: skip
+
+    def __call__(self, model, params, frozen) -> dict[str, float]:
+        """Measure parameters; see `Objective.report` for the numbers.
+
+        Raises:
+          UserError: the split holds nothing to predict.
+        """
+        pending: collections.deque = collections.deque()
+        sums: dict[str, float] = collections.defaultdict(float)
+        processes.wait("evaluation")
+
+        def fetch():
+            for name, x_B in pending.popleft().items():
+                sums[name] += float(np.sum(processes.on_host(x_B), dtype=np.float64))
+
+        with jax.set_mesh(self.mesh):
+            for batch in _ahead(self._batches()):
+                device = sharding.put_batch(self.mesh, batch, self.local, self.batch_size)
+                pending.append(_row_sums(self.objective, model, params, frozen, device))
+                if len(pending) > _IN_FLIGHT:
+                    fetch()
+            while pending:
+                fetch()
+        numbers = self.objective.report(sums)
+        if not numbers:
+            raise UserError(f"data.validation={self.sources} holds nothing to predict")
+        return numbers
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of this process: rows of zeros fill up the last one."""
+        for first in itertools.count(0, self.batch_size):
+            batch = self.rows.batch(first, [first + row for row in self.local])
+            if batch is None:
+                return
+            yield batch
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same, each made in a thread while the one before it is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(next, batches, None)
+            yield batch
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _row_sums(objective: Objective, model, params, frozen, batch):
+    return objective.loss(model, params, frozen, batch).rows_B
 
 
 def evaluate_loss(config: Config, model, params, tokenizer, mesh) -> dict[str, float]:
-    """Measure the loss on `data.validation`, or its first `eval.max_rows` packed rows.
+    """Measure a model on `data.validation` once.
 
     Returns:
-      `loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte` of text, and how many
+      For text: `loss` in nats a token, `perplexity` = exp(loss), `bits_per_byte`, and how many
       `tokens` and `bytes` were predicted.
 
     Raises:
-      UserError: the split holds nothing to predict.
+      UserError: the data cannot be read or hold nothing to predict.
     """
-    parts = sharding.parts("batch", mesh)
-    size = -(-config.eval.batch_size // parts) * parts
-    rows = make_eval_rows(config.data, tokenizer, config.data.validation, config.data.seq_len)
-    rows = itertools.islice(rows, config.eval.max_rows or None)
-    nll = tokens = bytes_ = 0.0
-    processes.wait("evaluation")
-    with jax.set_mesh(mesh):
-        for batch in batches(rows, size):
-            device = sharding.put_batch(mesh, batch, list(range(size)), size)
-            nll_B = processes.on_host(_row_losses(model, params, device))
-            nll += float(np.sum(nll_B.astype(np.float64)))
-            weights = batch["weights_BT"]
-            tokens += float(weights.sum(dtype=np.float64))
-            bytes_ += float((tokenizer.token_bytes[batch["targets_BT"]] * weights).sum())
-    if not tokens or not bytes_:
-        raise UserError(f"data.validation={config.data.validation} holds nothing to predict")
-    loss = nll / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nll / math.log(2) / bytes_,
-        "tokens": tokens,
-        "bytes": bytes_,
-    }
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _row_losses(model, params, batch):
-    """Summed negative log-likelihood of each row, [B] in nats."""
-    out = model.apply(
-        {"params": params}, batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"],
-        method="states",
-    )  # fmt: skip
-    _, nll_BT = cross_entropy(
-        out.hidden_BTD, unembed_table(model.config, params), batch["targets_BT"],
-        batch["weights_BT"], model.config.compute_dtype,
-    )  # fmt: skip
-    return jnp.sum(nll_BT * batch["weights_BT"], axis=1)
+    objective = objectives.make(config, tokenizer.token_bytes)
+    return HeldOut(config, objective, tokenizer, mesh)(model, params, {})

@@ -1,44 +1,86 @@
-"""Documents as token ids: what packing reads."""
+"""Documents as examples: the records of a source through a transform."""
 
 import weakref
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-from ...models.text.tokenizer import Tokenizer
+from .examples import Example, Record, RecordError, Transform
+from .quarantine import BadRecord, Screened
+
+EMPTY = Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
-class TokenizedDocuments(Sequence[np.ndarray]):
-    """The ids of documents, int32: bos, text, eos; empty where the text has no ids.
+class Records(Protocol):
+    """What a source is: records at random; `BadRecord` where one is malformed."""
 
-    A tokenizer without bos or eos leaves that one out.
-    """
+    def __len__(self) -> int: ...
 
-    def __init__(self, documents: Sequence[str], tokenizer: Tokenizer):
-        self._documents = documents
-        self._tokenizer = tokenizer
-        # Where documents are few, many rows read the same one at once: a book in one file is
-        # tokenized and held once, and not once a row.
-        self._in_use: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
+    def __getitem__(self, index: int) -> Record: ...
+
+    def folder(self, index: int) -> str:
+        """Of the file that holds a record; paths in the record are relative to it."""
+        ...
+
+    def bad(self, index: int, reason: str) -> BadRecord:
+        """The error that says where a record is and what is wrong with it."""
+        ...
+
+
+class Parsed(Sequence):
+    """What a transform takes from each record of a source; `BadRecord` where there is no such."""
+
+    def __init__(self, records: Records, transform: Transform):
+        self.records, self._transform = records, transform
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self.records)
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        ids = self._in_use.get(index)
-        if ids is None:
-            ids = self._in_use[index] = self._tokenize(self._documents[index])
-        return ids
+    def __getitem__(self, index: int) -> Any:
+        record = self.records[index]
+        try:
+            return self._transform.parse(record, self.records.folder(index))
+        except RecordError as error:
+            raise self.records.bad(index, str(error)) from None
+
+
+class Examples(Sequence[Example]):
+    """The examples of a source; one that is skipped or has no ids is empty."""
+
+    def __init__(self, parsed: Parsed, screened: Screened, transform: Transform):
+        self._parsed, self._screened, self._transform = parsed, screened, transform
+        # Where documents are few, many rows read the same one at once: a book in one file is
+        # tokenized and held once, and not once a row.
+        self._in_use: weakref.WeakValueDictionary[int, Example] = weakref.WeakValueDictionary()
+
+    def __len__(self) -> int:
+        return len(self._screened)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._in_use.get(index)
+        if example is None:
+            example = self._in_use[index] = self._make(index)
+        return example
+
+    def parsed(self):
+        """Yield what the transform takes from each record, in order; "" where one is skipped."""
+        for i in range(len(self)):
+            parsed = self._screened[i]
+            yield "" if parsed is None else parsed
 
     def __getstate__(self) -> dict:
-        return {"documents": self._documents, "tokenizer": self._tokenizer}
+        return {k: v for k, v in self.__dict__.items() if k != "_in_use"}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+        self.__dict__.update(state, _in_use=weakref.WeakValueDictionary())
 
-    def _tokenize(self, text: str) -> np.ndarray:
-        ids = self._tokenizer.encode(text)
-        if ids:
-            bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-            ids = [bos] * (bos is not None) + ids + [eos] * (eos is not None)
-        return np.asarray(ids, np.int32)
+    def _make(self, index: int) -> Example:
+        parsed = self._screened[index]
+        if parsed is None:
+            return EMPTY
+        try:
+            return self._transform.encode(parsed)
+        except RecordError as error:
+            self._screened.reject(self._parsed.records.bad(index, str(error)))
+            return EMPTY

@@ -1,7 +1,7 @@
-"""Text and JSONL files, plain or gzipped, as a random-access sequence of documents.
+"""Text and JSONL files, plain or gzipped, as a random-access sequence of records.
 
-A file ending in .jsonl or .json-lines (or the same with .gz) holds one JSON object a line, whose
-text is under one key; any other file is one document. Plain files are read piece by piece through
+A file ending in .jsonl or .json-lines (or the same with .gz) holds one JSON object a line; any
+other file is one text. Plain files are read piece by piece through
 an index of line offsets (8 bytes a document) that is built when they are opened, and refused once
 they change: no place in them would hold any longer. A gzip file cannot be read in the middle, so it
 is kept in memory, unzipped, once per reading process.
@@ -24,36 +24,19 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from ...configs.errors import UserError
+from .examples import Record, RecordError, json_type
 from .quarantine import SHOWN_CHARACTERS, BadRecord
 
 JSONL_SUFFIXES = (".jsonl", ".json-lines")
 MAX_GZIP_BYTES = 1 << 30  # unzipped, for one file
 _BLOCK_BYTES = 1 << 20  # of a line that are in memory at once while a file is indexed
 
-_JSON_TYPES = {
-    bool: "boolean",
-    dict: "object",
-    float: "number",
-    int: "number",
-    list: "array",
-    str: "string",
-    type(None): "null",
-}
 
-
-class RecordError(ValueError):
-    """A record that cannot be a document; the message says why, not where."""
-
-
-def decode_record(raw: bytes, text_key: str | None) -> str:
-    """Turn one record into the text of a document.
-
-    Args:
-        raw: the bytes of a whole text file or of one JSONL line.
-        text_key: the key of the text in a JSONL line; None for a text file.
+def decode_record(raw: bytes, is_json: bool) -> Record:
+    """Read one record: the bytes of a whole text file, or of one JSONL line if `is_json`.
 
     Raises:
-        RecordError: the record is binary, not UTF-8, or not a JSON object with a text.
+        RecordError: the record is binary, not UTF-8, or not a JSON object.
     """
     if b"\0" in raw:
         raise RecordError("holds a NUL byte: it is binary, not text")
@@ -63,7 +46,7 @@ def decode_record(raw: bytes, text_key: str | None) -> str:
         raise RecordError(
             f"is not UTF-8 text (byte 0x{raw[error.start]:02x} at offset {error.start})"
         ) from None
-    if text_key is None:
+    if not is_json:
         return text
     try:
         record = json.loads(text.rstrip())  # blank lines behind it may hold more than JSON's space
@@ -72,18 +55,8 @@ def decode_record(raw: bytes, text_key: str | None) -> str:
     except (ValueError, RecursionError) as error:
         raise RecordError(f"is not JSON that can be read ({error})") from None
     if not isinstance(record, dict):
-        raise RecordError(f"is a JSON {_JSON_TYPES[type(record)]}, not an object like {{...}}")
-    if text_key not in record:
-        keys = ", ".join(repr(key[:40]) for key in itertools.islice(record, 8)) or "none"
-        raise RecordError(f"has no key {text_key!r} (its keys: {keys}); set data.text_key")
-    value = record[text_key]
-    if not isinstance(value, str):
-        raise RecordError(f"has no string under {text_key!r} but a JSON {_JSON_TYPES[type(value)]}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # "\ud800" alone is legal JSON and no text
-        raise RecordError(f"has half a surrogate pair under {text_key!r}") from None
-    return value
+        raise RecordError(f"is a JSON {json_type(record)}, not an object like {{...}}")
+    return record
 
 
 def find_files(pattern: str) -> list[str]:
@@ -119,22 +92,20 @@ class _Index:
     state: tuple[int, int]  # bytes, and nanoseconds of the last change
 
 
-class FileDocuments(Sequence[str]):
-    """The documents of some files, in the order of the files and of their lines.
+class FileRecords(Sequence[Record]):
+    """The records of some files, in the order of the files and of their lines.
 
     Args:
         paths: the files.
-        text_key: the key of the text in the objects of JSONL files.
-        max_bytes: what a document may have; a longer one is not read into memory.
+        max_bytes: what a record may have; a longer one is not read into memory.
 
     Raises:
-        UserError: a file cannot be read, or when a document of it is read, has changed.
-        BadRecord: a record is no document, when it is read.
+        UserError: a file cannot be read, or when a record of it is read, has changed.
+        BadRecord: a record is malformed, when it is read.
     """
 
-    def __init__(self, paths: Sequence[str], text_key: str, max_bytes: int):
+    def __init__(self, paths: Sequence[str], max_bytes: int):
         self._paths = tuple(paths)
-        self._text_key = text_key
         self._max_bytes = max_bytes
         self._unzipped: dict[str, bytes] = {}
         self._files = [self._index(path) for path in self._paths]
@@ -144,28 +115,46 @@ class FileDocuments(Sequence[str]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        path, file, document = self._find(index)
+        size = file.offsets[document + 1] - file.offsets[document]
+        raw = self._read(path, file, document, self._max_bytes)
+        try:
+            if size > self._max_bytes:
+                raise RecordError(
+                    f"is a document of {size:,} bytes, more than data.max_document_bytes="
+                    f"{self._max_bytes}: split it, e.g. into lines of a .jsonl file"
+                )
+            return decode_record(raw, _is_jsonl(path))
+        except RecordError as error:
+            raise self.bad(index, str(error)) from None
+
+    def folder(self, index: int) -> str:
+        """The folder of the file that holds a record."""
+        return os.path.dirname(self._find(index)[0])
+
+    def bad(self, index: int, reason: str) -> BadRecord:
+        """The error that a record is no document, which says where it is."""
+        path, file, document = self._find(index)
+        line = document + 1 + bisect.bisect_right(file.blanks, document)
+        where = f"{path} line {line}" if _is_jsonl(path) else path
+        # A character has up to 4 bytes.
+        beginning = self._read(path, file, document, 4 * SHOWN_CHARACTERS)
+        return BadRecord(where, reason, path, line, file.offsets[document], beginning)
+
+    def _find(self, index: int) -> tuple[str, _Index, int]:
+        """The file of a record, and its number there."""
         number = bisect.bisect_right(self._ends, index)
         path, file = self._paths[number], self._files[number]
-        document = index - self._ends[number] + len(file.offsets) - 1
+        return path, file, index - self._ends[number] + len(file.offsets) - 1
+
+    def _read(self, path: str, file: _Index, document: int, most: int) -> bytes:
         start, stop = file.offsets[document], file.offsets[document + 1]
         with _explain(path), self._open(path, file.state) as opened:
             opened.seek(start)
-            raw = opened.read(min(stop - start, self._max_bytes))
-        try:
-            if stop - start > self._max_bytes:
-                raise RecordError(
-                    f"is a document of {stop - start:,} bytes, more than data.max_document_bytes="
-                    f"{self._max_bytes}: split it, e.g. into lines of a .jsonl file"
-                )
-            return decode_record(raw, self._text_key if _is_jsonl(path) else None)
-        except RecordError as error:
-            line = document + 1 + bisect.bisect_right(file.blanks, document)
-            where = f"{path} line {line}" if _is_jsonl(path) else path
-            beginning = raw[: 4 * SHOWN_CHARACTERS]  # a character has up to 4 bytes
-            raise BadRecord(where, str(error), path, line, start, beginning) from None
+            return opened.read(min(stop - start, most))
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_unzipped": {}}  # a worker process unzips for itself

@@ -22,9 +22,8 @@ from absl import flags
 
 from ...configs.errors import UserError
 from ...configs.schema import DataConfig
-from ...models.text.tokenizer import Tokenizer
-from .documents import TokenizedDocuments
-from .packing import Batch, Cursor, pack_row, to_batch
+from .examples import Transform
+from .packing import Batch, Cursor, Room, pack_row, to_batch
 from .quarantine import Quarantine
 from .shuffle import ShuffledMapDataset
 from .sources import open_source, parse_sources
@@ -34,22 +33,24 @@ PREFETCHED_BATCHES = 4
 
 def make_train_loader(
     config: DataConfig,
-    tokenizer: Tokenizer,
+    transform: Transform,
     batch_size: int,
     rows: Sequence[int] | None = None,
     seed: int = 0,
     quarantine: Quarantine | None = None,
+    media: dict[str, tuple[int, ...]] | None = None,
 ) -> "TrainLoader":
     """Make the endless iterator over the training batches of this process.
 
     Args:
         config: what is read; `train` is a source string (see `sources`).
-        tokenizer: must be picklable if `config.workers` is not 0.
+        transform: makes examples of records; picklable if `config.workers` is not 0.
         batch_size: rows of the global batch, B.
         rows: the rows of the global batch that this process owns, in the order it wants them; all
             where left out.
         seed: of the order of the documents.
         quarantine: takes the bad records if `config.bad_records` is `skip`.
+        media: room of a row for pictures and clips, see `packing.Room`.
 
     Returns:
         An iterator of batches of numpy arrays [len(rows), config.seq_len], see `to_batch`.
@@ -59,10 +60,10 @@ def make_train_loader(
     """
     parts = parse_sources(config.train)
     quarantine = Quarantine() if quarantine is None else quarantine
-    opened = [open_source(part.name, config, quarantine) for part in parts]
+    opened = [open_source(part.name, config, transform, quarantine) for part in parts]
     streams = []
     for index, documents in enumerate(opened):
-        stream = grain.MapDataset.source(TokenizedDocuments(documents, tokenizer))
+        stream = grain.MapDataset.source(documents)
         if config.shuffle:
             # One seed a part: parts of one size would otherwise be shuffled alike.
             stream = ShuffledMapDataset(stream, seed=(seed, index))
@@ -71,7 +72,7 @@ def make_train_loader(
     return TrainLoader(
         grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0],
         num_documents=sum(map(len, opened)),
-        length=config.seq_len + 1,
+        room=Room(config.seq_len + 1, media or {}),
         batch_size=batch_size,
         rows=range(batch_size) if rows is None else rows,
         workers=config.workers,
@@ -89,7 +90,7 @@ class TrainLoader(Iterator[Batch]):
         self,
         stream: grain.MapDataset,
         num_documents: int,
-        length: int,
+        room: Room,
         batch_size: int,
         rows: Sequence[int],
         workers: int,
@@ -98,7 +99,7 @@ class TrainLoader(Iterator[Batch]):
         self._at_exit = functools.partial(_close, weakref.ref(self))
         self._stream = stream
         self._num_documents = num_documents
-        self._length = length
+        self._room = room
         self._batch_size = batch_size
         self._rows = list(rows)
         self._workers = min(workers, len(self._rows))
@@ -168,7 +169,7 @@ class TrainLoader(Iterator[Batch]):
             }
             for row, (document, offset) in zip(self._rows, self._places, strict=True)
         ]
-        dataset = _PackedRows(self._stream, places, self._length)
+        dataset = _PackedRows(self._stream, places, self._room)
         if self._workers:
             if not flags.FLAGS.is_parsed():  # in a notebook; Grain's workers read flags of Grain
                 flags.FLAGS.mark_as_parsed()
@@ -191,16 +192,16 @@ class TrainLoader(Iterator[Batch]):
 
 
 class _PackedRows(grain.IterDataset):
-    """Packs one row from each place at a time: int32 [places, length], and the places after."""
+    """Packs one row from each place at a time: arrays [places, ...], and the places after."""
 
-    def __init__(self, stream: grain.MapDataset, places: list[dict], length: int):
+    def __init__(self, stream: grain.MapDataset, places: list[dict], room: Room):
         super().__init__()
         self._stream = stream
         self._places = places
-        self._length = length
+        self._room = room
 
     def __iter__(self) -> grain.DatasetIterator:
-        return _PackedRowsIterator(self._stream, self._places, self._length)
+        return _PackedRowsIterator(self._stream, self._places, self._room)
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Keep the rows of one reader process; Grain calls this there."""
@@ -208,14 +209,14 @@ class _PackedRows(grain.IterDataset):
 
 
 class _PackedRowsIterator(grain.DatasetIterator):
-    def __init__(self, stream: grain.MapDataset, places: list[dict], length: int):
+    def __init__(self, stream: grain.MapDataset, places: list[dict], room: Room):
         super().__init__()
         self._stream = stream
-        self._length = length
+        self._room = room
         self._cursors = [Cursor(stream.__getitem__, **place) for place in places]
 
     def __next__(self) -> dict[str, np.ndarray]:
-        rows = [pack_row(cursor, self._length) for cursor in self._cursors]
+        rows = [pack_row(cursor, self._room) for cursor in self._cursors]
         group = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
         group["places"] = np.array([(c.document, c.offset) for c in self._cursors], np.int64)
         return group

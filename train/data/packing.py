@@ -7,23 +7,69 @@ from 0, so that attention can keep to one piece; 0 marks padding. Where a row ha
 of its parents and belongs to a reader process, this one belongs to a row.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 
 from ...configs.errors import UserError
+from ...configs.schema import Config
+from .examples import Example, Media
 
 PATIENCE = 10_000  # empty documents one after another before that is an error
 
-Row = dict[str, np.ndarray]  # tokens, positions, segment_ids: int32 [length]
-Batch = dict[str, np.ndarray]  # tokens_BT targets_BT positions_BT segment_ids_BT weights_BT
+# tokens, positions, segment_ids: int32 [length]; weights: float32 [length]; and media, see `Room`.
+Row = dict[str, np.ndarray]
+# tokens_BT targets_BT positions_BT segment_ids_BT weights_BT; tiles_BIYXC num_tiles_B and
+# frames_BISM num_frames_BI where rows have room for pictures and clips.
+Batch = dict[str, np.ndarray]
+BATCH_NAMES = {
+    "tiles": "tiles_BIYXC", "num_tiles": "num_tiles_B",
+    "frames": "frames_BISM", "num_frames": "num_frames_BI",
+}  # fmt: skip
+
+
+def media_room(config: Config) -> dict[str, tuple[int, ...]]:
+    """What a row of a configuration has room for beside ids, see `Room`."""
+    room, vision, audio = {}, config.model.vision, config.model.audio
+    if config.data.images:
+        room["tiles"] = (config.data.images, vision.image_size, vision.image_size, 3)
+    if config.data.clips:
+        frames = audio.max_tokens * audio.frames_per_token
+        room["frames"] = (config.data.clips, frames, audio.num_mels)
+    return room
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a row has room for.
+
+    Attributes:
+      length: ids.
+      media: name -> shape of all arrays of that name in a row: `tiles` (I, Y, X, C) of pictures,
+        `frames` (I, S, M) of clips.
+    """
+
+    length: int
+    media: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def empty_row(self) -> Row:
+        row: Row = {
+            key: np.zeros(self.length, np.int32) for key in ("tokens", "positions", "segment_ids")
+        }
+        row["weights"] = np.zeros(self.length, np.float32)
+        for name, shape in self.media.items():
+            row[name] = np.zeros(shape, np.float32)
+            # A picture has whole tiles, a clip some of its frames.
+            row[f"num_{name}"] = np.zeros(() if name == "tiles" else shape[0], np.int32)
+        return row
 
 
 class Cursor:
     """Reads the ids of every `stride`-th document one after another, in pieces.
 
     Args:
-        read: returns the ids of the document of an index, int32; empty to have it skipped.
+        read: returns the example of an index; one without ids is skipped.
         document: the index of the document to go on with.
         offset: how many of its ids are already read.
         stride: how much later the next document is.
@@ -35,7 +81,7 @@ class Cursor:
 
     def __init__(
         self,
-        read: Callable[[int], np.ndarray],
+        read: Callable[[int], Example],
         document: int,
         offset: int = 0,
         stride: int = 1,
@@ -48,40 +94,67 @@ class Cursor:
         self._stride = stride
         self._stop = stop
         self._start = start if offset == 0 else 0.0
-        self._ids: np.ndarray | None = None
+        self._example: Example | None = None
 
-    def take(self, room: int) -> np.ndarray | None:
+    def take(self, room: int, media: dict[str, int] | None = None) -> Example | None:
         """Return the next 1 to `room` ids of one document; None at the end.
+
+        Args:
+            media: how many tiles and clips there is room for. A piece ends before a picture or a
+                clip that does not fit as a whole, and has no ids where that comes first.
 
         Raises:
             UserError: too many documents one after another are empty.
         """
-        if self._ids is None:
-            self._ids = self._read_next()
-            if self._ids is None:
+        if self._example is None:
+            self._example = self._read_next()
+            if self._example is None:
                 return None
-        piece = self._ids[self.offset : self.offset + room]
-        self.offset += len(piece)
-        if self.offset == len(self._ids):
+        example, start = self._example, self.offset
+        stop, inside = min(start + room, len(example.ids)), []
+        left = dict(media or {})
+        for m in example.media:
+            if m.stop <= start:
+                continue
+            if m.start >= stop:
+                break
+            if m.stop > stop or len(m.array) > left.get(m.name, 0):
+                stop = m.start
+                break
+            left[m.name] -= len(m.array)
+            inside.append(Media(m.name, m.start - start, m.stop - start, m.array))
+        piece = Example(example.ids[start:stop], example.weights[start:stop], tuple(inside))
+        self.offset = stop
+        if self.offset == len(example.ids):
             self.document += self._stride
             self.offset = 0
-            self._ids = None
+            self._example = None
         return piece
 
     def step_back(self) -> None:
-        """Read the last id again, unless its document ended with it."""
-        self.offset = max(self.offset - 1, 0)
+        """Read the last id, or the picture or clip it belongs to, again.
 
-    def _read_next(self) -> np.ndarray | None:
-        """Return the ids of the first document from here on that has any."""
+        Nothing is read again where the document ended with it.
+        """
+        self.offset = self._outside(max(self.offset - 1, 0))
+
+    def _outside(self, offset: int) -> int:
+        """An offset, or where the picture or clip begins that it lies in."""
+        for m in self._example.media if self._example else ():
+            if m.start < offset < m.stop:
+                return m.start
+        return offset
+
+    def _read_next(self) -> Example | None:
+        """Return the first example from here on that has ids."""
         for _ in range(PATIENCE):
             if self._stop is not None and self.document >= self._stop:
                 return None
-            ids = self._read(self.document)
-            if len(ids):
-                self.offset += int(self._start * len(ids))
+            example = self._example = self._read(self.document)
+            if len(example.ids):
+                self.offset = self._outside(self.offset + int(self._start * len(example.ids)))
                 self._start = 0.0
-                return ids
+                return example
             self.document += self._stride
         raise UserError(
             f"there is no text in {PATIENCE} documents one after another; check the data and "
@@ -89,20 +162,32 @@ class Cursor:
         )
 
 
-def pack_row(cursor: Cursor, length: int) -> Row:
-    """Fill a row of `length` tokens; it ends in padding only where the documents end."""
-    row = {key: np.zeros(length, np.int32) for key in ("tokens", "positions", "segment_ids")}
-    filled = segment = 0
-    while filled < length:
-        piece = cursor.take(length - filled)
-        if piece is None:
+def pack_row(cursor: Cursor, room: Room) -> Row:
+    """Fill a row; it ends in padding only where documents end or a picture or clip does not fit."""
+    row, filled, segment = room.empty_row(), 0, 0
+    used = dict.fromkeys(room.media, 0)
+    while filled < room.length:
+        left = {name: shape[0] - used[name] for name, shape in room.media.items()}
+        piece = cursor.take(room.length - filled, left)
+        if piece is None or not len(piece.ids):
+            assert piece is None or filled, "a picture or clip larger than a row"
             break
         segment += 1
-        part = slice(filled, filled + len(piece))
-        row["tokens"][part] = piece
-        row["positions"][part] = np.arange(len(piece))
+        part = slice(filled, filled + len(piece.ids))
+        row["tokens"][part] = piece.ids
+        row["weights"][part] = piece.weights
+        row["positions"][part] = np.arange(len(piece.ids))
         row["segment_ids"][part] = segment
-        filled += len(piece)
+        for m in piece.media:
+            begin, end = used[m.name], used[m.name] + len(m.array)
+            if m.name == "tiles":
+                row["tiles"][begin:end] = m.array
+                row["num_tiles"][...] = end
+            else:
+                row["frames"][begin, : m.array.shape[1]] = m.array[0]
+                row["num_frames"][begin] = m.array.shape[1]
+            used[m.name] = end
+        filled += len(piece.ids)
     return row
 
 
@@ -110,18 +195,20 @@ def to_batch(rows: Row) -> Batch:
     """Split rows of T+1 tokens into inputs and the tokens that follow them.
 
     Args:
-        rows: tokens, positions and segment_ids, int32 [..., T+1].
+        rows: tokens, positions and segment_ids, int32 [..., T+1], weights, float32, and media.
 
     Returns:
         tokens_BT, targets_BT, positions_BT and segment_ids_BT, int32 [..., T], and weights_BT,
-        float32: 1 where the target is in the segment of its token, else 0 (a target in another
-        document, or padding).
+        float32: what the example says where the target is in the segment of its token, else 0 (a
+        target in another document, or padding). A row never ends inside a picture or clip, and
+        one that its last id belongs to is still there for it.
     """
     segments, next_segments = rows["segment_ids"][..., :-1], rows["segment_ids"][..., 1:]
-    return {
+    within = (segments == next_segments) & (segments > 0)
+    return {name: rows[key] for key, name in BATCH_NAMES.items() if key in rows} | {
         "tokens_BT": np.ascontiguousarray(rows["tokens"][..., :-1]),
         "targets_BT": np.ascontiguousarray(rows["tokens"][..., 1:]),
         "positions_BT": np.ascontiguousarray(rows["positions"][..., :-1]),
         "segment_ids_BT": np.ascontiguousarray(segments),
-        "weights_BT": ((segments == next_segments) & (segments > 0)).astype(np.float32),
+        "weights_BT": np.where(within, rows["weights"][..., 1:], np.float32(0)),
     }

@@ -108,8 +108,8 @@ def prepare_quarantine(workdir: pathlib.Path) -> Quarantine:
     return Quarantine(workdir)
 
 
-class Screened(Sequence[str]):
-    """The documents of a source, a bad one refused or left out: noted, and empty.
+class Screened(Sequence):
+    """The documents of a source, a bad one refused or skipped: noted, and None.
 
     Args:
         documents: raise BadRecord where a record is no document.
@@ -131,21 +131,26 @@ class Screened(Sequence[str]):
     def __len__(self) -> int:
         return len(self._documents)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int):
         try:
             return self._documents[index]
         except BadRecord as bad:
-            if not self._skip:
-                raise _refusal(bad) from None
-            self._quarantine.add(bad)
-            return ""
+            self.reject(bad)
+            return None
+
+    def reject(self, bad: BadRecord) -> None:
+        """Refuse a bad document, or note it: as the policy has it."""
+        if not self._skip:
+            raise _refusal(bad) from None
+        self._quarantine.add(bad)
 
     def _check(self, name: str) -> None:
         # Noted only once the source is accepted: what is refused here is the user's to mend.
         bad, read, characters = [], 0, 0
         while read < min(len(self), CHECKED_DOCUMENTS) and characters < CHECKED_CHARACTERS:
             try:
-                characters += len(self._documents[read])
+                parsed = self._documents[read]
+                characters += len(parsed if isinstance(parsed, str) else str(parsed))
             except BadRecord as error:
                 if not self._skip:
                     raise _refusal(error) from None

@@ -9,12 +9,15 @@ that starts with digits and a `*` is written `./3*`. A name with a comma in it c
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ...configs.errors import UserError
 from ...configs.schema import DataConfig
 from . import files, tfds_documents
+from .documents import Examples, Parsed
+from .examples import Transform
 from .quarantine import Quarantine, Screened
+from .transforms import Text
 
 MAX_WEIGHT = 1e9  # sums and ratios of weights stay numbers
 _WEIGHT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\*(.*)")
@@ -51,29 +54,33 @@ def parse_sources(sources: str) -> list[Part]:
     return parts
 
 
-def open_source(name: str, config: DataConfig, quarantine: Quarantine) -> Sequence[str]:
-    """Open one part of a source string as a random-access sequence of document texts.
+def open_source(
+    name: str, config: DataConfig, transform: Transform, quarantine: Quarantine
+) -> Examples:
+    """Open one part of a source string as a random-access sequence of examples.
 
     Args:
         name: `tfds:...`, a path or a glob.
-        config: `text_key`, `data_dir`, `max_document_bytes` and `bad_records` are used.
-        quarantine: takes the bad records, which are empty documents then, if they are skipped.
+        config: `data_dir`, `max_document_bytes` and `bad_records` are used.
+        transform: makes examples of records.
+        quarantine: takes the bad records, which are empty examples then, if they are skipped.
 
     Raises:
         UserError: the data is missing, empty or not what its name says, or its first records are
             bad (see `Screened`).
     """
     if name.startswith("tfds:"):
-        documents = tfds_documents.TfdsDocuments(
-            name.removeprefix("tfds:"), config.text_key, config.data_dir, config.max_document_bytes
-        )
+        records = tfds_documents.TfdsRecords(
+            name.removeprefix("tfds:"), transform.fields[0], config.data_dir,
+            config.max_document_bytes,
+        )  # fmt: skip
     else:
-        documents = files.FileDocuments(
-            files.find_files(name), config.text_key, config.max_document_bytes
-        )
-    if not len(documents):
+        records = files.FileRecords(files.find_files(name), config.max_document_bytes)
+    if not len(records):
         raise UserError(f"{name} holds no document: it is empty")
-    return Screened(documents, name, config.bad_records, quarantine)
+    parsed = Parsed(records, transform)
+    screened = Screened(parsed, name, config.bad_records, quarantine)
+    return Examples(parsed, screened, transform)
 
 
 def iter_text(
@@ -82,4 +89,4 @@ def iter_text(
     """Yield the text of each document of each part once, in order; weights change nothing."""
     quarantine = Quarantine() if quarantine is None else quarantine
     for part in parse_sources(sources):
-        yield from open_source(part.name, config, quarantine)
+        yield from open_source(part.name, config, Text(None, config.text_key), quarantine).parsed()

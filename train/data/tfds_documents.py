@@ -1,4 +1,4 @@
-"""TFDS data sets as a random-access sequence of documents, read without TensorFlow.
+"""TFDS data sets as a random-access sequence of records, read without TensorFlow.
 
 Only data that TFDS stores in a random-access format (array_record, parquet) can be read this way.
 `python_source`, the corpus of the quickstart, is built when it is first asked for; every other data
@@ -10,13 +10,14 @@ import re
 from collections.abc import Sequence
 
 from ...configs.errors import UserError
+from .examples import Record
 from .quarantine import SHOWN_CHARACTERS, BadRecord
 
 _DATASET = re.compile(r"(?P<name>\w+)(?:/(?P<config>[^/:]+?))??(?:/(?P<version>\d+\.\d+\.\d+))?")
 
 
-class TfdsDocuments(Sequence[str]):
-    """The documents of one split of a TFDS data set, in stored order.
+class TfdsRecords(Sequence[Record]):
+    """The examples of one split of a TFDS data set, in stored order, their texts as strings.
 
     Args:
         spec: `DATASET[/CONFIG][/VERSION][:SPLIT]`, or the folder of a prepared version in place
@@ -34,7 +35,6 @@ class TfdsDocuments(Sequence[str]):
     def __init__(self, spec: str, text_key: str, data_dir: str | None, max_bytes: int):
         self._name, _, split = spec.partition(":")
         self._split = split or "train"
-        self._text_key = text_key
         self._max_bytes = max_bytes
         builder = _find_builder(self._name, data_dir)
         try:
@@ -64,28 +64,38 @@ class TfdsDocuments(Sequence[str]):
                 f"tfds:{self._name}: the feature {text_key!r} is not a text but "
                 f"{' '.join(repr(features[text_key]).split())[:80]}; set data.text_key"
             )
+        self._texts = [name for name, feature in features.items() if _is_text(feature)]
 
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(index)
         try:
-            text = self._examples[index][self._text_key]
+            record = dict(self._examples[index])
         except Exception as error:  # of array_record, protobuf or TFDS, each with its own
-            raise self._bad(index, f"cannot be read ({_first_line(error)})") from error
-        if not isinstance(text, bytes):
-            raise self._bad(index, f"has no text under {self._text_key!r}")
-        if len(text) > self._max_bytes:
-            reason = f"has {len(text):,} bytes, more than data.max_document_bytes={self._max_bytes}"
-            raise self._bad(index, reason, text)
-        try:
-            return text.decode()
-        except UnicodeDecodeError:
-            raise self._bad(index, "is not UTF-8 text", text) from None
+            raise self.bad(index, f"cannot be read ({_first_line(error)})") from error
+        for name in self._texts:
+            text = record[name]
+            if not isinstance(text, bytes):
+                raise self.bad(index, f"has no text under {name!r}")
+            if len(text) > self._max_bytes:
+                size = f"{len(text):,} bytes, more than data.max_document_bytes={self._max_bytes}"
+                raise self.bad(index, f"has {size}", text)
+            try:
+                record[name] = text.decode()
+            except UnicodeDecodeError:
+                raise self.bad(index, "is not UTF-8 text", text) from None
+        return record
 
-    def _bad(self, index: int, reason: str, text: bytes = b"") -> BadRecord:
+    def folder(self, index: int) -> str:
+        """Nothing is relative to a data set's folder."""
+        del index
+        return ""
+
+    def bad(self, index: int, reason: str, text: bytes = b"") -> BadRecord:
+        """The error that an example is no document, which says where it is."""
         source = f"tfds:{self._name}:{self._split}"
         beginning = text[: 4 * SHOWN_CHARACTERS]
         return BadRecord(f"{source} example {index}", reason, source, index, None, beginning)

@@ -15,6 +15,7 @@ import jax
 from ...configs.errors import ConfigError
 from ...configs.schema import Config
 from ...models.transformer import Transformer
+from ..data.examples import Transform
 
 
 class Loss(NamedTuple):
@@ -34,6 +35,10 @@ class Loss(NamedTuple):
 class Objective(Protocol):
     """A loss: a frozen dataclass of settings, compared by identity, whose methods are pure."""
 
+    def transform(self, config: Config, tokenizer) -> Transform:
+        """How a record of the data becomes an example."""
+        ...
+
     def abstract_batch(self, config: Config, mesh) -> dict[str, Any]:
         """Shapes, dtypes and places of a training batch."""
         ...
@@ -52,7 +57,11 @@ class Objective(Protocol):
         ...
 
     def summary(self, sums: Mapping[str, Any]) -> dict[str, Any]:
-        """Numbers for people from the `rows_B` summed over rows; of JAX, NumPy or Python."""
+        """Numbers of a training step from the `rows_B` summed over rows; may be traced."""
+        ...
+
+    def report(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Numbers of an evaluation from the same sums; empty if nothing was measured."""
         ...
 
 

@@ -15,8 +15,12 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ...configs.schema import Config
+from ...models.audio import Audio
 from ...models.parallel import sharding
 from ...models.transformer import unembed_table
+from ...models.vision import Images
+from ..data import packing, transforms
+from ..data.examples import Transform
 from . import Loss
 
 
@@ -34,14 +38,27 @@ class NextToken:
     loss_chunk: int
     token_bytes_V: np.ndarray
 
+    def transform(self, config: Config, tokenizer) -> Transform:
+        """Whole documents, each of whose ids is learnt."""
+        return transforms.of_text(config, tokenizer)
+
     def abstract_batch(self, config: Config, mesh) -> dict[str, Any]:
-        """Shapes, dtypes and places of a batch of text."""
+        """Shapes, dtypes and places of a batch of text, and of pictures and clips if it has any."""
         shape = (config.train.batch_size, config.data.seq_len)
         place = sharding.batch_sharding(mesh)
         ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
         weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
         names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
-        return dict.fromkeys(names, ids) | {"weights_BT": weights}
+        batch = dict.fromkeys(names, ids) | {"weights_BT": weights}
+        for name, shape in packing.media_room(config).items():
+            counts = () if name == "tiles" else shape[:1]
+            for key, dims, dtype in (
+                (packing.BATCH_NAMES[name], shape, jnp.float32),
+                (packing.BATCH_NAMES[f"num_{name}"], counts, jnp.int32),
+            ):
+                shape_B = (config.train.batch_size, *dims)
+                batch[key] = jax.ShapeDtypeStruct(shape_B, dtype, sharding=place)
+        return batch
 
     def weight_B(self, batch):
         return jnp.sum(batch["weights_BT"], axis=1)
@@ -50,13 +67,17 @@ class NextToken:
         """Summed loss of a batch: weight * (nll + z_loss * log(Z)^2) over its targets.
 
         Args:
-          batch: tokens, targets, positions, segment ids and weights, each [B, T]; and `images` or
-            `audio` of the rows, if there are any, whose own tokens should weigh nothing.
+          batch: tokens, targets, positions, segment ids and weights, each [B, T]; and tiles and
+            frames of the rows, if there are any, whose own tokens should weigh nothing.
         """
+        images = audio = None
+        if "tiles_BIYXC" in batch:
+            images = Images(batch["tiles_BIYXC"], batch["num_tiles_B"])
+        if "frames_BISM" in batch:
+            audio = Audio(batch["frames_BISM"], batch["num_frames_BI"])
         out = model.apply(
             {"params": params}, batch["tokens_BT"], batch["positions_BT"],
-            batch["segment_ids_BT"], images=batch.get("images"), audio=batch.get("audio"),
-            method="states",
+            batch["segment_ids_BT"], images=images, audio=audio, method="states",
         )  # fmt: skip
         weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
         total, nll_BT = cross_entropy(
@@ -78,6 +99,15 @@ class NextToken:
             "loss": sums["nll"] / (sums["tokens"] + least),
             "bits_per_byte": sums["nll"] / math.log(2) / (sums["bytes"] + least),
         }
+
+    def report(self, sums):
+        """The same, `perplexity`, and how many `tokens` and `bytes` were predicted."""
+        if not sums["tokens"] or not sums["bytes"]:
+            return {}
+        numbers = self.summary(sums)
+        perplexity = math.exp(min(numbers["loss"], 700.0))
+        counts = {name: sums[name] for name in ("tokens", "bytes")}
+        return {"loss": numbers["loss"], "perplexity": perplexity, **numbers, **counts}
 
 
 def make(config: Config, token_bytes_V) -> NextToken:

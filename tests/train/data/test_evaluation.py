@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.models.text.tokenizer import byte_tokenizer
-from puna.train.data import batches, make_eval_rows
+from puna.train.data import HeldOutRows, evaluation
+from puna.train.data.packing import Room
+from puna.train.data.transforms import Text
 
 CONFIG = DataConfig()
 TEXTS = st.lists(st.text("abé ", max_size=20), min_size=1, max_size=6)
@@ -27,7 +29,7 @@ def test_every_token_is_a_target_once(tmp_path_factory, texts, seq_len):
     path = write(tmp_path_factory.mktemp("data") / "a.jsonl", texts)
     tokenizer = byte_tokenizer()
     targets = []
-    rows = list(make_eval_rows(CONFIG, tokenizer, path, seq_len))
+    rows = list(HeldOutRows(CONFIG, Text(tokenizer), path, Room(seq_len + 1)))
     for row in rows:
         assert all(array.shape == (seq_len,) for array in row.values())
         scored = row["weights_BT"] > 0
@@ -49,8 +51,11 @@ def test_every_token_is_a_target_once(tmp_path_factory, texts, seq_len):
 @given(texts=TEXTS.filter(any), batch_size=st.integers(1, 5))
 def test_batches_hold_the_rows_and_zeros(tmp_path_factory, texts, batch_size):
     path = write(tmp_path_factory.mktemp("data") / "a.jsonl", texts)
-    rows = list(make_eval_rows(CONFIG, byte_tokenizer(), path, 6))
-    found = list(batches(rows, batch_size))
+    rows = list(HeldOutRows(CONFIG, Text(byte_tokenizer()), path, Room(6 + 1)))
+    held_out = HeldOutRows(CONFIG, Text(byte_tokenizer()), path, Room(7))
+    firsts = range(0, len(rows), batch_size)
+    found = [held_out.batch(n, list(range(n, n + batch_size))) for n in firsts]
+    assert held_out.batch(firsts[-1] + batch_size, []) is None
     assert len(found) == -(-len(rows) // batch_size)
     for key in rows[0]:
         stacked = np.concatenate([batch[key] for batch in found])
@@ -62,7 +67,7 @@ def test_batches_hold_the_rows_and_zeros(tmp_path_factory, texts, batch_size):
 
 def test_parts_follow_each_other(tmp_path):
     paths = [write(tmp_path / name, [name, name]) for name in ("b.jsonl", "a.jsonl")]
-    rows = make_eval_rows(CONFIG, byte_tokenizer(), ",".join(paths), 100)
+    rows = HeldOutRows(CONFIG, Text(byte_tokenizer()), ",".join(paths), Room(100 + 1))
     text = "".join(chr(i) for row in rows for i in row["tokens_BT"] if 0 < i < 256)
     assert text == "b.jsonlb.jsonla.jsonla.jsonl"
 
@@ -70,9 +75,33 @@ def test_parts_follow_each_other(tmp_path):
 def test_what_cannot_be_evaluated_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", ["text"])
     with pytest.raises(UserError, match="cannot have a weight"):
-        make_eval_rows(CONFIG, byte_tokenizer(), f"2*{path}", 8)
+        HeldOutRows(CONFIG, Text(byte_tokenizer()), f"2*{path}", Room(8 + 1))
     with pytest.raises(UserError, match="no such file"):
-        make_eval_rows(CONFIG, byte_tokenizer(), f"{path}l", 8)
+        HeldOutRows(CONFIG, Text(byte_tokenizer()), f"{path}l", Room(8 + 1))
     empty = write(tmp_path / "b.jsonl", ["", ""])
     with pytest.raises(UserError, match="there is no text"):
-        next(make_eval_rows(CONFIG, byte_tokenizer(), empty, 8))
+        HeldOutRows(CONFIG, Text(byte_tokenizer()), empty, Room(8 + 1))
+
+
+@given(texts=TEXTS.filter(any), asked=st.lists(st.integers(0, 12), max_size=12))
+def test_rows_may_be_asked_for_in_any_order_and_again(tmp_path_factory, texts, asked):
+    path = write(tmp_path_factory.mktemp("data") / "a.jsonl", texts)
+    rows = list(HeldOutRows(CONFIG, Text(byte_tokenizer()), path, Room(8)))
+    for kept in (1 << 20, 0):  # with and without room to keep what was read
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(evaluation, "KEPT_BYTES", kept)
+            held_out = HeldOutRows(CONFIG, Text(byte_tokenizer()), path, Room(8))
+            for number in asked:
+                row = held_out.row(number)
+                assert (row is None) == (number >= len(rows))
+                for key in row or ():
+                    np.testing.assert_array_equal(row[key], rows[number][key])
+
+
+def test_only_the_first_reading_opens_and_tokenizes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", ["one text", "another"])
+    held_out = HeldOutRows(CONFIG, Text(byte_tokenizer()), path, Room(8), most=2)
+    first = list(held_out)
+    assert len(first) == 2
+    (tmp_path / "a.jsonl").unlink()
+    assert all(a is b for a, b in zip(first, held_out, strict=True))

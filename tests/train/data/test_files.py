@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
 from puna.train.data import files
+from puna.train.data.documents import Parsed
 from puna.train.data.quarantine import BadRecord
+from puna.train.data.transforms import Text
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), max_size=8)
 NEWLINES = st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\n"])
@@ -25,7 +27,7 @@ def write(path, data):
 
 
 def opened(*paths, max_bytes=1 << 20):
-    return files.FileDocuments(paths, "text", max_bytes)
+    return Parsed(files.FileRecords(paths, max_bytes), Text(None))
 
 
 def documents(*paths, **kwargs):

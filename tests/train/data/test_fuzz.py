@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from puna.configs.schema import DataConfig
 from puna.models.text.tokenizer import byte_tokenizer
-from puna.train.data import make_eval_rows, make_train_loader, sources
+from puna.train.data import HeldOutRows, make_train_loader, sources
+from puna.train.data.packing import Room
 from puna.train.data.quarantine import Quarantine
+from puna.train.data.transforms import Text
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -39,6 +41,8 @@ CHANGES = st.lists(
 )
 POLICIES = st.sampled_from(["skip", "refuse"])
 
+BYTES = Text(byte_tokenizer())
+
 
 def changed(data, changes):
     for place, length, new in changes:
@@ -50,7 +54,7 @@ def changed(data, changes):
 def read_all(one_line, config, folder):
     """Train on some data and evaluate it."""
     with one_line():
-        loader = make_train_loader(config, byte_tokenizer(), 2, quarantine=Quarantine(folder))
+        loader = make_train_loader(config, BYTES, 2, quarantine=Quarantine(folder))
         try:
             for batch in itertools.islice(loader, 3):
                 assert batch["tokens_BT"].shape == (2, config.seq_len)
@@ -58,7 +62,7 @@ def read_all(one_line, config, folder):
         finally:
             loader.close()
     with one_line():
-        for row in make_eval_rows(config, byte_tokenizer(), config.train, config.seq_len):
+        for row in HeldOutRows(config, BYTES, config.train, Room(config.seq_len + 1)):
             assert row["tokens_BT"].shape == (config.seq_len,)
     assert Quarantine(folder).count() >= 0
 
@@ -89,7 +93,9 @@ def test_files_of_any_bytes(
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    sources.open_source("tfds:python_source", DataConfig(data_dir=str(folder)), Quarantine())
+    sources.open_source(
+        "tfds:python_source", DataConfig(data_dir=str(folder)), Text(None), Quarantine()
+    )
     return next((folder / "python_source").iterdir())
 
 

@@ -13,6 +13,7 @@ from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.models.text.tokenizer import byte_tokenizer
 from puna.train.data import make_train_loader
+from puna.train.data.transforms import Text
 
 BOS, EOS = 1_000_000, 1_000_001
 
@@ -25,6 +26,10 @@ class NumberTokenizer:
 
     def encode(self, text):
         return [int(word) for word in text.split()]
+
+
+NUMBERS = Text(NumberTokenizer())
+BYTES = Text(byte_tokenizer())
 
 
 def write_jsonl(path, texts):
@@ -86,7 +91,7 @@ def test_rows_are_their_documents_packed(tmp_path_factory, lengths, batch_size, 
     path, documents = write_numbers(tmp_path_factory.mktemp("data") / "a.jsonl", lengths)
     bos, eos = ([i] if i is not None else [] for i in special)
     loader = make_train_loader(
-        settings(path, seq_len, shuffle=False), NumberTokenizer(*special), batch_size
+        settings(path, seq_len, shuffle=False), Text(NumberTokenizer(*special)), batch_size
     )
     batches = take(loader, 6)
     for row in range(batch_size):
@@ -117,7 +122,7 @@ def test_an_epoch_has_every_token_of_every_document_once(
     tmp_path_factory, lengths, batch_size, seed
 ):
     path, documents = write_numbers(tmp_path_factory.mktemp("data") / "a.jsonl", lengths)
-    loader = make_train_loader(settings(path), NumberTokenizer(), batch_size, seed=seed)
+    loader = make_train_loader(settings(path), NUMBERS, batch_size, seed=seed)
     batches = take(loader, 40)
     rows = [documents_of(row_tokens(batches, row)) for row in range(batch_size)]
     # Document k of row r is document r + kB of the stream.
@@ -134,7 +139,7 @@ def test_the_order_is_of_the_seed_and_the_epoch(tmp_path):
     path, documents = write_numbers(tmp_path / "a.jsonl", [3] * 40)
 
     def order(seed, **kwargs):
-        loader = make_train_loader(settings(path, 49, **kwargs), NumberTokenizer(), 1, seed=seed)
+        loader = make_train_loader(settings(path, 49, **kwargs), NUMBERS, 1, seed=seed)
         found = documents_of(row_tokens(take(loader, 8), 0))
         return found[:40], found[40:80]
 
@@ -157,13 +162,13 @@ def test_a_state_goes_on_exactly_on_any_number_of_processes(
 
     def loaders(count):
         groups = np.arange(4).reshape(count, -1).tolist()
-        return [make_train_loader(settings(path), NumberTokenizer(), 4, rows) for rows in groups]
+        return [make_train_loader(settings(path), NUMBERS, 4, rows) for rows in groups]
 
     def global_batch(group):
         parts = [next(loader) for loader in group]
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
-    expected = take(make_train_loader(settings(path), NumberTokenizer(), 4), steps + 3)
+    expected = take(make_train_loader(settings(path), NUMBERS, 4), steps + 3)
     first = loaders(processes)
     assert_same([global_batch(first) for _ in range(steps)], expected[:steps])
     state = json.loads(json.dumps({k: v for one in first for k, v in one.get_state().items()}))
@@ -178,12 +183,12 @@ def test_a_state_goes_on_exactly_on_any_number_of_processes(
 
 def test_a_loader_can_be_set_back_and_rows_can_have_any_order(tmp_path):
     path, _ = write_numbers(tmp_path / "a.jsonl", [5, 17, 2, 9, 30])
-    loader = make_train_loader(settings(path), NumberTokenizer(), 3)
+    loader = make_train_loader(settings(path), NUMBERS, 3)
     state = loader.get_state()
     batches = take(loader, 4)
     loader.set_state(state)
     assert_same(take(loader, 4), batches)
-    turned = make_train_loader(settings(path), NumberTokenizer(), 3, rows=[2, 0])
+    turned = make_train_loader(settings(path), NUMBERS, 3, rows=[2, 0])
     expected = [{key: value[[2, 0]] for key, value in batch.items()} for batch in batches]
     assert_same(take(turned, 4), expected)
     assert turned.get_state().keys() == {"0", "2"}
@@ -191,14 +196,14 @@ def test_a_loader_can_be_set_back_and_rows_can_have_any_order(tmp_path):
 
 def test_resuming_reads_one_document_a_row(tmp_path):
     path, _ = write_numbers(tmp_path / "a.jsonl", [7] * 50)
-    loader = make_train_loader(settings(path), NumberTokenizer(), 2)
+    loader = make_train_loader(settings(path), NUMBERS, 2)
     take(loader, 500)
     state = loader.get_state()
     tokenizer = NumberTokenizer()
     calls = []
     encode = tokenizer.encode
     tokenizer.encode = lambda text: calls.append(text) or encode(text)
-    again = make_train_loader(settings(path), tokenizer, 2)
+    again = make_train_loader(settings(path), Text(tokenizer), 2)
     again.set_state(state)
     assert_same([next(again)], [next(loader)])
     again.close()
@@ -207,9 +212,9 @@ def test_resuming_reads_one_document_a_row(tmp_path):
 
 def test_a_state_of_another_batch_size_is_refused(tmp_path):
     path, _ = write_numbers(tmp_path / "a.jsonl", [5] * 9)
-    state = make_train_loader(settings(path), NumberTokenizer(), 4).get_state()
+    state = make_train_loader(settings(path), NUMBERS, 4).get_state()
     for batch_size in (2, 8):
-        loader = make_train_loader(settings(path), NumberTokenizer(), batch_size)
+        loader = make_train_loader(settings(path), NUMBERS, batch_size)
         with pytest.raises(UserError, match=f"train.batch_size={batch_size}, but .* of 4 rows"):
             loader.set_state(state)
 
@@ -219,7 +224,7 @@ def test_a_mixture_keeps_its_weights(tmp_path, weights, share):
     few, _ = write_numbers(tmp_path / "few.jsonl", [2] * 7)
     many, _ = write_numbers(tmp_path / "many.jsonl", [2] * 300, first=1000)
     config = settings(weights.format(few, many), seq_len=79)
-    batches = take(make_train_loader(config, NumberTokenizer(), 2), 10)
+    batches = take(make_train_loader(config, NUMBERS, 2), 10)
     firsts = [
         [document[0] for document in documents_of(row_tokens(batches, row))] for row in range(2)
     ]
@@ -233,10 +238,10 @@ def test_a_mixture_keeps_its_weights(tmp_path, weights, share):
 
 def test_rows_that_share_a_document_begin_apart(tmp_path):
     path, documents = write_numbers(tmp_path / "a.jsonl", [400])
-    loader = make_train_loader(settings(path), NumberTokenizer(), 4)
+    loader = make_train_loader(settings(path), NUMBERS, 4)
     batches = take(loader, 2)
     assert batches[0]["tokens_BT"][:, 0].tolist() == [BOS, 99, 200, 300]
-    fresh = make_train_loader(settings(path), NumberTokenizer(), 4)
+    fresh = make_train_loader(settings(path), NUMBERS, 4)
     state = fresh.get_state()
     fresh.set_state(state)
     assert_same(take(fresh, 2), batches)
@@ -248,7 +253,7 @@ def test_a_shared_document_is_tokenized_once(tmp_path):
     calls = []
     encode = tokenizer.encode
     tokenizer.encode = lambda text: calls.append(text) or encode(text)
-    loader = make_train_loader(settings(path), tokenizer, 8)
+    loader = make_train_loader(settings(path), Text(tokenizer), 8)
     take(loader, 3)
     loader.close()
     assert len(calls) == 1
@@ -256,7 +261,7 @@ def test_a_shared_document_is_tokenized_once(tmp_path):
 
 def test_documents_without_ids_are_skipped(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["", "1 2 3", " ", "", "4 5"])
-    loader = make_train_loader(settings(path, 20), NumberTokenizer(), 2)
+    loader = make_train_loader(settings(path, 20), NUMBERS, 2)
     for batch in take(loader, 3):
         assert (batch["segment_ids_BT"] > 0).all()
         assert set(batch["tokens_BT"].ravel()) == {BOS, EOS, 1, 2, 3, 4, 5}
@@ -264,7 +269,7 @@ def test_documents_without_ids_are_skipped(tmp_path):
 
 def test_data_without_any_ids_ends_in_an_error(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", ["", " "])
-    loader = make_train_loader(settings(path), NumberTokenizer(), 2)
+    loader = make_train_loader(settings(path), NUMBERS, 2)
     with pytest.raises(UserError, match="no text"):
         next(loader)
 
@@ -272,9 +277,9 @@ def test_data_without_any_ids_ends_in_an_error(tmp_path):
 def test_reader_processes_give_the_same_batches(tmp_path):
     texts = [f"{i} " * (i % 40 + 1) for i in range(60)]
     path = write_jsonl(tmp_path / "a.jsonl", [*texts, ""])
-    one = make_train_loader(settings(path, 32), byte_tokenizer(), 3, seed=1)
+    one = make_train_loader(settings(path, 32), BYTES, 3, seed=1)
     # Two readers share three rows, unevenly.
-    many = make_train_loader(settings(path, 32, workers=2), byte_tokenizer(), 3, seed=1)
+    many = make_train_loader(settings(path, 32, workers=2), BYTES, 3, seed=1)
     expected, states = [], []
     for _ in range(6):
         expected.append(next(one))
@@ -291,7 +296,7 @@ def test_an_error_in_a_reader_process_is_the_same_line(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "good"}\n{"text": 3}\n')
     loader = make_train_loader(
-        settings(str(path), workers=1, bad_records="refuse"), byte_tokenizer(), 1
+        settings(str(path), workers=1, bad_records="refuse"), Text(byte_tokenizer()), 1
     )
     with pytest.raises(UserError, match="a.jsonl line 2 has no string under 'text'") as caught:
         take(loader, 3)

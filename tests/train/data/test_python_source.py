@@ -15,12 +15,15 @@ from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.train.data import python_source, sources
 from puna.train.data.quarantine import Quarantine
+from puna.train.data.transforms import Text
 
 VERSION = str(python_source.PythonSource.VERSION)
 
 
 def open_source(name, **config):
-    return sources.open_source(name, DataConfig(**config), Quarantine())
+    config = DataConfig(**config)
+    text = Text(None, config.text_key)
+    return list(sources.open_source(name, config, text, Quarantine()).parsed())
 
 
 @pytest.fixture(scope="module")

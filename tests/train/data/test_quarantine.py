@@ -9,9 +9,12 @@ import pytest
 from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.models.text.tokenizer import byte_tokenizer
-from puna.train.data import iter_text, make_eval_rows, make_train_loader
+from puna.train.data import HeldOutRows, iter_text, make_train_loader
+from puna.train.data.packing import Room
 from puna.train.data.quarantine import BadRecord, Quarantine, prepare_quarantine
+from puna.train.data.transforms import Text
 
+BYTES = Text(byte_tokenizer())
 BAD = [
     (b'{"text": "cut short', "is not JSON"),
     (b'{"text": "caf\xe9"}', "is not UTF-8 text"),
@@ -59,22 +62,18 @@ def notes(folder):
 def test_a_bad_record_reads_as_an_empty_document(mixed, tmp_path, workers):
     path, empty = mixed
     quarantine = Quarantine(tmp_path)
-    loader = make_train_loader(
-        config(path, workers=workers), byte_tokenizer(), 4, quarantine=quarantine
-    )
+    loader = make_train_loader(config(path, workers=workers), BYTES, 4, quarantine=quarantine)
     found, state = take(loader, 12)
-    expected, places = take(make_train_loader(config(empty), byte_tokenizer(), 4), 12)
+    expected, places = take(make_train_loader(config(empty), BYTES, 4), 12)
     assert state == places
     for one, other in zip(found, expected, strict=True):
         for key in one:
             np.testing.assert_array_equal(one[key], other[key])
     assert quarantine.count() == len(BAD)
     # From the middle, in the rows of two processes.
-    _, state = take(make_train_loader(config(path), byte_tokenizer(), 4), 7)
+    _, state = take(make_train_loader(config(path), BYTES, 4), 7)
     for rows in ([0, 1], [2, 3]):
-        loader = make_train_loader(
-            config(path), byte_tokenizer(), 4, rows, quarantine=Quarantine(tmp_path)
-        )
+        loader = make_train_loader(config(path), BYTES, 4, rows, quarantine=Quarantine(tmp_path))
         loader.set_state(state)
         np.testing.assert_array_equal(
             np.stack([batch["tokens_BT"] for batch in take(loader, 5)[0]]),
@@ -85,7 +84,7 @@ def test_a_bad_record_reads_as_an_empty_document(mixed, tmp_path, workers):
 
 def test_the_notes_say_what_where_and_why(mixed, tmp_path, capfd):
     path, _ = mixed
-    make_train_loader(config(path), byte_tokenizer(), 4, quarantine=Quarantine(tmp_path))
+    make_train_loader(config(path), BYTES, 4, quarantine=Quarantine(tmp_path))
     told = capfd.readouterr().err
     assert told.startswith(f"puna: bad record left out: {path} line 2 is not JSON")
     assert str(tmp_path / "quarantine.jsonl") in told and told.count("\n") == 1
@@ -101,9 +100,9 @@ def test_the_notes_say_what_where_and_why(mixed, tmp_path, capfd):
 def test_a_bad_record_is_refused_where_that_is_the_policy(mixed):
     path, _ = mixed
     with pytest.raises(UserError, match="mixed.jsonl line 2 is not JSON .*bad_records=skip"):
-        make_train_loader(config(path, bad_records="refuse"), byte_tokenizer(), 4)
+        make_train_loader(config(path, bad_records="refuse"), BYTES, 4)
     with pytest.raises(UserError, match="mixed.jsonl line 2 is not JSON .*bad_records=skip"):
-        make_eval_rows(config(path, bad_records="refuse"), byte_tokenizer(), str(path), 8)
+        HeldOutRows(config(path, bad_records="refuse"), BYTES, str(path), Room(8 + 1))
 
 
 @pytest.mark.parametrize("policy", ["skip", "refuse"])
@@ -112,7 +111,10 @@ def test_mostly_bad_data_is_refused_and_not_noted(tmp_path, policy):
     path.write_text('{"text": "a"}\n' * 49 + '{"body": "a"}\n' * 51)
     with pytest.raises(UserError, match="line 50 has no key 'text' .*set data.text_key") as caught:
         make_train_loader(
-            config(path, bad_records=policy), byte_tokenizer(), 1, quarantine=Quarantine(tmp_path)
+            config(path, bad_records=policy),
+            BYTES,
+            1,
+            quarantine=Quarantine(tmp_path),
         )
     assert ("51 of the first 100 records are bad" in str(caught.value)) == (policy == "skip")
     assert not (tmp_path / "quarantine.jsonl").exists()
@@ -121,11 +123,11 @@ def test_mostly_bad_data_is_refused_and_not_noted(tmp_path, policy):
 def test_evaluation_and_the_tokenizer_leave_out_the_same(mixed, capfd):
     path, empty = mixed
     assert list(iter_text(config(path), str(path))) == list(iter_text(config(empty), str(empty)))
-    rows = list(make_eval_rows(config(path), byte_tokenizer(), str(path), 8))
+    rows = list(HeldOutRows(config(path), BYTES, str(path), Room(8 + 1)))
     told = capfd.readouterr().err
-    assert f"{len(BAD)} bad records are left out, the first: {path} line 2 is" in told
+    assert f"{len(BAD)} bad records are skipped, the first: {path} line 2 is" in told
     assert told.count("\n") == 1
-    expected = list(make_eval_rows(config(empty), byte_tokenizer(), str(empty), 8))
+    expected = list(HeldOutRows(config(empty), BYTES, str(empty), Room(8 + 1)))
     assert not capfd.readouterr().err
     for one, other in zip(rows, expected, strict=True):
         np.testing.assert_array_equal(one["tokens_BT"], other["tokens_BT"])

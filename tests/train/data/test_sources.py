@@ -8,6 +8,7 @@ from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.train.data import iter_text, sources
 from puna.train.data.quarantine import Quarantine
+from puna.train.data.transforms import Text
 
 
 @pytest.mark.parametrize(
@@ -55,4 +56,4 @@ def test_an_empty_corpus_is_refused(tmp_path, content):
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=re.escape(f"{path} holds no document")):
-        sources.open_source(str(path), DataConfig(), Quarantine())
+        sources.open_source(str(path), DataConfig(), Text(None), Quarantine())

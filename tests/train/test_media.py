@@ -1,0 +1,137 @@
+"""Training on pictures and clips: read, packed, learnt, resumed, on a mesh."""
+
+import base64
+import json
+import shutil
+import wave
+
+import jax
+import numpy as np
+import pytest
+
+import puna
+from puna.configs.errors import ConfigError, UserError
+from puna.train import metrics
+from puna.train.loop import train
+
+Image = pytest.importorskip("PIL.Image")
+COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def picture(path, colour, seed, size=(28, 28)):
+    noise = np.random.default_rng(seed).integers(-20, 20, (*size, 3))
+    Image.fromarray(np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)).save(path)
+
+
+def write_set(folder, count, shuffled=False):
+    """Captioned pictures whose caption only the picture tells; shuffled: another's caption."""
+    folder.mkdir(parents=True)
+    names = [list(COLOURS)[i % 4] for i in range(count)]
+    captions = np.random.default_rng(1).permutation(names).tolist() if shuffled else names
+    records = []
+    for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
+        picture(folder / f"{i}.png", COLOURS[name], i)
+        records.append({"text": f"<|image|>{caption}", "image": f"{i}.png"})
+    path = folder / "captions.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+@pytest.fixture
+def config():
+    config = puna.get_config("llama4:scout-tiny")
+    config.model.update(num_layers=2, nope_interval=2, embed_dim=32, mlp_dim=64, expert_dim=32)
+    config.model.vision.update(num_layers=1, max_tiles=1)
+    config.data.update(
+        images=2, seq_len=32, tokenizer="train", tokenizer_vocab=300, validation="",
+    )  # fmt: skip
+    config.model.vision.token_id = 299
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=2)
+    config.train.update(steps=4, batch_size=8, log_every=1, save_every=2, eval_every=0)
+    return config
+
+
+def losses(workdir):
+    return [m["loss"] for m in metrics.read(workdir / "metrics.jsonl")]
+
+
+def test_pictures_train_resume_and_shard(config, tmp_path):
+    config.data.train = str(write_set(tmp_path / "set", 16))
+    whole = train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    resumed = train(config, tmp_path / "cut")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    config.mesh.update(data=1, fsdp=2, expert=2, tensor=2)
+    config.data.workers = 1
+    train(config, tmp_path / "mesh")
+    np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "whole"), rtol=2e-5)
+
+
+def test_the_picture_is_what_is_learnt(config, tmp_path):
+    """The loss on captions with the right picture is clearly below that with shuffled ones."""
+    config.train.update(steps=60, save_every=1000)
+    config.model.moe_interval, config.model.num_experts = 0, 0
+    config.data.train = str(write_set(tmp_path / "set", 16))
+    config.data.validation = str(write_set(tmp_path / "held_out", 32))
+    train(config, tmp_path / "run")
+    right = puna.evaluate(config, tmp_path / "run")["loss"]
+    config.data.validation = str(write_set(tmp_path / "shuffled", 32, shuffled=True))
+    wrong = puna.evaluate(config, tmp_path / "run")["loss"]
+    assert right < 0.8 * wrong, (right, wrong)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "a", "image": "missing.png"}, "no such file"),
+        ({"text": "a", "image": "broken.png"}, "not an image"),
+        ({"text": "a", "image": 3}, "must have a path, bytes or base64"),
+        ({"text": "a", "image": "data:image/png;base64,?"}, "no base64 data"),
+        ({"text": "<|image|><|image|>", "images": ["0.png"]}, "has 2 <.image.> and 1 image"),
+        ({"text": "a", "audio": "clip.wav"}, "the model reads none"),
+        ({"image": "0.png"}, "has no key 'text'"),
+    ],
+)
+def test_what_cannot_be_read_is_a_bad_record(config, tmp_path, record, reason):
+    write_set(tmp_path / "set", 1)
+    (tmp_path / "set" / "broken.png").write_text("no picture")
+    (tmp_path / "set" / "bad.jsonl").write_text(json.dumps(record) + "\n")
+    config.data.update(train=str(tmp_path / "set" / "bad.jsonl"), bad_records="refuse")
+    config.data.update(tokenizer="train")
+    with pytest.raises(UserError, match=reason) as error:
+        train(config, tmp_path / "run")
+    assert "bad.jsonl line 1" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_model_without_an_encoder_has_no_room_for_pictures(config, tmp_path):
+    config.model.vision.num_layers = 0
+    with pytest.raises(ConfigError, match="data.images=2 must be 0"):
+        train(config, tmp_path / "run")
+
+
+def test_pictures_as_bytes_and_clips_as_files(config, tmp_path):
+    folder = tmp_path / "set"
+    write_set(folder, 4)
+    with wave.open(str(folder / "clip.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        tone = np.sin(np.arange(3200) / 5) * 2**14
+        file.writeframes(tone.astype("<i2").tobytes())
+    data = base64.b64encode((folder / "0.png").read_bytes()).decode()
+    records = [
+        {"text": "red", "image": f"data:image/png;base64,{data}"},
+        {"text": "tone <|audio|> end", "audio": "clip.wav"},
+        {"text": "both", "images": ["0.png", {"path": "1.png"}], "audio": ["clip.wav"]},
+        {"text": "plain"},
+    ]
+    path = folder / "media.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    config.model.audio.update(num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16, num_mels=8,
+                              max_tokens=8, token_id=298)  # fmt: skip
+    config.data.update(train=str(path), clips=2, seq_len=64, bad_records="refuse")
+    config.train.steps = 2
+    train(config, tmp_path / "run")
+    assert all(np.isfinite(losses(tmp_path / "run")))

@@ -1,0 +1,93 @@
+"""What a document becomes: ids, what each weighs as a target, and pictures and clips among them.
+
+Sources give records, a transform makes examples of them, packing makes rows. Everything here runs
+in reader processes and needs no JAX.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+# A plain text file is a text; a line of JSONL or an example of TFDS has fields.
+Record = str | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """A picture or a clip: the ids from `start` to `stop` stand for it and are never cut apart.
+
+    name: of the array in a row, `tiles` [n, Y, X, C] or `frames` [1, S, M]; see `packing.Room`.
+    """
+
+    name: str
+    start: int
+    stop: int
+    array: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """ids: int32 [n]. weights: float32 [n], of each id as a target; 0 = read, not learnt. media: in
+    the order of their ids.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray
+    media: tuple[Media, ...] = ()
+
+
+class RecordError(ValueError):
+    """A record that cannot be an example; the message says why, not where."""
+
+
+class Transform(Protocol):
+    """Records -> examples, in two halves: only the second is costly. Picklable.
+
+    fields: of a record that it reads, the first of which must be there.
+    """
+
+    fields: tuple[str, ...]
+
+    def parse(self, record: Record, folder: str) -> Any:
+        """Take from a record what is needed.
+
+        Args:
+          folder: of the file that holds the record, which paths in it are relative to.
+
+        Raises:
+          RecordError: the record cannot be an example.
+        """
+        ...
+
+    def encode(self, parsed: Any) -> Example:
+        """The example of what `parse` returned; without ids it is passed over."""
+        ...
+
+
+def text_of(record: Record, key: str) -> str:
+    """The text under a key of a record; a plain text is its own.
+
+    Raises:
+      RecordError: there is none.
+    """
+    if isinstance(record, str):
+        return record
+    if key not in record:
+        keys = ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) or "none"
+        raise RecordError(f"has no key {key!r} (its keys: {keys}); set data.text_key")
+    value = record[key]
+    if not isinstance(value, str):
+        raise RecordError(f"has no string under {key!r} but a JSON {json_type(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # "\ud800" alone is legal JSON and no text
+        raise RecordError(f"has half a surrogate pair under {key!r}") from None
+    return value
+
+
+def json_type(value) -> str:
+    """What JSON calls a value."""
+    names = {bool: "boolean", dict: "object", list: "array", str: "string", type(None): "null"}
+    return names.get(type(value), "number")

@@ -1,0 +1,167 @@
+"""Transforms of pretraining: text, and text with pictures and sound among it."""
+
+import base64
+import binascii
+import dataclasses
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from ...configs.errors import UserError
+from ...configs.schema import Config, ModelConfig
+from ...models.media import images, sound
+from .examples import Example, Media, Record, RecordError, text_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A document: bos, its text, eos; a tokenizer without bos or eos leaves that one out."""
+
+    tokenizer: Any
+    key: str = "text"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.key,)
+
+    def parse(self, record: Record, folder: str = "") -> str:
+        return text_of(record, self.key)
+
+    def encode(self, text: str) -> Example:
+        ids = np.asarray(document_ids(self.tokenizer, self.tokenizer.encode(text)), np.int32)
+        return Example(ids, np.ones(len(ids), np.float32))
+
+
+def document_ids(tokenizer, ids: list[int]) -> list[int]:
+    """The ids of a whole document: none where its text has none."""
+    if not ids:
+        return []
+    bos, eos = tokenizer.bos_id, tokenizer.eos_id
+    return [bos] * (bos is not None) + ids + [eos] * (eos is not None)
+
+
+# What stands for a picture or a clip in a text.
+PLACES = {"image": "<|image|>", "audio": "<|audio|>"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextWithMedia:
+    """A document with pictures and clips.
+
+    A record has its text under `key`, and `image` or `images`, `audio` or `audios`: a path relative
+    to the record's file, `data:...;base64,...`, {"bytes": ..., "path": ...}, or an array. Each
+    takes the next `<|image|>` or `<|audio|>` of the text; those without a place come first. What
+    stands for them weighs nothing as a target.
+    """
+
+    tokenizer: Any
+    key: str
+    model: ModelConfig
+    longest: int  # tokens of one picture or clip, such that a row holds it
+    tiles: int  # of a row
+
+    fields = property(lambda self: (self.key, "image", "images", "audio", "audios"))
+
+    def parse(self, record: Record, folder: str = "") -> tuple[str, dict[str, list]]:
+        text = text_of(record, self.key)
+        found: dict[str, list] = {"image": [], "audio": []}
+        if not isinstance(record, str):
+            for name, values in found.items():
+                for key in (name, f"{name}s"):
+                    value = record.get(key)
+                    listed = value if isinstance(value, list | tuple) else [value]
+                    values += [_readable(v, key, folder) for v in listed if v is not None]
+        for name, place in PLACES.items():
+            if (places := text.count(place)) > len(found[name]):
+                raise RecordError(f"has {places} {place} and {len(found[name])} {name} records")
+            encoder = self.model.vision if name == "image" else self.model.audio
+            if found[name] and not encoder.num_layers:
+                section = "vision" if name == "image" else "audio"
+                raise RecordError(
+                    f"has {name} records, and the model reads none: model.{section}.num_layers=0"
+                )
+        return text, found
+
+    def encode(self, parsed: tuple[str, dict[str, list]]) -> Example:
+        """Read the pictures and clips, and put their tokens among those of the text.
+
+        Raises:
+          RecordError: one cannot be read, or is larger than a row.
+        """
+        text, found = parsed
+        waiting = {name: list(values) for name, values in found.items()}
+        ids: list[int] = []
+        media: list[Media] = []
+        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        ids += [bos] * (bos is not None)
+        for name, place in PLACES.items():
+            for _ in range(len(waiting[name]) - text.count(place)):
+                self._add(name, waiting[name].pop(0), ids, media)
+        for part in re.split("|".join(f"({re.escape(p)})" for p in PLACES.values()), text):
+            name = next((n for n, place in PLACES.items() if part == place), None)
+            if name:
+                self._add(name, waiting[name].pop(0), ids, media)
+            elif part:
+                ids += self.tokenizer.encode(part)
+        if len(ids) == (bos is not None):
+            return Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
+        ids += [eos] * (eos is not None)
+        weights = np.ones(len(ids), np.float32)
+        for m in media:
+            weights[m.start : m.stop] = 0.0
+        return Example(np.asarray(ids, np.int32), weights, tuple(media))
+
+    def _add(self, name, value, ids, media) -> None:
+        start = len(ids)
+        try:
+            if name == "image":
+                vision, control = self.model.vision, images.image_ids(self.tokenizer)
+                array, grid = images.tile_image(vision, value)
+                ids += images.image_tokens(vision, grid, control)
+            else:
+                audio = self.model.audio
+                array = sound.log_mel(audio, sound.read_wav(value))[None]
+                ids += [audio.token_id] * sound.count_tokens(audio, array.shape[1])
+        except UserError as error:
+            raise RecordError(f"has an {name} that cannot be read: {error}") from None
+        if len(ids) - start > self.longest:
+            raise RecordError(
+                f"has an {name} of {len(ids) - start} tokens, and data.seq_len leaves room for "
+                f"{self.longest}"
+            )
+        if name == "image" and len(array) > self.tiles:
+            raise RecordError(
+                f"has an image of {len(array)} tiles, more than data.images={self.tiles}; or lower "
+                "model.vision.max_tiles"
+            )
+        array_name = "tiles" if name == "image" else "frames"
+        media.append(Media(array_name, start, len(ids), array))
+
+
+def _readable(value, key: str, folder: str):
+    """A picture or a clip as its reader takes it: a path, bytes, or an array."""
+    if isinstance(value, dict):  # as the datasets library writes it
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value.startswith("data:"):
+        head, comma, data = value.partition(",")
+        try:
+            if not comma or not head.endswith(";base64"):
+                raise ValueError
+            return base64.b64decode(data, validate=True)
+        except (ValueError, binascii.Error):
+            raise RecordError(f"has no base64 data under {key!r}") from None
+    if isinstance(value, str):
+        return os.path.join(folder, os.path.expanduser(value))
+    if isinstance(value, bytes | np.ndarray):
+        return value
+    raise RecordError(f"must have a path, bytes or base64 data under {key!r}")
+
+
+def of_text(config: Config, tokenizer) -> Text | TextWithMedia:
+    """The transform of pretraining: with pictures and clips if rows have room for them."""
+    data = config.data
+    if not data.images and not data.clips:
+        return Text(tokenizer, data.text_key)
+    return TextWithMedia(tokenizer, data.text_key, config.model, data.seq_len - 1, data.images)
