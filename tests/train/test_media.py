@@ -55,7 +55,8 @@ def losses(workdir):
     return [m["loss"] for m in metrics.read(workdir / "metrics.jsonl")]
 
 
-def test_pictures_train_resume_and_shard(config, tmp_path):
+def test_training_on_pictures_resumes_bit_for_bit(config, tmp_path):
+    config.model.moe_interval, config.model.num_experts = 0, 0
     config.data.train = str(write_set(tmp_path / "set", 16))
     whole = train(config, tmp_path / "whole")
     train(config, tmp_path / "cut")
@@ -63,6 +64,12 @@ def test_pictures_train_resume_and_shard(config, tmp_path):
     resumed = train(config, tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.slow
+def test_training_on_pictures_is_the_same_on_a_mesh(config, tmp_path):
+    config.data.train = str(write_set(tmp_path / "set", 16))
+    train(config, tmp_path / "whole")
     config.mesh.update(data=1, fsdp=2, expert=2, tensor=2)
     config.data.workers = 1
     train(config, tmp_path / "mesh")

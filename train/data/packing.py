@@ -134,9 +134,12 @@ class Cursor:
     def step_back(self) -> None:
         """Read the last id, or the picture or clip it belongs to, again.
 
-        Nothing is read again where the document ended with it.
+        Nothing is read again where the document ended with it, or where a picture or clip follows,
+        which is no target.
         """
-        self.offset = self._outside(max(self.offset - 1, 0))
+        follows = self._example.media if self._example else ()
+        if not any(m.start == self.offset for m in follows):
+            self.offset = self._outside(max(self.offset - 1, 0))
 
     def _outside(self, offset: int) -> int:
         """An offset, or where the picture or clip begins that it lies in."""
