@@ -17,7 +17,12 @@ _NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "rules", "schema"}
 
 def names() -> list[str]:
     """The packaged experiments."""
-    return sorted(p.stem for p in _FOLDER.glob("*.py") if p.stem not in _NOT_EXPERIMENTS)
+    return sorted(_files())
+
+
+def _files() -> dict[str, pathlib.Path]:
+    paths = [*_FOLDER.glob("*.py"), *(_FOLDER / "recipes").glob("*.py")]
+    return {p.stem: p for p in paths if p.stem not in _NOT_EXPERIMENTS}
 
 
 def find(name: str) -> tuple[pathlib.Path, str | None]:
@@ -27,8 +32,8 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
       ConfigError: there is no such packaged experiment or file.
     """
     stem, colon, variant = name.partition(":")
-    if stem in names():
-        return _FOLDER / f"{stem}.py", variant if colon else None
+    if path := _files().get(stem):
+        return path, variant if colon else None
     if stem.endswith(".py") and pathlib.Path(stem).is_file():
         return pathlib.Path(stem), variant if colon else None
     raise ConfigError(

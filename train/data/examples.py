@@ -30,12 +30,13 @@ class Media:
 @dataclasses.dataclass(frozen=True)
 class Example:
     """ids: int32 [n]. weights: float32 [n], of each id as a target; 0 = read, not learnt. media: in
-    the order of their ids.
+    the order of their ids. whole: it is never cut; a row in which it does not fit ends before it.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     media: tuple[Media, ...] = ()
+    whole: bool = False
 
 
 class RecordError(ValueError):

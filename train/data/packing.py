@@ -113,6 +113,8 @@ class Cursor:
         example, start = self._example, self.offset
         stop, inside = min(start + room, len(example.ids)), []
         left = dict(media or {})
+        if example.whole and stop < len(example.ids):
+            stop = start
         for m in example.media:
             if m.stop <= start:
                 continue
@@ -142,7 +144,9 @@ class Cursor:
             self.offset = self._outside(max(self.offset - 1, 0))
 
     def _outside(self, offset: int) -> int:
-        """An offset, or where the picture or clip begins that it lies in."""
+        """An offset, or where what it lies in begins that is never cut."""
+        if self._example and self._example.whole:
+            return 0
         for m in self._example.media if self._example else ():
             if m.start < offset < m.stop:
                 return m.start

@@ -1,0 +1,1 @@
+"""Recipes of training beyond pretraining; the launch command stands in each docstring."""
