@@ -364,7 +364,7 @@ def explain_unknown(name: str) -> str:
     close = difflib.get_close_matches(name, known, 1, 0.75)
     close = close or [k for k in known if k.rsplit(".", 1)[-1] == last]
     close = close or difflib.get_close_matches(name, known, 1, 0.5)
-    hint = f"did you mean {close[0]}?" if close else "the README lists the keys"
+    hint = f"did you mean {close[0]}?" if close else "docs/config.md lists the keys"
     return f"{name} is not a key; {hint}"
 
 
