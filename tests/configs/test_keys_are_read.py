@@ -193,7 +193,7 @@ HEAD = "from puna.configs.schema import Config, ModelConfig, AudioConfig, Vision
     ("code", "keys"),
     [
         ("def f(c: schema.Config): return c.train.steps", {"train.steps"}),
-        ("def f(c: 'Config | None'): return c.model.vision.num_layers", {"model.vision.num_layers"}),
+        ("def f(c: 'Config | None'): return c.model.vision.mlp_dim", {"model.vision.mlp_dim"}),
         ("def f(m: ModelConfig): return m.vision.mlp_dim", {"model.vision.mlp_dim"}),
         ("def f(c: Config):\n  o, n = c.optimizer, c.train.steps\n  return o.b1",
          {"optimizer.b1", "train.steps"}),
