@@ -14,7 +14,7 @@ import traceback
 
 from absl import flags
 
-from .configs import errors, files, find, get_config, names, schema
+from .configs import errors, files, find, get_config, names, paths, schema
 
 COMMANDS = {
     "train": "train a model; the same command goes on after an interruption",
@@ -284,6 +284,9 @@ def _run(argv: list[str]) -> None:
         return
     if left:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
+    for name in ("workdir", "checkpoint"):
+        if name in args and args[name].value:
+            args[name].value = str(paths.local(args[name].value, f"--{name}"))
     if "config" in args:
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration

@@ -5,14 +5,14 @@ import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from . import schema
+from . import paths, schema
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     import ml_collections
 
 _FOLDER = pathlib.Path(__file__).parent
-_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "rules", "schema"}
+_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "paths", "rules", "schema"}
 
 
 def names() -> list[str]:
@@ -31,11 +31,13 @@ def find(name: str) -> tuple[pathlib.Path, str | None]:
     Raises:
       ConfigError: there is no such packaged experiment or file.
     """
+    if paths.is_url(name):  # and not a variant
+        paths.local(name, "--config")
     stem, colon, variant = name.partition(":")
     if path := _files().get(stem):
         return path, variant if colon else None
-    if stem.endswith(".py") and pathlib.Path(stem).is_file():
-        return pathlib.Path(stem), variant if colon else None
+    if stem.endswith(".py") and (path := paths.local(stem, "--config")).is_file():
+        return path, variant if colon else None
     raise ConfigError(
         f"--config={name} must be one of {', '.join(names())}, or a config file (.py)"
     )

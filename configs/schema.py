@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from . import paths
 from .errors import ConfigError
 from .rules import check, check_model
 
@@ -43,6 +44,12 @@ def one_of(*names: str) -> Rule:
 POSITIVE = at_least(1)
 EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
 NOT_EMPTY = Rule("not be empty", lambda v: bool(v.strip()))
+_COPIED = (
+    "a path of this machine: copy there first what a URL names (a model of the Hugging Face Hub by "
+    "`hf download ID --local-dir DIR`)"
+)
+LOCAL = Rule(f"be {_COPIED}", lambda v: not paths.is_url(v))
+TOKENIZER = Rule(f"be bytes, train or {_COPIED}", lambda v: v.strip() and not paths.is_url(v))
 AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v: v == -1 or v >= 1)
 DTYPE = one_of("float32", "bfloat16")
 
@@ -185,9 +192,9 @@ class DataConfig:
     text_key: str = key("text", "field of a record that holds its text", NOT_EMPTY)
     images: int = key(0, "image tiles that a row has room for; 0 = no pictures", at_least(0))
     clips: int = key(0, "audio clips that a row has room for; 0 = no sound", at_least(0))
-    tokenizer: str = key("bytes", "bytes, train (a BPE on the training data), or a path", NOT_EMPTY)
+    tokenizer: str = key("bytes", "bytes, train (a BPE on the training data), or a path", TOKENIZER)
     tokenizer_vocab: int = key(8192, "vocabulary of a BPE trained here", POSITIVE)
-    data_dir: str = key("", "where TFDS keeps its data sets; empty = its default")
+    data_dir: str = key("", "where TFDS keeps its data sets; empty = its default", LOCAL)
     workers: int = key(0, "reader processes; 0 = a thread", between(0, 128))
     shuffle: bool = key(True, "shuffle the training documents, anew each epoch")
     bad_records: str = key("skip", "what becomes of records that are no text",
@@ -219,7 +226,8 @@ class TrainConfig:
     """How long and how often."""
 
     objective: str = key("next_token", "the loss: a file of train/objectives", NOT_EMPTY)
-    init_from: str = key("", "weights to start from: a model, a run or RUN@STEP; empty = random")
+    init_from: str = key("", "weights to start from: a model, a run or RUN@STEP; empty = random",
+                         LOCAL)  # fmt: skip
     with_optimizer: bool = key(False, "init_from is a run, whose moments are kept too")
     trainable: str = key("", "regular expressions of parameters that train; empty = all")
     steps: int = key(1000, "optimizer updates", POSITIVE)
@@ -237,7 +245,7 @@ class TrainConfig:
     save_every: int = key(500, "steps between checkpoints, the last step apart", POSITIVE)
     keep: int = key(2, "newest checkpoints kept", POSITIVE)
     keep_every: int = key(0, "checkpoints of steps kept for ever; 0 = none", at_least(0))
-    local_dir: str = key("", "faster disk for checkpoints between those; empty = none")
+    local_dir: str = key("", "faster disk for checkpoints between those; empty = none", LOCAL)
     local_every: int = key(
         50, "steps between checkpoints in local_dir", POSITIVE, Only("train.local_dir")
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from ..configs import schema
+from ..configs import paths, schema
 from ..configs.errors import ConfigError
 from ..models.parallel import sharding
 from ..models.text.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ def evaluate(config: Mapping, path) -> dict:
     c = schema.from_dict(config)
     if not c.data.validation:
         raise ConfigError("data.validation='' must name what to evaluate on")
+    path = paths.local(path, "checkpoint")
     mesh = sharding.make_mesh(c.mesh)
     model, params = load(path, mesh=mesh)
     model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))

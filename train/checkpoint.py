@@ -15,6 +15,7 @@ from collections.abc import Callable
 import jax
 import orbax.checkpoint as ocp
 
+from ..configs import paths
 from ..configs.errors import UserError
 from ..configs.schema import Config, flatten, to_dict
 from ..models.parallel import processes
@@ -63,7 +64,8 @@ class Checkpoints:
         self.local = None
         if config.train.local_dir:
             # Runs that share the disk must not take each other's.
-            self.local = pathlib.Path(config.train.local_dir, *workdir.absolute().parts[1:])
+            disk = paths.local(config.train.local_dir, "train.local_dir")
+            self.local = disk.joinpath(*workdir.absolute().parts[1:])
         self._frozen: dict[str, str] | None = None
         self._managers: dict[pathlib.Path, ocp.CheckpointManager] = {}
 

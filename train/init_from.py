@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..configs import schema
+from ..configs import paths, schema
 from ..configs.errors import ConfigError, UserError
 from ..configs.schema import Config, ModelConfig
 from ..models.weights import run
@@ -80,8 +80,8 @@ def source(where: str) -> tuple[pathlib.Path, bool]:
     Raises:
       UserError: it is a run without that step, or without any.
     """
-    path, step = pathlib.Path(where), None
-    if not path.exists() and (found := re.fullmatch(r"(.+)@(\d+)", where)):
+    path, step = paths.local(where, "train.init_from"), None
+    if not path.exists() and (found := re.fullmatch(r"(.+)@(\d+)", str(path))):
         path, step = pathlib.Path(found[1]), int(found[2])
     if run.is_run(path):
         return run.find(path, step), True

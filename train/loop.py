@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from ..configs import schema
+from ..configs import paths, schema
 from ..configs.errors import ConfigError, UserError
 from ..configs.files import write_json
 from ..models.parallel import processes, sharding
@@ -49,7 +49,7 @@ def train(
       UserError: the config, the data or the folder will not do; one line says why.
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = paths.local(workdir, "workdir")
     set_aside_unreadable(workdir)
     c = resolve(schema.build(config), workdir)
     workdir = _writable(workdir)

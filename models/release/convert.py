@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from tqdm.auto import tqdm
 
-from ...configs import schema
+from ...configs import paths, schema
 from ...configs.errors import UserError
 from ...configs.files import write_json
 from ..parallel import sharding
@@ -76,7 +76,7 @@ def convert(
     if to not in ("hf", "puna"):
         raise UserError(f"to={to!r} must be hf or puna")
     licences.check_choice(base_licence)
-    src, dst = pathlib.Path(src), pathlib.Path(dst)
+    src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
     model = _open(src)
     if base_licence is not None:

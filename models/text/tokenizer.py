@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...configs import paths
 from ...configs.errors import UserError
 from ...configs.files import write_bytes, write_json
 from . import chat as chat_formats
@@ -202,7 +203,7 @@ class Tokenizer:
         That is the original file, byte for byte, and `puna_tokenizer.json`. A tokenizer.json is
         joined by a tokenizer_config.json for other programs. Each file appears whole or not at all.
         """
-        directory, kind = Path(directory), self._kind
+        directory, kind = paths.local(directory, "directory"), self._kind
         record = {"version": 1, "kind": kind.name, "file": kind.filename, **self._settings()}
         record["sha256"] = hashlib.sha256(kind.data).hexdigest()
         try:
@@ -332,11 +333,11 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
       UserError: missing, empty, huge, corrupt or of another kind; the line names the file.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(f"a tokenizer's path is text, not {type(path).__name__}")
     from . import gguf
 
-    path = Path(path)
+    path = paths.local(path, "path")
+    if not path.exists():
+        raise paths.missing(path)
     if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
         return _load_from_run(path)
     if path.is_dir():

@@ -1,10 +1,8 @@
 """`puna.load`: recognise what a path holds and read it."""
 
 import dataclasses
-import os
-import pathlib
 
-from ...configs import schema
+from ...configs import paths, schema
 from ...configs.errors import UserError
 from ..parallel import sharding
 from ..transformer import Transformer
@@ -31,7 +29,7 @@ def load(path, dtype: str = "float32", mesh=None):
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
-    path = _path(path)
+    path = paths.local(path, "path")
     if run.is_run(path):
         model, params = run.load(path, dtype, mesh)
         config = model.config
@@ -50,9 +48,9 @@ def open_weights(path) -> Weights:
     Raises:
       UserError: nothing there can be read, or it is damaged.
     """
-    path = _path(path)
+    path = paths.local(path, "path")
     if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
+        raise paths.missing(path)
     if path.is_file():
         from . import gguf
 
@@ -79,9 +77,3 @@ def open_weights(path) -> Weights:
         f"{path}: is neither a run of puna (no {run.CHECKPOINTS} folder), a Hugging Face directory "
         "(no config.json), a Meta directory (no params.json) nor a GGUF file"
     )
-
-
-def _path(path) -> pathlib.Path:
-    if not isinstance(path, str | os.PathLike):
-        raise UserError(f"a model's path is text, not {type(path).__name__}")
-    return pathlib.Path(path)

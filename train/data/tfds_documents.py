@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 
+from ...configs import paths
 from ...configs.errors import UserError
 from .examples import Record
 from .quarantine import SHOWN_CHARACTERS, BadRecord
@@ -125,7 +126,7 @@ def _find_builder(name: str, data_dir: str | None):
         raise UserError(f"tfds:{name}: write tfds:DATASET[/CONFIG][/VERSION][:SPLIT]")
     full_name = match["name"] + (f"/{match['config']}" if match["config"] else "")
     full_name += f":{match['version']}" if match["version"] else ""
-    root = os.path.expanduser(data_dir) if data_dir else None
+    root = str(paths.local(data_dir, "data.data_dir")) if data_dir else None
     try:
         builder = tfds.builder(full_name, data_dir=root)
     except tfds.core.DatasetNotFoundError:

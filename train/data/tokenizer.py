@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 
+from ...configs import paths
 from ...configs.errors import ConfigError
 from ...configs.schema import Config
 from ...models.parallel.processes import is_first
@@ -37,7 +38,7 @@ def prepare_tokenizer(
         texts = iter_text(data, data.train, quarantine)
         tokenizer = train_bpe(texts, data.tokenizer_vocab)
     else:
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = load_tokenizer(paths.local(data.tokenizer, "data.tokenizer"))
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} must be at least the "

@@ -239,7 +239,7 @@ def test_follows_the_links_of_a_download_cache(files, tiny, tmp_path):
         (lambda p: p / "nowhere", "no such file or directory"),
         (lambda p: p, "is neither a run of puna"),
         (lambda p: (p / "x.bin").write_bytes(b"x") and p / "x.bin", "is not a GGUF file"),
-        (lambda p: 7, "a model's path is text"),
+        (lambda p: 7, "a path is text"),
     ],
 )
 def test_says_what_is_not_a_model(tmp_path, arrange, words):
