@@ -10,6 +10,7 @@ from ..configs.schema import ModelConfig
 from . import rope
 from .cache import LayerCache
 from .kernels import attention as kernels
+from .kernels import blockwise
 from .layers import contract, normal, param, residual_std, rms_norm
 from .masks import Tokens
 from .parallel import context, sharding
@@ -55,8 +56,7 @@ class Attention(nn.Module):
         if cache is None:
             a_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, tokens, chunk_size)
         else:
-            keys, values, key_tokens, cache = cache.extend(k_BTKH, v_BTKH, tokens)
-            a_BTNH = attend_cached(q_BTNH, keys, values, tokens, key_tokens, chunk_size)
+            a_BTNH, cache = attend_cached(q_BTNH, k_BTKH, v_BTKH, tokens, cache)
         y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
         return constrain(y_BTD, "batch", "residual_length", "act_embed"), cache
 
@@ -94,18 +94,30 @@ def attend(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, chunk_size: int):
     )
 
 
-def attend_cached(q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens, chunk_size: int):
-    """Attention of new tokens to the cache, whose rows are whole on every device that has one."""
-    attend = functools.partial(kernels.attend, chunk_size=chunk_size)
+def attend_cached(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, cache: LayerCache):
+    """Attention of new tokens to the cache and to each other, and the cache with them in it.
+
+    A row of the cache is whole on every device that has one.
+    """
+
+    def local(q_BTNH, q_tokens, k_BTKH, v_BTKH, tokens, cache):
+        cache, parts = cache.extend(k_BTKH, v_BTKH, tokens)
+        B, T, N, H = q_BTNH.shape
+        K = k_BTKH.shape[2]
+        q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+        a_BTKGH = blockwise.attend_parts(q_BTKGH, q_tokens, parts, chunk_size=cache.chunk_size)
+        return a_BTKGH.reshape(B, T, N, H), cache
+
+    arrays = (q_BTNH, tokens, k_BTKH, v_BTKH, tokens, cache)
     if not sharding.split_axes():
-        return attend(q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens)
+        return local(*arrays)
     q_spec = sharding.activation(q_BTNH.shape, ("batch", "length", "act_heads", None))
-    kv_spec = sharding.activation(k_BSKH.shape, ("batch", None, "act_kv_heads", None))
+    kv_spec = sharding.activation(k_BTKH.shape, ("batch", None, "act_kv_heads", None))
     q_rows = sharding.activation(q_BTNH.shape[:2], ("batch", "length"))
-    k_rows = sharding.activation(k_BSKH.shape[:2], ("batch", None))
-    return sharding.per_device(attend, (q_spec, kv_spec, kv_spec, q_rows, k_rows), q_spec)(
-        q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens
-    )
+    rows = sharding.activation(q_BTNH.shape[:2], ("batch", None))
+    caches = cache.specs()
+    in_specs = (q_spec, q_rows, kv_spec, kv_spec, rows, caches)
+    return sharding.per_device(local, in_specs, (q_spec, caches))(*arrays)
 
 
 def temperature(positions_BT, config: ModelConfig):

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
+from . import bits
 from .parallel.sharding import Param, constrain
 
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):
     """Declare a parameter: its shape, the logical name of each dim and its initializer together."""
-    return module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
+    return bits.unpack(module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names)))
 
 
 def normal(std: float):

@@ -73,23 +73,25 @@ class Layer(nn.Module):
 
 
 class Block(nn.Module):
-    """The first `num_layers` layers of one period."""
+    """The first `num_layers` layers of one period; caches pass through, changed in place."""
 
     config: ModelConfig
     num_layers: int
 
     @nn.compact
-    def __call__(self, x_BTD, caches, tokens):
+    def __call__(self, carry, index, tokens):
+        x_BTD, caches = carry
         # One layer at a time is computed again, not a whole period.
         layer = rematerialized(Layer, self.config)
         new, router = {}, {}
         for j in range(self.num_layers):
             name = f"layer_{j}"
-            cache = None if caches is None else caches[name]
-            x_BTD, new[name], sums = layer(self.config, j, name=name)(x_BTD, tokens, cache)
+            cache = None if caches is None else caches[name].replace(layer=index)
+            x_BTD, cache, sums = layer(self.config, j, name=name)(x_BTD, tokens, cache)
+            new[name] = None if cache is None else cache.replace(layer=None)
             if sums is not None:
                 router[name] = sums
-        return x_BTD, (None if caches is None else new, router)
+        return (x_BTD, None if caches is None else new), router
 
 
 class Transformer(nn.Module):
@@ -177,12 +179,13 @@ class Transformer(nn.Module):
                 length=blocks,
                 metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
-            x_BTD, (new["blocks"], router["blocks"]) = scan(c, c.period, name="blocks")(
-                x_BTD, caches.get("blocks"), tokens
+            index = None if cache is None else jnp.arange(blocks)
+            (x_BTD, new["blocks"]), router["blocks"] = scan(c, c.period, name="blocks")(
+                (x_BTD, caches.get("blocks")), index, tokens
             )
         if rest:
             tail = Block(c, rest, name="tail")
-            x_BTD, (new["tail"], router["tail"]) = tail(x_BTD, caches.get("tail"), tokens)
+            (x_BTD, new["tail"]), router["tail"] = tail((x_BTD, caches.get("tail")), None, tokens)
 
         if tokens.dealt:
             x_BTD = context.undeal(x_BTD)
@@ -199,7 +202,7 @@ class Transformer(nn.Module):
         """One block on its own, for the pipeline, which has a policy for whole ticks."""
         config = dataclasses.replace(self.config, remat="none")
         block = Block(config, config.period, parent=None)
-        x_BTD, (_, sums) = block.apply({"params": params}, x_BTD, None, tokens)
+        (x_BTD, _), sums = block.apply({"params": params}, (x_BTD, None), None, tokens)
         return x_BTD, sums
 
 

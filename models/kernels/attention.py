@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..masks import Tokens, visible
+from ..parallel import sharding
 from . import blockwise
 
 # Splash attention builds its mask on the host, in time O(T^2): a second here, minutes at 131,072.
@@ -36,7 +37,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
     whole = isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]
     # The kernels round float32 operands, which whoever asks for float32 does not want.
     if whole and q_BTNH.dtype == jnp.bfloat16:
-        platform = _platform()
+        platform = sharding.platform()
         if platform == "tpu" and _fits_splash(q_BTNH):
             return _splash(q_BTNH, k_BSKH, v_BSKH, q_tokens, chunk_size)
         if platform == "gpu" and _fits_cudnn(q_BTNH, k_BSKH):
@@ -44,15 +45,6 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
     return blockwise.attend(
         q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens, chunk_size=chunk_size, start=start
     )
-
-
-def _platform():
-    """Of the mesh that is traced for.
-
-    Not `lax.platform_dependent`, which would save for the gradient what every branch might need.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def _zero_padding(out_BTNH, tokens: Tokens):

@@ -2,7 +2,8 @@
 
 `attend` never holds a [T, S] matrix of scores beyond one block: it keeps a running softmax over
 blocks of keys (arXiv 2112.05682, 2307.08691) and recomputes the scores in its own gradient rule.
-Blocks that the causal or the chunk rule hides are not visited.
+Blocks that the causal or the chunk rule hides are not visited. `attend_parts` does the same for
+keys that lie in several places, as those of a cache do, and has no gradient.
 """
 
 import functools
@@ -16,6 +17,8 @@ from ..masks import Tokens, visible
 _ONE_BLOCK = 256 * 256
 _BLOCK = 256
 _NEVER = -1e30
+# Beyond every position.
+_FAR = jnp.iinfo(jnp.int32).max
 
 
 def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_size=0,
@@ -81,8 +84,13 @@ def _scores(q, k, q_tokens, k_tokens, i, j, bq, bk, chunk_size):
         jax.tree.map(lambda x: _take(x, j, bk, 1), k_tokens),
         chunk_size,
     )
-    s = _einsum("BKGTH,BKSH->BKGTS", q_i, k_j) * q.shape[-1] ** -0.5
-    return jnp.where(seen[:, None, None], s, _NEVER), q_i, k_j
+    return _masked(q_i, k_j, seen), q_i, k_j
+
+
+def _masked(q, k, seen):
+    """Scores [B, K, G, T, S] in float32 of the pairs that are seen, _NEVER elsewhere."""
+    s = _einsum("BKGTH,BKSH->BKGTS", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(seen[:, None, None], s, _NEVER)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
@@ -94,21 +102,14 @@ def _forward(q, k, v, q_tokens, k_tokens, start, chunk_size, bq, bk):
     shape = (*q.shape[:3], bq)
 
     def query_block(i):
-        def key_block(j, carry):
-            top, total, acc = carry
+        def key_block(j, sums):
             s, _, _ = _scores(q, k, q_tokens, k_tokens, i, j, bq, bk, chunk_size)
-            new_top = jnp.maximum(top, s.max(-1))
-            # A row of which nothing is seen yet has top == _NEVER: exp(0) there must not count.
-            p = jnp.where(s > _NEVER / 2, jnp.exp(s - new_top[..., None]), 0.0)
-            shrink = jnp.exp(top - new_top)
-            pv = _einsum("BKGTS,BKSH->BKGTH", p.astype(v.dtype), _take(v, j, bk, 2))
-            return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + pv
+            return _add_block(sums, s, _take(v, j, bk, 2))
 
-        zeros = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1])))
         low, high = _range(i, bq, bk, k.shape[2], chunk_size, start)
-        top, total, acc = jax.lax.fori_loop(low, high, key_block, zeros)
-        total = jnp.where(total == 0.0, 1.0, total)
-        return (acc / total[..., None]).astype(q.dtype), top + jnp.log(total)
+        sums = jax.lax.fori_loop(low, high, key_block, _no_blocks(shape, v.shape[-1]))
+        out, lse = _finish(sums)
+        return out.astype(q.dtype), lse
 
     blocks = q.shape[3] // bq
     if blocks == 1:
@@ -117,6 +118,29 @@ def _forward(q, k, v, q_tokens, k_tokens, start, chunk_size, bq, bk):
         out, lse = jax.lax.map(query_block, jnp.arange(blocks))
         out, lse = _join(out), _join(lse)
     return out, (q, k, v, q_tokens, k_tokens, start, out, lse)
+
+
+def _no_blocks(shape, H):
+    """A running softmax that has seen no keys: largest score, sum, weighted sum of values."""
+    return jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, H))
+
+
+def _add_block(sums, s, v_BKSH):
+    """The running softmax after one more block of masked scores [B, K, G, T, S]."""
+    top, total, acc = sums
+    new_top = jnp.maximum(top, s.max(-1))
+    # A row of which nothing is seen yet has top == _NEVER: exp(0) there must not count.
+    p = jnp.where(s > _NEVER / 2, jnp.exp(s - new_top[..., None]), 0.0)
+    shrink = jnp.exp(top - new_top)
+    pv = _einsum("BKGTS,BKSH->BKGTH", p.astype(v_BKSH.dtype), v_BKSH)
+    return new_top, total * shrink + p.sum(-1), acc * shrink[..., None] + pv
+
+
+def _finish(sums):
+    """Attention, and the logarithm of the softmax's denominator; zeros where nothing was seen."""
+    top, total, acc = sums
+    total = jnp.where(total == 0.0, 1.0, total)
+    return acc / total[..., None], top + jnp.log(total)
 
 
 def _join(x):
@@ -167,3 +191,81 @@ def _add(total, part, start):
 
 
 _blockwise.defvjp(_forward, _backward)
+
+
+def attend_parts(q_BTKGH, q_tokens: Tokens, parts, *, chunk_size=0):
+    """`attend` over the keys of several places, without a gradient.
+
+    Blocks of keys that no query may see, by their positions, are not read: of a cache only what is
+    filled, of a chunk only what is left of it.
+
+    Args:
+      q_BTKGH: query g of key head k.
+      q_tokens, chunk_size: see `attend`.
+      parts: of each place the `Tokens` [B, S] of its keys, and a function of `start` and `size`
+        that gives the keys and values [B, size, K, H] there.
+
+    Returns:
+      [B, T, K, G, H] in q's dtype.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    bq = min(T, _BLOCK)
+    q = _pad(q_BTKGH, bq).transpose(0, 2, 3, 1, 4)
+    q_tokens = jax.tree.map(lambda x: _pad(x, bq), q_tokens)
+    sizes = [min(k_tokens.positions_BT.shape[1], _BLOCK) for k_tokens, _ in parts]
+    ranges = [
+        _reach(q_tokens, k_tokens, bq, bk, chunk_size)
+        for (k_tokens, _), bk in zip(parts, sizes, strict=True)
+    ]
+
+    def query_block(i):
+        q_i, tokens_i = _take(q, i, bq, 3), jax.tree.map(lambda x: _take(x, i, bq, 1), q_tokens)
+        sums = _no_blocks((B, K, G, bq), H)
+        for (k_tokens, take), bk, (low_I, high_I) in zip(parts, sizes, ranges, strict=True):
+            S = k_tokens.positions_BT.shape[1]
+
+            def key_block(j, sums, k_tokens=k_tokens, take=take, bk=bk, S=S):
+                # The last block begins earlier where blocks do not divide the slots.
+                start = jnp.minimum(j * bk, S - bk)
+                k_j, v_j = (x.swapaxes(1, 2) for x in take(start, bk))
+                tokens_j = jax.tree.map(
+                    lambda x: jax.lax.dynamic_slice_in_dim(x, start, bk, 1), k_tokens
+                )
+                seen = visible(tokens_i, tokens_j, chunk_size)
+                seen &= start + jnp.arange(bk) >= j * bk
+                return _add_block(sums, _masked(q_i, k_j, seen), v_j)
+
+            if S == bk:
+                sums = key_block(0, sums)
+            else:
+                sums = jax.lax.fori_loop(low_I[i], high_I[i], key_block, sums)
+        return _finish(sums)[0].astype(q.dtype)
+
+    blocks = q.shape[3] // bq
+    out = query_block(0) if blocks == 1 else _join(jax.lax.map(query_block, jnp.arange(blocks)))
+    return out.transpose(0, 3, 1, 2, 4)[:, :T]
+
+
+def _reach(q_tokens: Tokens, k_tokens: Tokens, bq, bk, chunk_size):
+    """For each block of queries, blocks of keys [low, high) beyond which it sees nothing."""
+
+    def span(tokens, block):
+        """Lowest and highest position of a block, padding apart: [B, blocks]."""
+        positions, live = tokens.positions_BT, tokens.segments_BT != 0
+        ends = ((jnp.where(live, positions, _FAR), _FAR), (jnp.where(live, positions, -1), -1))
+        low, high = (
+            jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=fill)
+            .reshape(len(x), -1, block)
+            for x, fill in ends
+        )  # fmt: skip
+        return low.min(-1), high.max(-1)
+
+    q_low, q_high = (x[:, :, None] for x in span(q_tokens, bq))
+    k_low, k_high = (x[:, None, :] for x in span(k_tokens, bk))
+    seen_BIJ = (k_low <= q_high) & (k_high >= 0)
+    if chunk_size:
+        seen_BIJ &= k_high // chunk_size >= q_low // chunk_size
+    seen_IJ = seen_BIJ.any(0)
+    low_I = jnp.argmax(seen_IJ, 1)
+    high_I = seen_IJ.shape[1] - jnp.argmax(seen_IJ[:, ::-1], 1)
+    return low_I, jnp.where(seen_IJ.any(1), high_I, low_I)

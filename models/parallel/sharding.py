@@ -193,6 +193,16 @@ def split_axes() -> dict[str, int]:
     return {} if mesh.empty else {a: n for a, n in mesh.shape.items() if n > 1}
 
 
+def platform() -> str:
+    """Of the mesh that is traced for: "cpu", "gpu" or "tpu".
+
+    Unlike `lax.platform_dependent`, a choice by it saves nothing of the other branches for the
+    gradient.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 def per_device(f, in_specs, out_specs):
     """`jax.shard_map` over all axes of the current mesh that no enclosing one has taken."""
     mesh = jax.sharding.get_abstract_mesh()
