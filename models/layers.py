@@ -17,7 +17,8 @@ from .parallel.sharding import Param, constrain
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):
     """Declare a parameter: its shape, the logical name of each dim and its initializer together."""
-    return bits.unpack(module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names)))
+    value = module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
+    return bits.unpack(value)
 
 
 def normal(std: float):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
+from . import bits
 from .attention import Attention
 from .audio import Audio, AudioEncoder, no_audio
 from .cache import Cache
@@ -115,9 +116,12 @@ class Transformer(nn.Module):
           audio: likewise for `audio.token_id`.
         """
         states = self.states(tokens_BT, positions_BT, segment_ids_BT, cache, images, audio)
-        params = nn.meta.unbox(self.variables["params"])
-        logits_BTV = unembed(self.config, params, states.hidden_BTD)
+        logits_BTV = self.logits(states.hidden_BTD)
         return Output(states.hidden_BTD, states.cache, states.router, logits_BTV)
+
+    def logits(self, hidden_BTD):
+        """`unembed` with the parameters of this model."""
+        return unembed(self.config, nn.meta.unbox(self.variables["params"]), hidden_BTD)
 
     @nn.compact
     def states(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None,
@@ -209,8 +213,8 @@ class Transformer(nn.Module):
 def unembed_table(config: ModelConfig, params):
     """The output projection [D, V] of a parameter tree."""
     if config.tie_embeddings:
-        return params["embed"]["table_VD"].T
-    return params["unembed"]["table_DV"]
+        return bits.unpack(params["embed"]["table_VD"]).T
+    return bits.unpack(params["unembed"]["table_DV"])
 
 
 def unembed(config: ModelConfig, params, hidden_BTD):

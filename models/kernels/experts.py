@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .. import bits
 from ..layers import contract, swiglu
 
 # Rows of one matmul of the loop at most: more gains nothing on a CPU and wastes more padding.
@@ -204,9 +205,10 @@ def _times_weights_loop(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     expert_N, row_N, num_blocks = _blocks(group_sizes_E, num_rows, block)
     x = jnp.pad(x, ((0, block), (0, 0)))
     spec = "BF,DF->BD" if transpose_w else "BD,DF->BF"
+    w_EDF = bits.pack(w_EDF)
 
     def multiply(n, y):
-        w_DF = lax.dynamic_index_in_dim(w_EDF, expert_N[n], keepdims=False)
+        w_DF = bits.unpack(lax.dynamic_index_in_dim(w_EDF, expert_N[n], keepdims=False))
         x_block = lax.dynamic_slice_in_dim(x, row_N[n], block)
         y_block = _einsum(spec, x_block, w_DF.astype(x.dtype)).astype(x.dtype)
         return lax.dynamic_update_slice_in_dim(y, y_block, row_N[n], axis=0)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.configs.schema import ModelConfig
+from puna.models import bits, transformer
 from puna.models import cache as cache_lib
-from puna.models import transformer
+from puna.models.kernels import blockwise
 from puna.models.parallel import sharding
 
 B, T, SLOTS = 3, 23, 32
@@ -162,3 +163,42 @@ def test_a_cache_is_a_pytree_that_can_be_given_away():
     new = give(cache)
     assert new.layers["blocks"]["layer_0"].chunk_size == CHUNK
     assert jnp.all(new.lengths_B == 1)
+
+
+def test_only_what_is_filled_is_read(monkeypatch):
+    """NaN in the empty slots would come out of any product with them, whatever the mask."""
+    monkeypatch.setattr(blockwise, "_BLOCK", 4)
+    config = dataclasses.replace(LLAMA4, rope_theta=101.0)  # traced anew
+    cache = feed(config, empty(config), [0] * B, [8] * B, T)
+
+    def spoil(layer):
+        unfilled = (jnp.arange(layer.positions_BS.shape[-1]) >= 12)[:, None, None]
+        k, v = (jnp.where(unfilled, jnp.nan, x) for x in (layer.k_BSKH, layer.v_BSKH))
+        return layer.replace(k_BSKH=k, v_BSKH=v)
+
+    layers = jax.tree.map(
+        spoil, cache.layers, is_leaf=lambda x: isinstance(x, cache_lib.LayerCache)
+    )
+    cache = feed(config, cache.replace(layers=layers), [8] * B, [1] * B, 1)
+    feed(config, cache, [9] * B, [3] * B, T)
+
+
+def test_bfloat16_as_its_bits_gives_the_same():
+    config = dataclasses.replace(LLAMA4, compute_dtype="bfloat16")
+    model = transformer.Transformer(config)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config))
+    kept = bits.view(params)
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype("uint16")}
+
+    @jax.jit
+    def both(params, kept, cache, tokens_BT):
+        logits = [model.apply({"params": p}, tokens_BT).logits_BTV for p in (params, kept)]
+        out = model.apply({"params": kept}, tokens_BT, cache=cache)
+        return *logits, out.logits_BTV, out.cache
+
+    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (B, T), np.int32)
+    plain, packed, cached, cache = both(params, kept, empty(config), tokens_BT)
+    assert cache.layers["blocks"]["layer_0"].k_BSKH.dtype == jnp.uint16
+    np.testing.assert_array_equal(plain, packed)
+    # Sums of another order, each rounded to 8 bits.
+    assert np.abs(cached - plain).max() < 0.05 * np.abs(plain).max()
