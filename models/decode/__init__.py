@@ -1,1 +1,1 @@
-"""Text from a model."""
+"""Ids, log-probabilities and text from a model."""

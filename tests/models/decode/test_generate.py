@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from puna.configs.errors import UserError
 from puna.configs.schema import MeshConfig, ModelConfig
 from puna.models import transformer
-from puna.models.decode import generate as generation
-from puna.models.decode.generate import Sampling, generate, sample, stream
+from puna.models.decode import engine
+from puna.models.decode import sampling as sampling_lib
+from puna.models.decode.generate import generate, stream
+from puna.models.decode.sampling import Sampling, sample
 from puna.models.parallel import sharding
 from puna.models.text.tokenizer import byte_tokenizer
 
@@ -49,8 +51,15 @@ def params():
 def ids_of(prompts, max_tokens=NEW, **options):
     """What `decode` makes, as one array [B, max_tokens]."""
     prompts = [TOKENIZER.encode(p, bos=True) for p in prompts]
-    options = {"vocab_size": TOKENIZER.vocab_size, **options}
-    return np.concatenate([*generation.decode(MODEL, params(), prompts, max_tokens, **options)], 1)
+    return made_of(prompts, max_tokens, **options).ids_BT
+
+
+def made_of(prompts, max_tokens=NEW, *, sampling=None, seed=0, **options):
+    """What `decode` makes of rows of ids, as one `Block`."""
+    sampling = (sampling or Sampling())._replace(seed=seed)
+    options = {"vocab_size": TOKENIZER.vocab_size, "sampling": sampling, **options}
+    blocks = engine.decode(MODEL, params(), prompts, max_tokens, **options)
+    return engine.Block(*(np.concatenate(x, 1) for x in zip(*blocks, strict=True)))
 
 
 # Rows, alone and together
@@ -86,7 +95,7 @@ def test_equal_prompts_draw_unequal_texts_and_a_seed_repeats_them():
 
 def test_a_long_prompt_goes_in_pieces(monkeypatch):
     whole = ids_of(PROMPTS)
-    monkeypatch.setattr(generation, "_PIECE", 5)
+    monkeypatch.setattr(engine, "_PIECE", 5)
     np.testing.assert_array_equal(ids_of(PROMPTS), whole)
 
 
@@ -120,19 +129,19 @@ def test_on_a_mesh():
 
 def test_settings_and_lengths_compile_once():
     ids_of(PROMPTS)
-    counts = generation._prefill._cache_size(), generation._decode._cache_size()
+    counts = engine._prefill._cache_size(), engine._decode._cache_size()
     for prompts in (["abcd", "efg", "h"], ["a", "b" * 15, "c"]):
         for sampling in (Sampling(0.7), Sampling(1, 5), Sampling(2.0, 0, 0.5, 0.1), None):
             ids_of(prompts, 31, sampling=sampling, seed=5, stop_ids=(257,))
     # Prompts up to 17 ids and 33 to 48 in all are one size, as are up to 7 stop ids.
-    assert counts == (generation._prefill._cache_size(), generation._decode._cache_size())
+    assert counts == (engine._prefill._cache_size(), engine._decode._cache_size())
 
 
 @given(st.integers(1, 10**7))
 def test_rounding_up_wastes_a_third_at_most(length):
-    rounded = generation._round_up(length)
+    rounded = engine._round_up(length)
     assert length <= rounded <= max(16, 1.5 * length)
-    assert generation._round_up(rounded) == rounded
+    assert engine._round_up(rounded) == rounded
 
 
 # Sampling
@@ -141,18 +150,18 @@ def test_rounding_up_wastes_a_third_at_most(length):
 @functools.cache
 def sampler(narrow):
     """`sample`, compiled to rank this many ids at first."""
-    jit = jax.jit(lambda *args: sample(*args))
+    jit = jax.jit(lambda *args: sample(*args)[0])
 
     def run(*args):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(generation, "_NARROW", narrow)
+            patch.setattr(sampling_lib, "_NARROW", narrow)
             return np.asarray(jit(*args))
 
     return run
 
 
 def typed(sampling):
-    return [np.float32(x) if i != 1 else np.int32(x) for i, x in enumerate(sampling)]
+    return [np.float32(x) if i != 1 else np.int32(x) for i, x in enumerate(sampling[:4])]
 
 
 def draws(logits, sampling, narrow=1024, count=4096):
@@ -188,7 +197,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("sampling", SETTINGS)
 def test_frequencies_are_the_softmax(sampling):
-    want = kept(LOGITS, *sampling)
+    want = kept(LOGITS, *sampling[:4])
     got = draws(LOGITS, sampling)
     assert np.all(got[want == 0] == 0)
     at = want > 0
@@ -257,14 +266,16 @@ class Script:
 
     config: ModelConfig = CONFIG
 
-    def apply(self, variables, tokens_BT, segment_ids_BT, cache, method=None):
+    def apply(self, variables, x, segment_ids_BT=None, cache=None, method=None):
         assert not self.config.capacity_factor
+        if method == "logits":
+            return x
         said_BT, prompt_B = variables["params"]
         lengths_B = cache.lengths_B + jnp.sum(segment_ids_BT, axis=1)
-        said_B = said_BT[jnp.arange(len(tokens_BT)), lengths_B - prompt_B]
+        said_B = said_BT[jnp.arange(len(x)), lengths_B - prompt_B]
         logits_BTV = jax.nn.one_hot(said_B, self.config.vocab_size)[:, None]
         cache = cache.replace(lengths_B=lengths_B)
-        return types.SimpleNamespace(logits_BTV=logits_BTV, cache=cache)
+        return types.SimpleNamespace(hidden_BTD=logits_BTV, cache=cache)
 
     def clone(self, config):
         return Script(config)
