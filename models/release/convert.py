@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import traverse_util
 from tqdm.auto import tqdm
 
 from ...configs import paths, schema
@@ -31,14 +30,13 @@ from ..parallel import sharding
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from ..weights import config as hf_config
 from ..weights import huggingface, licences, placing, run, safetensors_files, vision_table
-from ..weights.checksum import checksums
 from ..weights.load import open_weights
 from ..weights.tensors import Weights, warn
 from . import card
 
 SHARD_BYTES = 5 * 10**9
-# Small leaves of a run are restored together up to this.
-_RESTORED_BYTES = 2**28
+# Small leaves of a run are read together up to this.
+_READ_BYTES = 2**28
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
 # Copied as they are from a directory of others; what they mean is the tokenizer's business.
 _TOKENIZER_FILES = (
@@ -132,31 +130,20 @@ class RunModel:
         meta = run.read_meta(self.folder)
         self.config = schema.build(meta["config"]).model
         self._has_tokenizer = bool(meta["tokenizer"])
-        self._checksums = meta.get("checksums", {}).get("params")
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
         self.origin = unknown | (meta.get("origin") or {})
         home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
         self.facts = card.facts_of_run(home, meta)
         self._held: dict[str, np.ndarray] = {}
-        try:
-            with ocp.StandardCheckpointer() as reader:
-                stored = reader.metadata(self.folder.absolute() / "params").item_metadata.tree
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{self.folder}: damaged checkpoint: {str(error).splitlines()[0]}"
-            ) from None
-        self._stored = {
-            sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(stored)
-        }
+        self._stored = run.Parameters(self.folder)
+        self._paths = list(hf_table(self.config)[0])
 
     def dtype(self, path: str, layer: int) -> np.dtype:
-        if path not in self._stored:
-            raise UserError(f"{self.folder}: parameter {path} is missing")
-        return np.dtype(self._stored[path].dtype)
+        return self._stored.dtype(path)
 
     def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
         if path not in self._held:
-            self._held = self._restore(path)
+            self._held = self._stored.read(self._batch(path))
         value = self._held[path]
         if value.shape != leaf.shape:
             raise UserError(
@@ -165,29 +152,15 @@ class RunModel:
             )
         return value[layer] if leaf.stacked else value
 
-    def _restore(self, first: str) -> dict[str, np.ndarray]:
-        """A leaf and, as each call takes its time, those that follow it while they are small."""
+    def _batch(self, first: str) -> list[str]:
+        """A leaf and those that follow it while they are small: their checksums are one program."""
         paths, size = [], 0
-        for path in list(self._stored)[list(self._stored).index(first) :]:
-            size += math.prod(self._stored[path].shape) * self.dtype(path, 0).itemsize
-            if paths and size > _RESTORED_BYTES:
+        for path in self._paths[self._paths.index(first) :]:
+            size += math.prod(self._stored.shape(path)) * self._stored.dtype(path).itemsize
+            if paths and size > _READ_BYTES:
                 break
             paths.append(path)
-        item = traverse_util.unflatten_dict(dict.fromkeys(paths, 0), sep="/")
-        options = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        args = ocp.args.PyTreeRestore(item=item, restore_args=options, partial_restore=True)
-        try:
-            with ocp.PyTreeCheckpointer() as reader:
-                found = reader.restore(self.folder.absolute() / "params", args=args)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{self.folder}: cannot restore {first}: {str(error).splitlines()[0]}"
-            ) from None
-        flat: dict = traverse_util.flatten_dict(found, sep="/")
-        for path, now in checksums(found).items() if self._checksums else ():
-            if now != self._checksums.get(path):
-                raise UserError(f"{self.folder}: damaged checkpoint: {path} is not what was saved")
-        return flat
+        return paths
 
     def tokenizer(self) -> Tokenizer | None:
         if self._has_tokenizer:

@@ -9,20 +9,20 @@ damaged checkpoint is an error and never other numbers.
 import base64
 import hashlib
 import json
-import math
 import pathlib
 from typing import Any
 
 import jax
-import tensorstore
+import numpy as np
 from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
 
 from ...configs import schema
 from ...configs.errors import UserError
 from ..parallel import processes, sharding
 from ..transformer import Transformer, abstract_params
-from . import placing
 from .checksum import checksums
+from .stored import Item
 from .tensors import warn
 
 CHECKPOINTS = "checkpoints"
@@ -31,10 +31,6 @@ FROZEN = "frozen"
 
 # What the meta of a checkpoint can hold that was saved before there were checksums.
 _UNSEALED = ({"config", "data", "tokenizer"}, {"config", "data", "tokenizer", "origin"})
-
-
-# What is read and unpacked at a time; a multiple of the pieces that arrays are stored in.
-_PIECE_BYTES = 8 * 2**20
 
 
 class Damaged(UserError):
@@ -133,7 +129,7 @@ def restore(folder: pathlib.Path, item: str, abstract):
     found: Any = None
     error = None
     try:
-        found = _read(folder / item, abstract)
+        found = Item(folder / item).read(abstract)
     except Exception as e:  # damage shows in many ways
         error = e
     if not all(processes.gather(error is None)):
@@ -142,11 +138,14 @@ def restore(folder: pathlib.Path, item: str, abstract):
     if saved is None:
         warn(f"{folder}: {item} has no checksums, as older versions saved it; it may be damaged")
         return found
-    now = checksums(found)
-    for path in sorted(now.keys() | saved.get(item, {}).keys()):
-        if now.get(path) != saved.get(item, {}).get(path):
-            raise Damaged(f"{folder}: damaged checkpoint: {item}/{path} is not what was saved")
+    _compare(folder, item, checksums(found), saved.get(item, {}))
     return found
+
+
+def _compare(folder: pathlib.Path, item: str, now: dict[str, str], saved: dict[str, str]) -> None:
+    for path in sorted(now.keys() | saved.keys()):
+        if now.get(path) != saved.get(path):
+            raise Damaged(f"{folder}: damaged checkpoint: {item}/{path} is not what was saved")
 
 
 def frozen_name(sums: dict[str, str]) -> str:
@@ -161,64 +160,73 @@ def restore_frozen(folder: pathlib.Path, workdir: pathlib.Path, abstract):
       Damaged: it is missing, or not what it was when the checkpoint was saved.
     """
     sums = read_meta(folder)["checksums"].get("frozen", {})
+    return restore(_frozen_home(folder, workdir, sums), "params", abstract)
+
+
+def _frozen_home(folder: pathlib.Path, workdir: pathlib.Path, sums: dict[str, str]):
     try:
-        home = find(workdir / FROZEN / frozen_name(sums))
+        return find(workdir / FROZEN / frozen_name(sums))
     except UserError as error:
         raise Damaged(f"{folder}: damaged checkpoint: its frozen parameters: {error}") from None
-    return restore(home, "params", abstract)
 
 
-def _read(folder: pathlib.Path, abstract):
-    """The arrays of an item, one after another; Orbax itself would hold them all on the host."""
-    leaves = jax.tree.leaves_with_path(abstract)
-    # The table of what lies where is read once, not for each array anew.
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": _PIECE_BYTES}})
-    base = f"file://{folder.absolute()}/"
-    arrays = []
-    for path, x in leaves:
-        name = sharding.path_name(path).replace("/", ".") + "/"
-        kvstore = {"driver": "ocdbt", "base": base, "path": name}
-        spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
-        stored = tensorstore.open(spec, open=True, context=context).result()
-        if stored.shape != x.shape or stored.dtype.numpy_dtype != x.dtype:
-            raise ValueError(
-                f"{name[:-1]} is {stored.dtype.name}{list(stored.shape)} and must be "
-                f"{x.dtype}{list(x.shape)}"
-            )
-        arrays.append(_array(stored, x.sharding))
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+class Parameters:
+    """The parameters of a checkpoint by their paths, those that train and those that do not.
 
+    Args:
+      folder: of the checkpoint, in a run's folder.
 
-def _array(stored, place):
-    """A stored array on its devices: each one's part is read, sent and let go of in turn."""
-    shape, dtype, sent = stored.shape, stored.dtype.numpy_dtype, []
-    for bounds, devices in placing.parts(shape, place).items():
-        host = placing.scratch([stop - start for start, stop in bounds], dtype)
-        for piece in _pieces(bounds, dtype.itemsize):
-            here = tuple(
-                slice(start - low, stop - low)
-                for (start, stop), (low, _) in zip(piece, bounds, strict=True)
-            )
-            wanted = stored[tuple(slice(*b) for b in piece)][tensorstore.d[:].translate_to[0]]
-            # The dots make a view of a scalar too.
-            tensorstore.array(host[*here, ...]).write(wanted).result()
-        sent += [jax.device_put(host, device) for device in devices]
-        jax.block_until_ready(sent)
-        del host
-    return jax.make_array_from_single_device_arrays(shape, place, sent)
+    Raises:
+      Damaged: the checkpoint is not what was saved.
+    """
 
+    def __init__(self, folder: pathlib.Path):
+        sums = read_meta(folder).get("checksums")
+        self.folder, self._sums = folder, sums and sums["params"]
+        self._trained, self._frozen = Item(folder / "params"), None
+        self._frozen_sums = (sums or {}).get("frozen", {})
+        if self._frozen_sums:
+            home = _frozen_home(folder, folder.parent.parent, self._frozen_sums)
+            self._frozen = Item(home / "params")
 
-def _pieces(bounds, itemsize: int):
-    """Split a part of an array in halves until each can be unpacked at a time."""
-    sizes = [stop - start for start, stop in bounds]
-    if math.prod(sizes) * itemsize <= _PIECE_BYTES:
-        yield bounds
-        return
-    axis = sizes.index(max(sizes))
-    start, stop = bounds[axis]
-    middle = (start + stop) // 2
-    for half in ((start, middle), (middle, stop)):
-        yield from _pieces((*bounds[:axis], half, *bounds[axis + 1 :]), itemsize)
+    def _place(self, path: str) -> tuple[Item, str, str | None]:
+        """Which item holds a parameter, what it is called there, and its checksum."""
+        if self._frozen and f"base/{path}" in self._frozen_sums:
+            return self._frozen, f"base/{path}", self._frozen_sums[f"base/{path}"]
+        return self._trained, path, self._sums and self._sums.get(path)
+
+    def _open(self, path: str):
+        item, name, _ = self._place(path)
+        try:
+            return item.open([name])[0]
+        except ValueError as error:
+            if "NOT_FOUND" in str(error):
+                raise UserError(f"{self.folder}: parameter {path} is missing") from None
+            raise Damaged(f"{self.folder}: damaged checkpoint: {_first_line(error)}") from None
+
+    def shape(self, path: str) -> tuple[int, ...]:
+        return self._open(path).shape
+
+    def dtype(self, path: str) -> np.dtype:
+        return self._open(path).dtype.numpy_dtype
+
+    def read(self, paths: list[str]) -> dict[str, np.ndarray]:
+        """Read some parameters as they were saved, compared with their checksums."""
+        on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        found, saved = {}, {}
+        for path in paths:
+            item, name, saved[path] = self._place(path)
+            leaf = jax.ShapeDtypeStruct(self.shape(path), self.dtype(path), sharding=on_host)
+            try:
+                found[path] = item.read({name: leaf})[name]
+            except ValueError as error:
+                raise Damaged(
+                    f"{self.folder}: damaged checkpoint: cannot restore {path}: "
+                    f"{_first_line(error)}"
+                ) from None
+        if self._sums:
+            _compare(self.folder, "params", checksums(found), saved)
+        return {path: np.asarray(x) for path, x in found.items()}
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 import puna
 from puna.configs.errors import ConfigError
+from puna.models.release.convert import convert
 from puna.models.weights import run
 from puna.train.loop import train
 from puna.train.state import join, split
@@ -61,6 +62,9 @@ def test_what_does_not_train_stays_and_is_saved_once(config, tmp_path, optimizer
     assert {**frozen, **leaves(whole.params)}.keys() == leaves(params).keys()
     for name, x in leaves(params).items():
         assert np.array_equal(x, {**frozen, **leaves(whole.params)}[name]), name
+    convert(tmp_path / "b", tmp_path / "release")
+    for name, x in leaves(puna.load(tmp_path / "release")[1]).items():
+        assert np.array_equal(x, leaves(params)[name]), name
 
 
 def test_a_run_with_frozen_parameters_resumes_bit_for_bit(config, tmp_path):
@@ -81,3 +85,5 @@ def test_damaged_frozen_parameters_are_an_error(config, tmp_path):
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"sha256": "0"}))
     with pytest.raises(run.Damaged, match="damaged checkpoint"):
         puna.load(tmp_path)
+    with pytest.raises(run.Damaged, match="damaged checkpoint"):
+        convert(tmp_path, tmp_path.with_name("release"))
