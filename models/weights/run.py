@@ -165,7 +165,9 @@ def restore_frozen(folder: pathlib.Path, workdir: pathlib.Path, abstract):
 
 def _frozen_home(folder: pathlib.Path, workdir: pathlib.Path, sums: dict[str, str]):
     try:
-        return find(workdir / FROZEN / frozen_name(sums))
+        home = find(workdir / FROZEN / frozen_name(sums))
+        read_meta(home)
+        return home
     except UserError as error:
         raise Damaged(f"{folder}: damaged checkpoint: its frozen parameters: {error}") from None
 
