@@ -102,8 +102,11 @@ class HeldOutRows:
         return {key: np.stack([row[key] for row in rows]) for key in self._zeros}
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = map(self.row, itertools.count())
-        return itertools.takewhile(lambda row: row is not None, rows)
+        for number in itertools.count():
+            row = self.row(number)
+            if row is None:
+                return
+            yield row
 
     def _next(self, cursor: Cursor) -> Batch | None:
         row = pack_row(cursor, self._room)

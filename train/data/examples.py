@@ -44,14 +44,14 @@ class RecordError(ValueError):
 
 
 class Transform(Protocol):
-    """Records -> examples, in two halves: only the second is costly. Picklable.
+    """Records -> examples, in two halves: only the second is costly. Picklable."""
 
-    fields: of a record that it reads, the first of which must be there.
-    """
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a record that it reads; the first must be there."""
+        ...
 
-    fields: tuple[str, ...]
-
-    def parse(self, record: Record, folder: str) -> Any:
+    def parse(self, record: Record, folder: str, /) -> Any:
         """Take from a record what is needed.
 
         Args:
@@ -62,7 +62,7 @@ class Transform(Protocol):
         """
         ...
 
-    def encode(self, parsed: Any) -> Example:
+    def encode(self, parsed: Any, /) -> Example:
         """The example of what `parse` returned; without ids it is passed over."""
         ...
 

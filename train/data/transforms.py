@@ -62,7 +62,9 @@ class TextWithMedia:
     longest: int  # tokens of one picture or clip, such that a row holds it
     tiles: int  # of a row
 
-    fields = property(lambda self: (self.key, "image", "images", "audio", "audios"))
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.key, "image", "images", "audio", "audios")
 
     def parse(self, record: Record, folder: str = "") -> tuple[str, dict[str, list]]:
         text = text_of(record, self.key)
