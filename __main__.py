@@ -305,10 +305,6 @@ def main() -> None:
     try:
         _run(sys.argv[1:])
         _leave("")
-    except (errors.UserError, OSError) as e:
-        message = " ".join(str(e).split())
-        _leave(message)
-        _end(errors.MISTAKE, "puna: " + message)
     except KeyboardInterrupt as e:
         from .train.resilience.signals import Interrupted
 
@@ -316,16 +312,26 @@ def main() -> None:
         _leave("" if told else "interrupted")
         _end(errors.SAVED if told else errors.INTERRUPTED, f"puna: {str(e) or 'interrupted'}")
     except Exception as e:
-        # Another process's end shows here as some error of JAX; who it was is on its way.
-        if found := sys.modules.get(f"{__package__}.models.parallel.processes"):
+        status = errors.status(e)
+        if status != errors.MISTAKE and (found := _processes()):
+            # Another process's end shows here as some error of JAX or of the network; which it was
+            # is on its way.
             found.lost_contact()
-        _leave(f"{type(e).__name__}: {' '.join(str(e).split())[:500]}")
-        _end(1, traceback.format_exc())
+        message = errors.one_line(str(e))
+        _leave(message if status != 1 else f"{type(e).__name__}: {message[:500]}")
+        if status == errors.MACHINE:
+            message += ": the machine or the network failed; the same command can succeed later"
+        _end(status, traceback.format_exc() if status == 1 else "puna: " + message)
+
+
+def _processes():
+    """The module of several processes, if it is in use."""
+    return sys.modules.get(f"{__package__}.models.parallel.processes")
 
 
 def _leave(message: str) -> None:
     """Tell the other processes of the run, if there are any."""
-    if found := sys.modules.get(f"{__package__}.models.parallel.processes"):
+    if found := _processes():
         found.leave(message)
 
 

@@ -6,16 +6,16 @@ two of them `train.local_dir` can take others, on a disk that is faster and may 
 """
 
 import base64
+import contextlib
 import itertools
 import logging
 import pathlib
-import re
 from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
 
-from ..configs import paths
+from ..configs import errors, paths
 from ..configs.errors import UserError
 from ..configs.schema import Config, flatten, to_dict
 from ..models.parallel import processes
@@ -259,22 +259,17 @@ def _in_chunks(tree) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(tree, save_args=options)
 
 
-class _explained:
-    """Turns what goes wrong with files into one line for the user."""
-
-    def __init__(self, workdir: pathlib.Path, what: str):
-        self.workdir, self.what = workdir, what
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, (OSError, ValueError, RuntimeError, jax.errors.JaxRuntimeError)):
-            lines = str(error).splitlines() or [type(error).__name__]
-            # Of TensorStore's long chain of paths only what the system said is for people.
-            system = re.search(r"([^:]+) \[os_error_code", lines[0])
-            reason = system[1].strip() if system else lines[0]
-            raise UserError(
-                f"{self.workdir}: cannot {self.what} a checkpoint: {reason}; "
-                "the checkpoint before it is whole"
-            ) from error
+@contextlib.contextmanager
+def _explained(workdir: pathlib.Path, what: str):
+    """Turn what the system says about files into one line."""
+    try:
+        yield
+    except Exception as error:
+        said, status = errors.system_error(error), errors.status(error)
+        if said is None:
+            raise
+        kind = errors.MachineError if status == errors.MACHINE else UserError
+        raise kind(
+            f"{workdir}: cannot {what} a checkpoint: {said.strerror or said}; "
+            "the checkpoint before it is whole"
+        ) from error

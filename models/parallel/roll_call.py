@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ...configs.errors import LOST, UserError
+from ...configs.errors import LOST, MachineError, UserError
 
 # Of a message.
 _MOST_BYTES = 65536
@@ -142,7 +142,8 @@ def roll_call(
       The connections between them.
 
     Raises:
-      UserError: which are missing, or how one differs; in every process that is there.
+      MachineError: which are missing; in every process that is there.
+      UserError: how one differs, likewise.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
@@ -161,13 +162,14 @@ def _call(port, num_processes, about, deadline, timeout):
             server = stack.enter_context(_server(port))
         except OSError as e:
             raise UserError(f"--coordinator: port {port} cannot be used: {e.strerror}") from e
-        lines, verdict = [], None
+        lines, verdict, kind = [], None, UserError
         while len(there) < num_processes and verdict is None:
             server.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
             try:
                 line, _ = server.accept()
             except TimeoutError:
                 missing = sorted(set(range(num_processes)) - there.keys())
+                kind = MachineError
                 verdict = (
                     f"{_list(missing)} of {num_processes} did not come within {timeout:g} s "
                     f"(process 0 waits on {about['host']}:{port})"
@@ -193,9 +195,10 @@ def _call(port, num_processes, about, deadline, timeout):
                 verdict = _difference(about, number, other)
         for _, line in lines:
             with contextlib.suppress(OSError):
-                _send(line, {"go": verdict is None, "why": verdict, "host": about["host"]})
+                _send(line, {"go": verdict is None, "why": verdict, "host": about["host"],
+                             "missing": kind is MachineError})  # fmt: skip
         if verdict:
-            raise UserError(verdict)
+            raise kind(verdict)
         server.close()  # JAX's service takes the port
         stack.pop_all()
     hosts = {a["host"] for a in there.values()}
@@ -217,7 +220,7 @@ def _answer(address, num_processes, process_id, about, deadline, timeout):
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise UserError(
+            raise MachineError(
                 f"process 0 did not answer at {address[0]}:{address[1]} within {timeout:g} s"
             )
         with contextlib.ExitStack() as stack:
@@ -231,7 +234,7 @@ def _answer(address, num_processes, process_id, about, deadline, timeout):
                 time.sleep(0.2)
                 continue
             if not answer["go"]:
-                raise UserError(answer["why"])
+                raise (MachineError if answer.get("missing") else UserError)(answer["why"])
             line.settimeout(None)
             stack.pop_all()
             return Peers({0: line}, {0: answer["host"]})

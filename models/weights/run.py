@@ -7,9 +7,11 @@ damaged checkpoint is an error and never other numbers.
 """
 
 import base64
+import errno
 import hashlib
 import json
 import pathlib
+import stat
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from ...configs import schema
-from ...configs.errors import UserError
+from ...configs.errors import MACHINE, MachineError, UserError, status, system_error
 from ..parallel import processes, sharding
 from ..transformer import Transformer, abstract_params
 from .checksum import checksums
@@ -37,13 +39,39 @@ class Damaged(UserError):
     """A checkpoint that is not what was saved."""
 
 
+# Where reading fails: the machine, the user (such as a permission), or else the checkpoint. Of
+# several processes' faults the first in this order counts.
+_FAULTS = (MachineError, UserError, Damaged)
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+
+
+def _fault(error: Exception) -> type[Exception]:
+    """Which of the faults an error is: only files that are missing or wrong are damage."""
+    said = system_error(error)
+    if status(error) == MACHINE:
+        return MachineError
+    return Damaged if said is None or said.errno in _ABSENT else UserError
+
+
+def _failed(fault: type[Exception], folder: pathlib.Path, what: str) -> Exception:
+    return fault(f"{folder}: {'damaged checkpoint: ' if fault is Damaged else ''}{what}")
+
+
 def steps(path) -> list[int]:
     """Steps of the finished checkpoints of a run, oldest first; empty where there is no run."""
     folder = pathlib.Path(path) / CHECKPOINTS
-    if not folder.is_dir():
+    if not _is_folder(folder):
         return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and (p / "meta").is_dir())
+    found = (p for p in folder.iterdir() if p.name.isdigit() and _is_folder(p / "meta"))
     return sorted(int(p.name) for p in found)
+
+
+def _is_folder(path: pathlib.Path) -> bool:
+    """`Path.is_dir`, which in newer Pythons says of a disk that fails that there is nothing."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def is_run(path) -> bool:
@@ -90,6 +118,7 @@ def read_meta(folder: pathlib.Path) -> dict:
 
     Raises:
       Damaged: it is not what was saved.
+      MachineError, UserError: it cannot be read, which says nothing about what was saved.
     """
     try:
         # Orbax would have all processes of a run read it at the same time.
@@ -97,7 +126,7 @@ def read_meta(folder: pathlib.Path) -> dict:
         digest = meta.pop("sha256", None)
         whole = digest == _digest(meta) or (digest is None and meta.keys() in _UNSEALED)
     except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise Damaged(f"{folder}: damaged checkpoint: meta: {_first_line(e)}") from e
+        raise _failed(_fault(e), folder, f"meta: {_first_line(e)}") from e
     if not whole:
         raise Damaged(f"{folder}: damaged checkpoint: meta is not what was saved")
     return meta
@@ -124,6 +153,7 @@ def restore(folder: pathlib.Path, item: str, abstract):
 
     Raises:
       Damaged: the files hold something else than was saved, or nothing that can be read.
+      MachineError, UserError: they cannot be read, which says nothing about what was saved.
     """
     saved = read_meta(folder).get("checksums")
     found: Any = None
@@ -132,9 +162,11 @@ def restore(folder: pathlib.Path, item: str, abstract):
         found = Item(folder / item).read(abstract)
     except Exception as e:  # damage shows in many ways
         error = e
-    if not all(processes.gather(error is None)):
+    faults = processes.gather(error and _FAULTS.index(_fault(error)))
+    if any(fault is not None for fault in faults):
+        fault = _FAULTS[min(fault for fault in faults if fault is not None)]
         reason = _first_line(error) if error else "another process cannot read its part"
-        raise Damaged(f"{folder}: damaged checkpoint: cannot restore {item}: {reason}") from error
+        raise _failed(fault, folder, f"cannot restore {item}: {reason}") from error
     if saved is None:
         warn(f"{folder}: {item} has no checksums, as older versions saved it; it may be damaged")
         return found
@@ -233,6 +265,8 @@ class Parameters:
 
 def _first_line(error: BaseException) -> str:
     """What went wrong at the bottom, without TensorStore's own description of it."""
+    if said := system_error(error):
+        return said.strerror or str(said)
     while error.__cause__:
         error = error.__cause__
     line = (str(error).splitlines() or [type(error).__name__])[0]

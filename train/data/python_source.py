@@ -84,7 +84,7 @@ def read_library(library: str) -> Iterator[tuple[str, str]]:
             try:
                 with open(path, encoding="utf-8") as stream:
                     text = stream.read()
-            except (UnicodeDecodeError, OSError):
+            except (UnicodeDecodeError, FileNotFoundError, PermissionError):
                 continue
             words = "\0".join(text.split())  # equal files may differ in white space
             digest = hashlib.sha256(words.encode()).digest()

@@ -118,7 +118,7 @@ def process_start() -> float | None:
 
 
 def _read(path: pathlib.Path) -> dict:
-    """An earlier report; {} where there is none or it cannot be read."""
+    """An earlier report; {} where there is none or it is malformed."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         # Older versions wrote "input wait" and the like.
@@ -131,5 +131,5 @@ def _read(path: pathlib.Path) -> dict:
             "sessions": int(report["sessions"]),
             "finished": bool(report["finished"]),
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}

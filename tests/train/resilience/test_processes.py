@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from puna.configs.errors import LOST, UserError
+from puna.configs.errors import LOST, MachineError, UserError
 from puna.models.parallel.roll_call import roll_call
 
 CONFIG = """
@@ -62,19 +62,22 @@ def call_all(abouts, timeout=5.0, num_processes=None):
     """The roll call of processes that say these things; what each gets to hear."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    heard = {}
+    heard, kinds = {}, {}
 
     def one(i, about):
         try:
             roll_call(f"127.0.0.1:{port}", num_processes or len(abouts), i, about, timeout).close()
-        except UserError as e:
-            heard[i] = str(e)
+        except (UserError, MachineError) as e:
+            heard[i], kinds[i] = str(e), type(e)
 
     threads = [threading.Thread(target=one, args=item) for item in abouts.items()]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    # That a process is missing can be the machine's fault; that it is different cannot.
+    missing = any("did not" in text for text in heard.values())
+    assert set(kinds.values()) <= {MachineError if missing else UserError}
     return heard
 
 
