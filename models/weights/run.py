@@ -201,7 +201,7 @@ def _frozen_home(folder: pathlib.Path, workdir: pathlib.Path, sums: dict[str, st
         read_meta(home)
         return home
     except UserError as error:
-        raise Damaged(f"{folder}: damaged checkpoint: its frozen parameters: {error}") from None
+        raise _failed(_fault(error), folder, f"its frozen parameters: {error}") from None
 
 
 class Parameters:
@@ -236,7 +236,7 @@ class Parameters:
         except ValueError as error:
             if "NOT_FOUND" in str(error):
                 raise UserError(f"{self.folder}: parameter {path} is missing") from None
-            raise Damaged(f"{self.folder}: damaged checkpoint: {_first_line(error)}") from None
+            raise _failed(_fault(error), self.folder, _first_line(error)) from None
 
     def shape(self, path: str) -> tuple[int, ...]:
         return self._open(path).shape
@@ -254,10 +254,8 @@ class Parameters:
             try:
                 found[path] = item.read({name: leaf})[name]
             except ValueError as error:
-                raise Damaged(
-                    f"{self.folder}: damaged checkpoint: cannot restore {path}: "
-                    f"{_first_line(error)}"
-                ) from None
+                what = f"cannot restore {path}: {_first_line(error)}"
+                raise _failed(_fault(error), self.folder, what) from None
         if self._sums:
             _compare(self.folder, "params", checksums(found), saved)
         return {path: np.asarray(x) for path, x in found.items()}
