@@ -197,7 +197,7 @@ class DataConfig:
     data_dir: str = key("", "where TFDS keeps its data sets; empty = its default", LOCAL)
     workers: int = key(0, "reader processes; 0 = a thread", between(0, 128))
     shuffle: bool = key(True, "shuffle the training documents, anew each epoch")
-    bad_records: str = key("skip", "what becomes of records that are no text",
+    bad_records: str = key("skip", "malformed records: skip and note them, or refuse the first",
                            one_of("skip", "refuse"))  # fmt: skip
     max_document_bytes: int = key(64 << 20, "a longer document is a bad record", POSITIVE)
 

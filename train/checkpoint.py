@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from ..configs import errors, paths
 from ..configs.errors import UserError
-from ..configs.schema import Config, flatten, to_dict
+from ..configs.schema import Config, flatten, keys, to_dict
 from ..models.parallel import processes
 from ..models.weights import run
 from ..models.weights.checksum import checksums
@@ -93,7 +93,7 @@ class Checkpoints:
         folder = self.local if local else self.workdir
         # Of several processes Orbax can save one checkpoint at a time.
         self.wait()
-        self._save_frozen(state.frozen)
+        self._save_frozen(state.frozen, folder)
         with _explained(folder, "save"):
             self._manager(folder).save(
                 step,
@@ -110,15 +110,16 @@ class Checkpoints:
             self._frozen = checksums(frozen)
         return self._frozen
 
-    def _save_frozen(self, frozen: dict) -> None:
-        """Save what does not train, once a run; a folder's name is the checksum of what it holds.
+    def _save_frozen(self, frozen: dict, home: pathlib.Path) -> None:
+        """Save what does not train, once beside the checkpoints of `home` that need it.
 
-        So a run that begins anew with other weights never meets those of an earlier start.
+        A folder's name is the checksum of what it holds, so a run that begins anew with other
+        weights never meets those of an earlier start.
         """
         if not frozen:
             return
         sums = self._frozen_sums(frozen)
-        folder = self.workdir / run.FROZEN / run.frozen_name(sums)
+        folder = home / run.FROZEN / run.frozen_name(sums)
         if not any(processes.gather(not run.steps(folder))):
             return
         with _explained(folder, "save"):
@@ -153,16 +154,18 @@ class Checkpoints:
         params = run.restore(folder, "params", abstract.params)
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         rest = run.restore(folder, "optimizer", rest)
-        frozen = abstract.frozen and run.restore_frozen(folder, self.workdir, abstract.frozen)
+        frozen = abstract.frozen and run.restore_frozen(folder, abstract.frozen)
         return TrainState(rest["step"], params, frozen, rest["opt_state"]), meta["data"]
 
     def _check_config(self, folder, saved):
-        old, new = flatten(saved), flatten(self.config)
+        # A key that is newer than the checkpoint had its default's meaning then.
+        defaults = {name: default for name, _, default, _ in keys()}
+        old, new = defaults | flatten(saved), flatten(self.config)
         for name in sorted(old.keys() | new.keys()):
             if old.get(name) != new.get(name) and not name.startswith(_FREE):
                 raise UserError(
                     f"{name}={new.get(name)!r} differs from {old.get(name)!r} in {folder}; "
-                    "go on with the same config, or take another --workdir"
+                    "resume with the same config, or take another --workdir"
                 )
 
     def _leave_another_run(self, local):

@@ -185,19 +185,19 @@ def frozen_name(sums: dict[str, str]) -> str:
     return _digest(sums)[:16]
 
 
-def restore_frozen(folder: pathlib.Path, workdir: pathlib.Path, abstract):
-    """Read what does not train in the run `workdir`, as the checkpoint `folder` knows it.
+def restore_frozen(folder: pathlib.Path, abstract):
+    """Read what does not train, as the checkpoint `folder` knows it; it lies beside checkpoints.
 
     Raises:
       Damaged: it is missing, or not what it was when the checkpoint was saved.
     """
     sums = read_meta(folder)["checksums"].get("frozen", {})
-    return restore(_frozen_home(folder, workdir, sums), "params", abstract)
+    return restore(_frozen_home(folder, sums), "params", abstract)
 
 
-def _frozen_home(folder: pathlib.Path, workdir: pathlib.Path, sums: dict[str, str]):
+def _frozen_home(folder: pathlib.Path, sums: dict[str, str]):
     try:
-        home = find(workdir / FROZEN / frozen_name(sums))
+        home = find(folder.parent.parent / FROZEN / frozen_name(sums))
         read_meta(home)
         return home
     except UserError as error:
@@ -220,7 +220,7 @@ class Parameters:
         self._trained, self._frozen = Item(folder / "params"), None
         self._frozen_sums = (sums or {}).get("frozen", {})
         if self._frozen_sums:
-            home = _frozen_home(folder, folder.parent.parent, self._frozen_sums)
+            home = _frozen_home(folder, self._frozen_sums)
             self._frozen = Item(home / "params")
 
     def _place(self, path: str) -> tuple[Item, str, str | None]:
@@ -293,7 +293,7 @@ def load(path, dtype: str, mesh, step: int | None = None):
     found = restore(folder, "params", traverse_util.unflatten_dict(trains))
     if rest:
         abstract = {"base": traverse_util.unflatten_dict(rest)}
-        frozen = restore_frozen(folder, folder.parent.parent, abstract)
+        frozen = restore_frozen(folder, abstract)
         flat = traverse_util.flatten_dict(found) | traverse_util.flatten_dict(frozen["base"])
         found = traverse_util.unflatten_dict(flat)
     leaves, tree = jax.tree.flatten(found)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import puna
-from puna.configs.errors import ConfigError
+from puna.configs.errors import ConfigError, UserError
 from puna.models.release.convert import convert
 from puna.models.weights import run
+from puna.train import checkpoint
 from puna.train.loop import train
 from puna.train.state import join, split
 
@@ -87,3 +88,35 @@ def test_damaged_frozen_parameters_are_an_error(config, tmp_path):
         puna.load(tmp_path)
     with pytest.raises(run.Damaged, match="damaged checkpoint"):
         convert(tmp_path, tmp_path.with_name("release"))
+
+
+def test_a_local_checkpoint_has_its_frozen_parameters_with_it(config, tmp_path):
+    config.train.update(
+        trainable="mlp", eval_every=0, steps=4, save_every=4, local_every=2,
+        local_dir=str(tmp_path / "fast"),
+    )  # fmt: skip
+    state = train(config, tmp_path / "run")
+    local = next((tmp_path / "fast").rglob("checkpoints/2"))
+    _, params = puna.load(local)
+    assert leaves(params).keys() == leaves(join(state.params, state.frozen)).keys()
+    for name, x in leaves(state.frozen["base"]).items():
+        assert np.array_equal(leaves(params)[name], x)
+
+
+def test_a_run_of_before_a_key_resumes_under_its_default(config, tmp_path, monkeypatch):
+    config.train.update(eval_every=0, steps=3)
+    to_dict = checkpoint.to_dict
+
+    def older(c):
+        values = to_dict(c)
+        del values["train"]["trainable"], values["data"]["images"]
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "to_dict", older)
+        train(config, tmp_path)
+    config.train.update(steps=6)
+    assert int(train(config, tmp_path).step) == 6
+    config.train.update(trainable="mlp", steps=9)
+    with pytest.raises(UserError, match="train.trainable='mlp' differs from ''"):
+        train(config, tmp_path)

@@ -1,5 +1,5 @@
-"""SIGTERM and Ctrl-C: the run saves after the step it is at, and says with its status that it can
-go on. A second signal ends it at once. Several processes agree on the step, whoever was told.
+"""SIGTERM and Ctrl-C: the run saves after its current step and ends with a status that says it can
+be resumed. A second signal ends it at once. Several processes agree on the step, whoever was told.
 """
 
 import os
