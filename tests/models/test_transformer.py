@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from puna.configs import schema
-from puna.models.decode import generate
+from puna.models.decode import engine
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params, init_params, unembed
 from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state
 from puna.train.step import make_train_step
-from puna.train.validation import _row_losses
+from puna.train.validation import _row_sums
 
 V = 89  # no other dim has it
 
@@ -57,12 +57,14 @@ def test_training_and_prefill_ask_for_no_logits(tied):
     step = make_train_step(c, model, tx, objective, state)
     batch = objective.abstract_batch(c, mesh)
     assert not logits_in(jax.make_jaxpr(step)(state, batch).jaxpr, 32)
-    prefill = jax.make_jaxpr(generate._prefill, static_argnums=(0, 1))(
+    prefill = jax.make_jaxpr(engine._prefill, static_argnums=(0, 1))(
         model, 32, abstract(c), None, tokens_BT, tokens_BT
     )
     assert not logits_in(prefill.jaxpr, 32)
     batch = {name: jax.ShapeDtypeStruct((128, 16), x.dtype) for name, x in batch.items()}
-    validation = jax.make_jaxpr(_row_losses, static_argnums=0)(model, abstract(c), batch)
+    validation = jax.make_jaxpr(_row_sums, static_argnums=(0, 1))(
+        objective, model, abstract(c), {}, batch
+    )
     assert not logits_in(validation.jaxpr, 128 * 16)
 
 
