@@ -141,7 +141,8 @@ def main() -> None:
         # Keeps a checkpoint of each step that the others may be found at.
         keep = (f"--config.train.keep={args.steps}", "--config.train.save_every=2")
         began = time.monotonic()
-        process = start(folder, whole, args.processes, *keep, "--config.train.local_dir=")
+        alone = ("--config.train.local_dir=", "--config.train.local_every=50")
+        process = start(folder, whole, args.processes, *keep, *alone)
         while process.poll() is None and not losses(whole):
             time.sleep(0.05)
         first = time.monotonic() - began
