@@ -45,6 +45,14 @@ def local(path, name: str) -> pathlib.Path:
     return pathlib.Path(expanded)
 
 
+def real(text: str) -> str:
+    """A path that is the same however the file or folder is spelt; a pattern may be given too.
+
+    `~` is expanded, links are followed, and what is relative is so to the current folder.
+    """
+    return os.path.realpath(os.path.expanduser(text))
+
+
 def missing(path: pathlib.Path) -> UserError:
     """The error that nothing is at a path, with what to do if it names a model of a hub."""
     text = str(path)

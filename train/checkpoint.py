@@ -22,6 +22,8 @@ from ..models.parallel import processes
 from ..models.weights import run
 from ..models.weights.checksum import checksums
 from ..models.weights.tensors import warn
+from . import init_from
+from .data import sources
 from .state import TrainState
 
 # What may differ between the run that saved and the run that goes on: where numbers are computed
@@ -33,6 +35,12 @@ _FREE = (
     *("model.remat", "model.pipeline_microbatches", "train.loss_chunk"),
     *("train.check_replicas_every", "train.bad_step", "data.bad_records"),
 )
+# What a key that holds paths means, however they are spelt.
+_MEANINGS: dict[str, Callable] = {
+    "data.train": sources.meaning,
+    "data.tokenizer": lambda text: text if text in ("bytes", "train") else paths.real(text),
+    "train.init_from": init_from.meaning,
+}
 # An array is stored in pieces of at most this size; each is unpacked as a whole to be read.
 _CHUNK_BYTES = 4 * 2**20
 
@@ -162,9 +170,13 @@ class Checkpoints:
         defaults = {name: default for name, _, default, _ in keys()}
         old, new = defaults | flatten(saved), flatten(self.config)
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name) and not name.startswith(_FREE):
+            if name.startswith(_FREE):
+                continue
+            before, now = old.get(name), new.get(name)
+            meaning = _MEANINGS.get(name, lambda value: value)
+            if before != now and meaning(before) != meaning(now):
                 raise UserError(
-                    f"{name}={new.get(name)!r} differs from {old.get(name)!r} in {folder}; "
+                    f"{name}={now!r} differs from {before!r} in {folder}; "
                     "resume with the same config, or take another --workdir"
                 )
 
@@ -210,10 +222,20 @@ class Checkpoints:
             manager.close()
 
 
-def set_aside_unreadable(workdir: pathlib.Path) -> None:
-    """Make the newest checkpoint of a run one that says what it is, if there is such a one."""
+def prepare_to_resume(workdir: pathlib.Path) -> None:
+    """Make the newest checkpoint of a run one that says what it is, if there is such a one.
+
+    Raises:
+      UserError: all are damaged, or the newest whole one is no state of a training run.
+    """
     folders = [run.find(workdir, step) for step in reversed(run.steps(workdir))]
-    newest_whole(folders, run.read_meta)
+    meta = newest_whole(folders, run.read_meta)
+    if meta is not None and "optimizer" not in meta.get("checksums", {"optimizer": {}}):
+        raise UserError(
+            f"{workdir} holds weights without optimizer state, as `puna convert` writes them, so "
+            f"there is nothing to resume; to train them, give --init_from={workdir} and another "
+            "--workdir"
+        )
 
 
 def newest_whole(folders: list[pathlib.Path], read: Callable):

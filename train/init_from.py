@@ -51,27 +51,32 @@ def resolve(config: schema.Config, workdir: pathlib.Path) -> Config:
             raise ConfigError("train.with_optimizer=True needs train.init_from, a run")
         schema.check(config)
         return config
-    path, of_run = source(where)
     if run.steps(workdir):
+        # The weights may be gone by now, or a run that has trained on.
         old = run.read_config(run.find(workdir))
-    elif of_run:
-        old = run.read_config(path)
-    else:
-        old = Config(model=open_weights(path).config)
-    model = _architecture(config.model, old.model, where)
-    config = dataclasses.replace(config, model=model)
-    if config.data.tokenizer == schema.DataConfig.tokenizer:
-        data = dataclasses.replace(config.data, tokenizer=str(path))
-        config = dataclasses.replace(config, data=data)
+        config = _completed(config, old.model, old.data.tokenizer)
+        schema.check(config)
+        return config
+    path, of_run = source(where)
+    old = run.read_config(path) if of_run else Config(model=open_weights(path).config)
+    config = _completed(config, old.model, str(path))
     schema.check(config)
     if config.train.with_optimizer:
         if not of_run:
             raise ConfigError(
                 f"train.with_optimizer=True needs a run, and train.init_from={where} is none"
             )
-        if not run.steps(workdir):
-            _check_moments(config, old, path)
+        _check_moments(config, old, path)
     return config
+
+
+def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
+    """The configuration with an architecture, and a tokenizer where it names none itself."""
+    model = _architecture(config.model, model, config.train.init_from)
+    data = config.data
+    if data.tokenizer == schema.DataConfig.tokenizer:
+        data = dataclasses.replace(data, tokenizer=tokenizer)
+    return dataclasses.replace(config, model=model, data=data)
 
 
 def source(where: str) -> tuple[pathlib.Path, bool]:
@@ -88,6 +93,11 @@ def source(where: str) -> tuple[pathlib.Path, bool]:
     if step is not None:
         raise UserError(f"train.init_from={where}: {path} is no run of puna, so it has no steps")
     return path, False
+
+
+def meaning(where: str) -> str:
+    """The same text for any spelling of a `train.init_from`; RUN@STEP is RUN/checkpoints/STEP."""
+    return where and paths.real(re.sub(r"@(\d+)$", rf"/{run.CHECKPOINTS}/\1", where))
 
 
 def _architecture(wanted: ModelConfig, found: ModelConfig, where: str, prefix: str = "model."):

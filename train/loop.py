@@ -12,7 +12,7 @@ from ..configs.files import write_json
 from ..models.parallel import processes, sharding
 from ..models.transformer import Transformer, abstract_params
 from . import metrics, objectives
-from .checkpoint import Checkpoints, set_aside_unreadable
+from .checkpoint import Checkpoints, prepare_to_resume
 from .data import make_train_loader
 from .data.packing import media_room
 from .data.quarantine import prepare_quarantine
@@ -50,7 +50,7 @@ def train(
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
     workdir = paths.local(workdir, "workdir")
-    set_aside_unreadable(workdir)
+    prepare_to_resume(workdir)
     c = resolve(schema.build(config), workdir)
     workdir = _writable(workdir)
     ledger = Ledger(workdir, started=process_start())

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 import shutil
 
 import jax
@@ -225,6 +226,38 @@ def test_local_checkpoints(config, tmp_path, capsys):
     assert here.restore() is None
     assert "checkpoints of an earlier" in capsys.readouterr().err
     assert [p.name for p in folder.parent.glob("checkpoints.old/5")] == ["5"]
+
+
+SPELLINGS = {
+    "./a.jsonl,2*./b*.jsonl": ("./tokenizer", "./run@2"),
+    "{here}/a.jsonl, 2.0*{here}/b*.jsonl": ("{here}/tokenizer", "{here}/run/checkpoints/2"),
+    "1*~/a.jsonl,2*~/b*.jsonl": ("~/tokenizer", "~/run@2"),
+    "link/a.jsonl,2*link/b*.jsonl": ("link/../here/tokenizer", "link/run@2"),
+}
+
+
+def test_a_path_may_be_spelt_otherwise_when_a_run_resumes(config, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (tmp_path / "here" / "link").symlink_to(folder)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+
+    def spelt(train, tokenizer, init_from):
+        texts = [text.format(here=folder) for text in (train, tokenizer, init_from)]
+        config.data.update(train=texts[0], tokenizer=texts[1])
+        config.train.init_from = texts[2]
+        return Run(config, tmp_path / "saved")
+
+    first = ("a.jsonl,2*b*.jsonl", "tokenizer", "run@2")
+    spelt(*first).save(3)
+    for train, rest in SPELLINGS.items():
+        assert spelt(train, *rest).restore()[0].step == 3
+    others = ("a.jsonl,2*c*.jsonl", "bytes", "run@3")
+    keys = ("data.train", "data.tokenizer", "train.init_from")
+    for i, key in enumerate(keys):
+        with pytest.raises(UserError, match=f"{key}='{re.escape(others[i])}' differs from"):
+            spelt(*first[:i], others[i], *first[i + 1 :]).restore()
 
 
 @pytest.mark.parametrize(

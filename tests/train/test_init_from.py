@@ -157,6 +157,28 @@ def test_what_contradicts_the_weights_is_one_line(first, plain, tmp_path, change
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_weights_alone_are_no_run_to_resume(first, config, tmp_path):
+    convert(first / "hf", tmp_path / "converted", to="puna")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="without optimizer state.*--init_from=.*/converted") as e:
+        train(config, tmp_path / "converted")
+    assert "damaged" not in str(e.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_resumes_where_the_run_it_branched_from_is_gone(first, plain, tmp_path):
+    shutil.copytree(first / "run", tmp_path / "source")
+    for where in ("source", "source@2"):
+        config = schema.build(plain(init_from=f"{tmp_path}/{where}"))
+        assert init_from.resolve(config, tmp_path / "new").data.tokenizer.endswith(
+            "/checkpoints/4" if where == "source" else "/checkpoints/2"
+        )
+    shutil.copytree(first / "run", tmp_path / "branch")
+    shutil.rmtree(tmp_path / "source")
+    for where in ("source", "source@2"):
+        config = schema.build(plain(init_from=f"{tmp_path}/{where}", with_optimizer=True))
+        assert init_from.resolve(config, tmp_path / "branch").data.tokenizer == "bytes"
+
+
 def test_a_converted_model_has_no_moments(first, plain, tmp_path):
     convert(first / "hf", tmp_path / "converted", to="puna")
     config = plain(init_from=str(tmp_path / "converted"), with_optimizer=True)

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
+from ...configs import paths
 from ...configs.errors import UserError
 from ...configs.schema import DataConfig
 from . import files, tfds_documents
@@ -52,6 +53,14 @@ def parse_sources(sources: str) -> list[Part]:
             )
         parts.append(Part(name, weight))
     return parts
+
+
+def meaning(sources: str) -> list[Part]:
+    """The parts of a source string, the same for any spelling of their paths and weights."""
+    return [
+        Part(p.name if p.name.startswith("tfds:") else paths.real(p.name), p.weight or 1.0)
+        for p in parse_sources(sources)
+    ]
 
 
 def open_source(
