@@ -9,6 +9,15 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
   "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; \
   done)
+# The newest release of Python here that is newer than that of $(VENV), on the path or of pyenv.
+NEWEST ?= $(shell own=$$($(or $(wildcard $(BIN)/python),$(PYTHON)) -c "$(MINOR)"); \
+  for p in python3.{19..12} python3 "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.*/bin/python3; do \
+    "$$p" -c 'import ensurepip, sys, venv; v = sys.version_info; \
+      plain = v.releaselevel == "final" and not sys.abiflags; \
+      plain and v.minor > int(sys.argv[1]) and print(v.minor, v.micro, sys.executable)' \
+      "$$own" 2>/dev/null; \
+  done | sort -n -k1,1 -k2,2 | tail -1 | cut -d' ' -f3-)
+MINOR := import sys; print(sys.version_info.minor)
 # Two: a test spends its time tracing and compiling, which keeps about one core busy, and holds
 # 1 to 2 GB. WORKERS=0 runs in one process, for a debugger.
 WORKERS ?= 2
@@ -17,7 +26,7 @@ SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks,tpu
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 
-.PHONY: help demo demo-devices demo-real test slow test-lower lint docs format clean
+.PHONY: help demo demo-devices demo-real test slow test-lower test-newest .newest lint docs format clean
 
 help:  ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s%s\n", $$1, $$2}' Makefile
@@ -46,6 +55,16 @@ slow: $(VENV)/.slow  ## the slow tests; installs torch to compare with (SLOW_EXT
 test-lower: .venv-lower/.dev  ## the fast tests on the oldest versions that setup.py allows
 	.venv-lower/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
+test-newest:  ## the fast tests on the newest Python here, where it is newer than that of .venv
+	@newest="$(NEWEST)"; if [ -z "$$newest" ]; then \
+	  echo "skipped: no Python newer than that of $(VENV) is here; NEWEST=/path/to/python3 names one"; \
+	else \
+	  $(MAKE) --no-print-directory .newest NEWEST="$$newest"; \
+	fi
+
+.newest: .venv-newest/.dev
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
 lint: $(VENV)/.dev  ## ruff (rules and layout) and basedpyright (types)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -59,7 +78,7 @@ format: $(VENV)/.dev  ## put imports and layout in order
 	$(BIN)/ruff format .
 
 clean:  ## remove what these targets made, the demo runs included
-	rm -rf .venv .venv-lower .cache build dist *.egg-info runs/demo runs/demo-devices
+	rm -rf .venv .venv-lower .venv-newest .cache build dist *.egg-info runs/demo runs/demo-devices
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # A virtual environment; ensurepip is looked for first, since without it venv leaves half of one.
@@ -77,6 +96,7 @@ clean:  ## remove what these targets made, the demo runs included
 
 # The oldest versions have wheels for the oldest Python only.
 .venv-lower/bin/python: PYTHON = python3.11
+.venv-newest/bin/python: PYTHON = $(NEWEST)
 
 # Stamps: what is installed follows setup.py, and a second call does nothing.
 $(VENV)/.puna: setup.py pyproject.toml | $(BIN)/python
@@ -115,4 +135,10 @@ $(VENV)/.slow: setup.py pyproject.toml | $(BIN)/python
 .venv-lower/.dev: .cache/lower.txt pyproject.toml | .venv-lower/bin/python
 	.venv-lower/bin/python -m pip install -q --disable-pip-version-check \
 	  -e '.[dev,llama,gguf,images,notebooks]' -c .cache/lower.txt
+	@touch $@
+
+.venv-newest/.dev: setup.py pyproject.toml | .venv-newest/bin/python
+	@echo "installing puna and its tools into .venv-newest (minutes the first time)"
+	.venv-newest/bin/python -m pip install -q --disable-pip-version-check \
+	  -e '.[dev,llama,gguf,images,notebooks]'
 	@touch $@
