@@ -70,10 +70,12 @@ def _generate(args):
     from .models.weights.load import load
 
     path = _required(args, "checkpoint")
+    if args.prompt is None:  # an empty one is a prompt too
+        raise errors.UserError("--prompt is needed; --help shows the flags")
     mesh = sharding.make_mesh(_mesh(args.mesh))
     model, params = load(path, dtype=args.dtype, mesh=mesh)
     pieces = generate.stream(
-        model, params, load_tokenizer(path), _required(args, "prompt"), max_tokens=args.max_tokens,
+        model, params, load_tokenizer(path), args.prompt, max_tokens=args.max_tokens,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
         seed=args.seed, stop=tuple(args.stop),
     )  # fmt: skip
@@ -136,7 +138,7 @@ def _convert(args, paths):
         raise errors.UserError("convert takes two paths, SRC and DST; --help shows the flags")
     convert(
         *paths, to=args.to, name=args.name, base_licence=args.base_licence,
-        ignore_licence_name=args.ignore_licence_name,
+        ignore_licence_name=args.ignore_licence_name, dtype=args.dtype,
     )  # fmt: skip
     print(f"{paths[0]} is now in {paths[1]}")
 
@@ -211,6 +213,10 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     if command == "convert":
         args.set_gnu_getopt(True)  # flags may follow the paths
         flags.DEFINE_enum("to", "hf", ["hf", "puna"], "format of DST", **text)
+        flags.DEFINE_enum(
+            "dtype", None, ["bfloat16", "float16", "float32"],
+            "of all tensors of DST; by default each keeps its own", **text,
+        )  # fmt: skip
         flags.DEFINE_string("name", None, "of the release; DST's own by default", **text)
         flags.DEFINE_string(
             "base_licence", None, "llama2, llama3, llama3.1, llama3.2, llama3.3, llama4 or none: "

@@ -1,10 +1,11 @@
 """`puna eval`: load a model, measure it on held-out text, give the numbers."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from ..configs import paths, schema
-from ..configs.errors import ConfigError
+from ..configs.errors import ConfigError, UserError
 from ..models.parallel import sharding
 from ..models.text.tokenizer import load_tokenizer
 from ..models.transformer import Transformer, count_params
@@ -24,7 +25,7 @@ def evaluate(config: Mapping, path) -> dict:
       The dict that `results.json` holds.
 
     Raises:
-      UserError: the config, the data or the checkpoint will not do.
+      UserError: the config, the data or the checkpoint will not do, or a number is not finite.
     """
     c = schema.from_dict(config)
     if not c.data.validation:
@@ -35,6 +36,12 @@ def evaluate(config: Mapping, path) -> dict:
     model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
     tokenizer = load_tokenizer(path)
     numbers = evaluate_loss(c, model, params, tokenizer, mesh)
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise UserError(
+                f"{path}: {name} is {number} on data.validation={c.data.validation}: the "
+                "parameters are damaged or have diverged"
+            )
     return {
         "checkpoint": str(path),
         "data": c.data.validation,

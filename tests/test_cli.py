@@ -68,6 +68,7 @@ def run(*arguments, **options):
         (["eval", "--config=tiny"], "--checkpoint is needed"),
         (["eval", "--config=tiny", "--checkpoint=nowhere"], "nowhere"),
         (["generate", "--checkpoint=nowhere", "--prompt=a"], "nowhere"),
+        (["generate", "--checkpoint=nowhere"], "--prompt is needed"),
         (["generate", "--max_tokens=many"], "max_tokens"),
     ],
 )
@@ -105,6 +106,9 @@ def test_train_eval_generate(experiment, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("llama")
     said = json.loads((tmp_path / "said" / "results.json").read_text())
     assert said["prompt"] == "llama" and said["max_tokens"] == 5 and said["seed"] == 0
+    cli._run(["generate", f"--checkpoint={workdir}", "--prompt=", "--max_tokens=5",
+              f"--workdir={tmp_path}/free"])  # fmt: skip
+    assert json.loads((tmp_path / "free" / "results.json").read_text())["text"]
 
 
 def test_exit_status_and_one_line():

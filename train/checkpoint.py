@@ -8,7 +8,6 @@ two of them `train.local_dir` can take others, on a disk that is faster and may 
 import base64
 import contextlib
 import itertools
-import logging
 import pathlib
 from collections.abc import Callable
 
@@ -62,9 +61,8 @@ class Checkpoints:
         tokenizer_files: dict[str, bytes],
         origin: dict | None = None,
     ):
-        # Orbax logs what it also raises, with the tracebacks of its threads.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.workdir = workdir
+        self._quiet = contextlib.ExitStack()
         self.train = config.train
         self.config = to_dict(config)
         self.origin = {} if origin is None else {"origin": origin}
@@ -205,6 +203,7 @@ class Checkpoints:
         return self._managers[folder]
 
     def __enter__(self):
+        self._quiet.enter_context(run.quiet_orbax())
         return self
 
     def wait(self) -> None:
@@ -218,8 +217,9 @@ class Checkpoints:
                 manager.wait_until_finished()
 
     def __exit__(self, kind, error, traceback):
-        for manager in self._managers.values():
-            manager.close()
+        with self._quiet:
+            for manager in self._managers.values():
+                manager.close()
 
 
 def prepare_to_resume(workdir: pathlib.Path) -> None:

@@ -54,7 +54,7 @@ class HeldOut:
         """Measure parameters; see `Objective.report` for the numbers.
 
         Raises:
-          UserError: the split holds nothing to predict.
+          UserError: the split holds nothing to predict, or ids that the model lacks.
         """
         pending: collections.deque = collections.deque()
         sums: dict[str, float] = collections.defaultdict(float)
@@ -66,6 +66,7 @@ class HeldOut:
 
         with jax.set_mesh(self.mesh):
             for batch in _ahead(self._batches()):
+                _check_ids(batch, model.config.vocab_size)
                 device = sharding.put_batch(self.mesh, batch, self.local, self.batch_size)
                 pending.append(_row_sums(self.objective, model, params, frozen, device))
                 if len(pending) > _IN_FLIGHT:
@@ -93,6 +94,16 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := coming.result()) is not None:
             coming = pool.submit(next, batches, None)
             yield batch
+
+
+def _check_ids(batch: Batch, vocab_size: int) -> None:
+    """Outside the vocabulary there is no embedding: the loss would be NaN."""
+    largest = max(int(x.max()) for name, x in batch.items() if name.startswith(("tok", "targ")))
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest} and the model has ids 0..{vocab_size - 1}: it is "
+            "that of another model"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,7 +1,8 @@
 """`puna convert`: weights of others into a run of ours, and any model into a Hugging Face release.
 
 Everything is written into a folder beside the destination that takes its name at the end, so a
-destination is whole or absent. Tensors keep the dtype of their source and pass one leaf at a time.
+destination is whole or absent. Tensors pass one leaf at a time and keep the dtype of their source
+unless another is asked for.
 Writing Meta's or llama.cpp's formats is left out on purpose: both have converters from this one.
 """
 
@@ -31,10 +32,11 @@ from ..text.tokenizer import Tokenizer, load_tokenizer
 from ..weights import config as hf_config
 from ..weights import huggingface, licences, placing, run, safetensors_files, vision_table
 from ..weights.load import open_weights
-from ..weights.tensors import Weights, warn
+from ..weights.tensors import Weights, cast, warn
 from . import card
 
 SHARD_BYTES = 5 * 10**9
+DTYPES = ("bfloat16", "float16", "float32")
 # Small leaves of a run are read together up to this.
 _READ_BYTES = 2**28
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
@@ -54,6 +56,7 @@ def convert(
     base_licence: str | None = None,
     ignore_licence_name: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    dtype: str | None = None,
 ) -> None:
     """Write the model at `src` in another format.
 
@@ -66,17 +69,21 @@ def convert(
         what stands beside the weights.
       ignore_licence_name: write the release even if the licence does not allow its name.
       shard_bytes: largest file of weights, unless a single tensor is larger.
+      dtype: one of `DTYPES`, of all tensors; by default each keeps its own.
 
     Raises:
       UserError: nothing readable at `src`, a destination in use, a name the licence forbids, an
-        architecture that the format cannot hold. The destination is then as it was.
+        architecture that the format cannot hold, a value that `dtype` cannot hold. The destination
+        is then as it was.
     """
     if to not in ("hf", "puna"):
         raise UserError(f"to={to!r} must be hf or puna")
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     licences.check_choice(base_licence)
     src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
-    model = _open(src)
+    model = _open(src, np.dtype(dtype) if dtype else None)
     if base_licence is not None:
         model.origin = model.origin | {"licence": base_licence}
     name = name or dst.absolute().name
@@ -100,15 +107,16 @@ def convert(
 class OthersModel:
     """What others wrote, leaf by leaf."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, to: np.dtype | None):
         self.path = path
-        self.weights: Weights = open_weights(path)
+        self.weights: Weights = dataclasses.replace(open_weights(path), to=to)
         self.config = self.weights.config
         self.origin = self.weights.origin
         self.facts: dict[str, Any] = {}
 
     def dtype(self, path: str, layer: int) -> np.dtype:
-        return self.weights.tensors[self.weights.table[path].sources[layer].name].dtype
+        source = self.weights.table[path].sources[layer]
+        return self.weights.to or self.weights.tensors[source.name].dtype
 
     def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
         """One layer of a leaf (0 where it is not stacked)."""
@@ -122,10 +130,10 @@ class OthersModel:
 
 
 class RunModel:
-    """A checkpoint of ours, leaf by leaf, in the dtypes that it has on disk."""
+    """A checkpoint of ours, leaf by leaf, in the dtypes that it has on disk or in one for all."""
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, to: np.dtype | None):
+        self.path, self.to = path, to
         self.folder = run.find(path)
         meta = run.read_meta(self.folder)
         self.config = schema.build(meta["config"]).model
@@ -139,7 +147,7 @@ class RunModel:
         self._paths = list(hf_table(self.config)[0])
 
     def dtype(self, path: str, layer: int) -> np.dtype:
-        return self._stored.dtype(path)
+        return self.to or self._stored.dtype(path)
 
     def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
         if path not in self._held:
@@ -150,7 +158,7 @@ class RunModel:
                 f"{self.folder}: parameter {path} has shape {value.shape}, "
                 f"its config says {leaf.shape}"
             )
-        return value[layer] if leaf.stacked else value
+        return cast(value[layer] if leaf.stacked else value, self.to, f"parameter {path}")
 
     def _batch(self, first: str) -> list[str]:
         """A leaf and those that follow it while they are small: their checksums are one program."""
@@ -172,8 +180,8 @@ class RunModel:
         pass
 
 
-def _open(src: pathlib.Path) -> OthersModel | RunModel:
-    return RunModel(src) if run.is_run(src) else OthersModel(src)
+def _open(src: pathlib.Path, to: np.dtype | None) -> OthersModel | RunModel:
+    return RunModel(src, to) if run.is_run(src) else OthersModel(src, to)
 
 
 def _tokenizer_at(path: pathlib.Path) -> Tokenizer | None:
@@ -229,7 +237,7 @@ def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
         "tokenizer": {key: base64.b64encode(data).decode() for key, data in files.items()},
     }
     meta = run.seal(meta, params=params)
-    with ocp.CheckpointManager((folder / run.CHECKPOINTS).absolute()) as manager:
+    with run.quiet_orbax(), ocp.CheckpointManager((folder / run.CHECKPOINTS).absolute()) as manager:
         manager.save(
             0, args=ocp.args.Composite(params=ocp.args.StandardSave(params),
                                        meta=ocp.args.JsonSave(meta)),

@@ -7,9 +7,11 @@ damaged checkpoint is an error and never other numbers.
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import json
+import logging
 import pathlib
 import stat
 from typing import Any
@@ -95,6 +97,18 @@ def find(path, step: int | None = None) -> pathlib.Path:
     if step is not None and step not in have:
         raise UserError(f"{path} has no checkpoint of step {step}; it has {have}")
     return path / CHECKPOINTS / str(have[-1] if step is None else step)
+
+
+@contextlib.contextmanager
+def quiet_orbax():
+    """Without the log of Orbax, which repeats what is raised with tracebacks of its threads."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def seal(meta: dict, known: dict | None = None, **items) -> dict:
@@ -197,7 +211,8 @@ def restore_frozen(folder: pathlib.Path, abstract):
 
 def _frozen_home(folder: pathlib.Path, sums: dict[str, str]):
     try:
-        home = find(folder.parent.parent / FROZEN / frozen_name(sums))
+        # Absolute: a checkpoint may be given as `2`, or `.`, from within.
+        home = find(folder.absolute().parent.parent / FROZEN / frozen_name(sums))
         read_meta(home)
         return home
     except UserError as error:

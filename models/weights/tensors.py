@@ -20,6 +20,7 @@ from ...configs.schema import ModelConfig
 from .huggingface import Leaf, Source
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_CAST_BYTES = 8 * 2**20
 
 
 class Tensor(Protocol):
@@ -112,7 +113,8 @@ class Weights:
 
     table: where each leaf of puna's parameters is found. tensors: by the table's names. origin:
     what is known of the model it comes from, see `licences.py`. nonfinite: names of the tensors in
-    which NaN or infinity has been read so far.
+    which NaN or infinity has been read so far. to: a dtype to read all of them in, or None for that
+    of the file.
     """
 
     config: ModelConfig
@@ -120,17 +122,22 @@ class Weights:
     tensors: Mapping[str, Tensor]
     origin: dict[str, Any]
     nonfinite: set[str] = dataclasses.field(default_factory=set)
+    to: np.dtype | None = None
 
     def read(self, source: Source, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """One layer's leaf, or a slice of it, in the dtype of the file."""
+        """One layer's leaf, or a slice of it, in the dtype of the file or that of `to`.
+
+        Raises:
+          UserError: a value is too large for `to`.
+        """
         block = source.load(self.tensors[source.name], index)
         if not np.isfinite(block).all():
             self.nonfinite.add(source.name)
-        return block
+        return cast(block, self.to, f"tensor {source.name}")
 
     def dtype(self, leaf: Leaf) -> np.dtype:
-        """The dtype that holds every layer of a leaf exactly."""
-        return np.result_type(*{self.tensors[s.name].dtype for s in leaf.sources})
+        """The dtype that holds every layer of a leaf exactly, or `to`."""
+        return self.to or np.result_type(*{self.tensors[s.name].dtype for s in leaf.sources})
 
     def warn_of_nonfinite(self, where) -> None:
         """Say on standard error which tensors are not all numbers, if any."""
@@ -138,6 +145,27 @@ class Weights:
             names = sorted(self.nonfinite)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             warn(f"{where}: NaN or infinity in {', '.join(names[:3])}{more}")
+
+
+def cast(block: np.ndarray, dtype: np.dtype | None, name: str) -> np.ndarray:
+    """An array in another dtype, rounded to the nearest; None keeps its own.
+
+    Raises:
+      UserError: a number would become infinite.
+    """
+    if dtype is None or dtype == block.dtype:
+        return block
+    made = np.empty(block.shape, dtype)
+    # Some rows at a time: what is held beside the two arrays stays small.
+    rows = max(1, _CAST_BYTES // max(1, block[:1].nbytes))
+    with np.errstate(over="ignore"):
+        for start in range(0, len(block), rows):
+            part = slice(start, start + rows)
+            made[part] = block[part]
+            if np.any(np.isinf(made[part]) & np.isfinite(block[part])):
+                most = float(ml_dtypes.finfo(dtype).max)
+                raise UserError(f"{name} has values beyond {most:g}, the largest of {dtype.name}")
+    return made
 
 
 def warn(message: str) -> None:

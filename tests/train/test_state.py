@@ -90,7 +90,7 @@ def test_damaged_frozen_parameters_are_an_error(config, tmp_path):
         convert(tmp_path, tmp_path.with_name("release"))
 
 
-def test_a_local_checkpoint_has_its_frozen_parameters_with_it(config, tmp_path):
+def test_a_local_checkpoint_has_its_frozen_parameters_with_it(config, tmp_path, monkeypatch):
     config.train.update(
         trainable="mlp", eval_every=0, steps=4, save_every=4, local_every=2,
         local_dir=str(tmp_path / "fast"),
@@ -101,6 +101,8 @@ def test_a_local_checkpoint_has_its_frozen_parameters_with_it(config, tmp_path):
     assert leaves(params).keys() == leaves(join(state.params, state.frozen)).keys()
     for name, x in leaves(state.frozen["base"]).items():
         assert np.array_equal(leaves(params)[name], x)
+    monkeypatch.chdir(local.parent)
+    assert leaves(puna.load("2")[1]).keys() == leaves(params).keys()
 
 
 def test_a_run_of_before_a_key_resumes_under_its_default(config, tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """`puna convert`: every bit comes back, a release is whole, and licences are kept."""
 
 import json
+import logging
 import pathlib
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import puna
@@ -13,7 +15,7 @@ from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.models.release.convert import SHARD_BYTES, convert
 from puna.models.text import tokenizer as tokenizers
-from puna.models.weights import licences, tensors
+from puna.models.weights import licences, run, tensors
 from puna.models.weights.load import open_weights
 
 FAMILIES = ("llama1", "llama2", "llama3_1", "llama3_2", "scout", "maverick", "top2", "vision")
@@ -76,6 +78,66 @@ def test_dtypes_may_differ_from_tensor_to_tensor(files, tiny, tmp_path):
     assert files.read_safetensors(tmp_path / "back") == files.read_safetensors(src)
     _, params = puna.load(tmp_path / "run")
     assert all(x.dtype == "float32" for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])
+def test_one_dtype_for_all(files, tiny, tmp_path, name):
+    """Straight, into a run, and out of one: each tensor is the nearest in that dtype."""
+    _, config_json, weights = tiny
+    mixed = {n: w.astype(files.NUMPY["BF16" if "mlp" in n else "F32"]) for n, w in weights.items()}
+    src = files.write_hf(tmp_path / "src", config_json, mixed)
+    expected = {n: w.astype(name).tobytes() for n, w in mixed.items()}
+    convert(src, tmp_path / "direct", dtype=name)
+    convert(src, tmp_path / "run", to="puna", dtype=name)
+    convert(tmp_path / "run", tmp_path / "back")
+    convert(src, tmp_path / "exact", to="puna")
+    cli._run(["convert", f"{tmp_path}/exact", f"{tmp_path}/late", f"--dtype={name}"])
+    for folder in ("direct", "back", "late"):
+        found = files.read_safetensors(tmp_path / folder)
+        assert {n: data for n, (_, _, data) in found.items()} == expected
+        assert json.loads((tmp_path / folder / "config.json").read_text())["dtype"] == name
+    half = run.read_config(run.find(tmp_path / "run")).model.param_dtype
+    assert half == ("bfloat16" if name == "bfloat16" else "float32")
+
+
+def test_what_a_dtype_cannot_hold_is_refused(files, tiny, tmp_path):
+    _, config_json, weights = tiny
+    weights = weights | {"model.norm.weight": np.full(32, 7e4, np.float32)}
+    src = files.write_hf(tmp_path / "src", config_json, weights)
+    convert(src, tmp_path / "run", to="puna")
+    for where, to in ((src, "hf"), (src, "puna"), (tmp_path / "run", "hf")):
+        with pytest.raises(UserError, match="norm.* has values beyond 65504, the .* of float16"):
+            convert(where, tmp_path / "out", to=to, dtype="float16")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="dtype='float64' must be one of bfloat16, float16, flo"):
+        convert(src, tmp_path / "out", dtype="float64")
+    # What was infinite before is no fault of the dtype.
+    weights |= {"model.norm.weight": np.full(32, np.inf, np.float32)}
+    convert(files.write_hf(tmp_path / "inf", config_json, weights), tmp_path / "o", dtype="float16")
+
+
+def test_rows_are_cast_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(tensors, "_CAST_BYTES", 32)
+    x = np.arange(35, dtype=np.float32).reshape(7, 5) / 3
+    assert np.array_equal(tensors.cast(x, tensors.BFLOAT16, "x"), x.astype(tensors.BFLOAT16))
+    x[6, 4] = -1e9
+    with pytest.raises(UserError, match="x has values beyond"):
+        tensors.cast(x, np.dtype(np.float16), "x")
+
+
+def test_what_orbax_logs_is_not_shown(model, tmp_path, monkeypatch, caplog):
+    save, logger = ocp.CheckpointManager.save, logging.getLogger("absl")
+    before = logger.level
+
+    def noisy(*args, **kwargs):
+        logger.warning("as usual")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", noisy)
+    convert(model, tmp_path / "run", to="puna")
+    assert "as usual" not in caplog.text and logger.level == before
+    logger.warning("of others")
+    assert "of others" in caplog.text
 
 
 def test_a_converted_run_loads_like_its_source(files, model, tmp_path):
@@ -222,8 +284,6 @@ def test_the_command_explains_itself(tmp_path, monkeypatch, arguments, words):
 
 def test_an_architecture_that_the_format_lacks(files, model, tmp_path):
     convert(model, tmp_path / "run", to="puna")
-    from puna.models.weights import run
-
     read = run.read_meta
 
     def with_softmax(folder):
