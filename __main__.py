@@ -53,7 +53,7 @@ def _eval(args):
     from .models.weights.run import is_run
 
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
-    results = evaluate(args.config, checkpoint)
+    results = evaluate(args.config, checkpoint, args.quantize)
     # Beside the checkpoints of a run of ours; nothing is written into models of others.
     beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
     if is_first():
@@ -73,7 +73,7 @@ def _generate(args):
     if args.prompt is None:  # an empty one is a prompt too
         raise errors.UserError("--prompt is needed; --help shows the flags")
     mesh = sharding.make_mesh(_mesh(args.mesh))
-    model, params = load(path, dtype=args.dtype, mesh=mesh)
+    model, params = load(path, args.dtype, mesh, args.quantize)
     pieces = generate.stream(
         model, params, load_tokenizer(path), args.prompt, max_tokens=args.max_tokens,
         temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
@@ -195,6 +195,7 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_bool("fresh", False, "start anew; refuses a --workdir that has any", **text)
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
+        flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)

@@ -13,13 +13,14 @@ from ..models.weights.load import load
 from ..train.validation import evaluate_loss
 
 
-def evaluate(config: Mapping, path) -> dict:
+def evaluate(config: Mapping, path, quantize: str = "") -> dict:
     """Evaluate a run, or any model that `puna.load` reads, on `data.validation`.
 
     Args:
       config: a `ConfigDict`; its data, eval and mesh sections and `model.compute_dtype` count.
         The architecture is the checkpoint's own.
       path: run, checkpoint or model.
+      quantize: as of `puna.load`.
 
     Returns:
       The dict that `results.json` holds.
@@ -32,7 +33,7 @@ def evaluate(config: Mapping, path) -> dict:
         raise ConfigError("data.validation='' must name what to evaluate on")
     path = paths.local(path, "checkpoint")
     mesh = sharding.make_mesh(c.mesh)
-    model, params = load(path, mesh=mesh)
+    model, params = load(path, mesh=mesh, quantize=quantize)
     model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
     tokenizer = load_tokenizer(path)
     numbers = evaluate_loss(c, model, params, tokenizer, mesh)

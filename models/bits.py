@@ -19,14 +19,22 @@ def dtype(of):
 
 
 def pack(x):
-    """An array as it is kept."""
-    kept = dtype(x.dtype)
-    return x if kept == x.dtype else jax.lax.bitcast_convert_type(x, kept)
+    """An array, or a tree of them, as it is kept."""
+
+    def one(x):
+        kept = dtype(x.dtype)
+        return x if kept == x.dtype else jax.lax.bitcast_convert_type(x, kept)
+
+    return jax.tree.map(one, x)
 
 
 def unpack(x):
-    """An array as it was before `pack`; anything but uint16 is left alone."""
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+    """What it was before `pack`; anything but uint16 is left alone."""
+
+    def one(x):
+        return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+    return jax.tree.map(one, x)
 
 
 def view(tree):

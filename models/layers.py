@@ -1,7 +1,7 @@
 """The parameter helper, the matmul and the small layers: RMSNorm, Embed, SwiGLU.
 
-Parameters are stored in `param_dtype`; every contraction rounds its operands to
-`compute_dtype` and accumulates in float32, forward and backward.
+Parameters are stored in `param_dtype`, or as another kind of `leaf`; every contraction rounds its
+operands to `compute_dtype` and accumulates in float32, forward and backward.
 """
 
 import functools
@@ -12,11 +12,15 @@ from flax import linen as nn
 
 from ..configs.schema import ModelConfig
 from . import bits
+from .leaf import resolve
 from .parallel.sharding import Param, constrain
 
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):
-    """Declare a parameter: its shape, the logical name of each dim and its initializer together."""
+    """Declare a parameter: its shape, the logical name of each dim and its initializer together.
+
+    Where the parameters hold another kind of leaf, that leaf is returned.
+    """
     value = module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
     return bits.unpack(value)
 
@@ -35,7 +39,6 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """Einsum of an activation with a weight, accumulated in float32.
 
@@ -43,7 +46,7 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
       spec: einsum string such as "BTD,DF->BTF"; a letter of an operand stands in the
         other operand, in the result, or in both.
       x: activation.
-      w: weight, in any float dtype.
+      w: weight: an array in any float dtype, or another kind of leaf.
       dtype: what both are rounded to.
       out_dtype: of the result; `dtype` where left out.
 
@@ -54,6 +57,24 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     multiplies a float32 cotangent with a bfloat16 operand, which no hardware does fast. The
     gradient of `w` comes back unrounded in w's dtype.
     """
+    weight = resolve(w)
+    if weight.scale is None:
+        return _contract(spec, x, weight.values, dtype, out_dtype)
+    y = _contract(spec, x, weight.values, dtype, "float32")
+    return (y * _beside(spec, weight.scale)).astype(out_dtype or dtype)
+
+
+def _beside(spec, scale):
+    """The scale of a weight in the dims of the product that `spec` says."""
+    terms, out = spec.split("->")
+    letters = terms.split(",")[1]
+    kept = [letter for letter in out if letter in letters]
+    scale = jnp.einsum(f"{letters}->{''.join(kept)}", scale)
+    return scale.reshape([scale.shape[kept.index(a)] if a in kept else 1 for a in out])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _contract(spec, x, w, dtype, out_dtype):
     return _dot(spec, x, w, dtype).astype(out_dtype or dtype)
 
 
@@ -67,7 +88,7 @@ def _dot(spec, a, b, dtype):
 
 
 def _contract_fwd(spec, x, w, dtype, out_dtype):
-    return contract(spec, x, w, dtype, out_dtype), (x, w)
+    return _contract(spec, x, w, dtype, out_dtype), (x, w)
 
 
 def _contract_bwd(spec, dtype, out_dtype, saved, g):
@@ -75,11 +96,13 @@ def _contract_bwd(spec, dtype, out_dtype, saved, g):
     terms, out = spec.split("->")
     a, b = terms.split(",")
     dx = _dot(f"{out},{b}->{a}", g, w, dtype).astype(x.dtype)
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        return dx, None
     dw = _dot(f"{a},{out}->{b}", x, g, dtype).astype(w.dtype)
     return dx, dw
 
 
-contract.defvjp(_contract_fwd, _contract_bwd)
+_contract.defvjp(_contract_fwd, _contract_bwd)
 
 
 def rms_norm(x, scale, eps: float):
@@ -118,20 +141,29 @@ class Embed(nn.Module):
         return constrain(x_BTD, "batch", "length", "act_embed")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table_VD, tokens_BT, dtype: str):
-    """Rows of a table in `dtype`; NaN for an id that it does not have.
+    """Rows of a table, a leaf of any kind, in `dtype`; NaN for an id that it does not have.
 
     The gradient has its own rule because it adds up the tokens of one id in float32: thousands of
     them, each too small to change a sum in bfloat16.
     """
+    weight = resolve(table_VD)
+    if weight.scale is None:
+        return _look_up(weight.values, tokens_BT, dtype)
+    values_VD = constrain(weight.values, "vocab", "act_embed")
+    rows_BTD = values_VD.at[tokens_BT].get(mode="fill", fill_value=0)
+    return (rows_BTD * _look_up(weight.scale, tokens_BT, "float32")).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _look_up(table_VD, tokens_BT, dtype):
     # Gathered along D first: rows can then be looked up where the tokens are.
     rows_VD = constrain(jnp.asarray(table_VD, dtype), "vocab", "act_embed")
     return rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
 
 
 def _look_up_fwd(table_VD, tokens_BT, dtype):
-    return look_up(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
+    return _look_up(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
 
 
 def _look_up_bwd(dtype, saved, g_BTD):
@@ -141,7 +173,7 @@ def _look_up_bwd(dtype, saved, g_BTD):
     return constrain(d_VD, "vocab", "embed").astype(table_VD.dtype), None
 
 
-look_up.defvjp(_look_up_fwd, _look_up_bwd)
+_look_up.defvjp(_look_up_fwd, _look_up_bwd)
 
 
 class Unembed(nn.Module):

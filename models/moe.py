@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from ..configs.schema import ModelConfig
 from .kernels.experts import Routing, read_pairs, sort_by_expert, swiglu_experts, write_pairs
 from .layers import SwiGLU, contract, normal, param, residual_std
+from .leaf import split_names
 from .masks import Tokens
 from .parallel import context, exchange, sharding
 from .parallel.sharding import constrain
@@ -218,14 +219,13 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
       limit: most pairs of one row that an expert takes, None if there is no bound.
       pairs: logical axis of the pairs' dim.
     """
-    num_experts = len(weights[0])
+    num_experts = weights[0].shape[0]
     split = sharding.split_axes()
     rows = out = PartitionSpec(None, None, None)
-    stored = (rows, rows, rows)
     if split:
         up, down = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
         stored = tuple(
-            sharding.activation(w.shape, names)
+            jax.tree.map(lambda x, n: sharding.activation(x.shape, n), w, split_names(w, names))
             for w, names in zip(weights, (up, up, down), strict=True)
         )
         rows = sharding.activation(x_BTD.shape, ("batch", "length", None))
@@ -233,7 +233,8 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
 
     def local(x_BTD, choice, weights):
         B, T, D = x_BTD.shape
-        weights = [_gathered(w, spec) for w, spec in zip(weights, stored, strict=True)]
+        if split:
+            weights = jax.tree.map(_gathered, weights, stored)
         token_BM, expert_BM = choice.token_BM, choice.expert_BM
         if rows[1]:  # the row goes on on other devices
             token_BM = token_BM - T * jax.lax.axis_index(context.AXIS)
@@ -281,7 +282,7 @@ def _save_all_but_gathered(primitive, *_, **__) -> bool:
 
 def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):
     """`swiglu_experts` where each device of the group has some of the experts."""
-    here, num_pairs = len(weights[0]), len(routing.token_M)
+    here, num_pairs = weights[0].shape[0], len(routing.token_M)
     devices = num_experts // here
     # An unused pair has expert `num_experts`, so its device is none of the group.
     order_M, send_n = sort_by_expert(routing.expert_M // here, devices)

@@ -211,7 +211,7 @@ class Transformer(nn.Module):
 
 
 def unembed_table(config: ModelConfig, params):
-    """The output projection [D, V] of a parameter tree."""
+    """The output projection [D, V] of a parameter tree, a leaf of any kind."""
     if config.tie_embeddings:
         return bits.unpack(params["embed"]["table_VD"]).T
     return bits.unpack(params["unembed"]["table_DV"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ..configs.schema import Config
-from ..models.parallel.sharding import Param
+from ..models.parallel.sharding import Param, own_dims, summed_dims
 from .state import split
 
 # Steps after which the usual norm of the gradient is known well enough.
@@ -55,7 +55,7 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
     """
     boxed, _ = split(boxed, config.train.trainable)
     o, rate = config.optimizer, schedule(config)
-    decays = _per_parameter(boxed, lambda names: len(_own(names)) > 1)
+    decays = _per_parameter(boxed, lambda names: len(own_dims(names)) > 1)
     match o.name:
         case "adafactor":
             rule = optax.chain(optax.adafactor(multiply_by_parameter_scale=False), optax.scale(-1))
@@ -124,22 +124,15 @@ def _per_parameter(boxed, f):
     return jax.tree.map(lambda p: f(p.names), boxed, is_leaf=lambda x: isinstance(x, Param))
 
 
-def _own(names):
-    """Dims of one parameter, without those that only stack many of them."""
-    return [
-        i for i, name in enumerate(names) if name not in ("layers", "encoder_layers", "experts")
-    ]
-
-
 def _muon_dims(names):
     """Which dims are a matrix's rows and columns; None for what Adam updates.
 
     Muon is for matrices between hidden states, so not for embeddings of tokens or patches, the
     router and norms.
     """
-    own = _own(names)
+    own = own_dims(names)
     if len(own) < 2 or {"vocab", "patches", "router"} & set(names):
         return None
-    rows = own[:1] if names[own[0]].endswith("embed") else own[:-1]
-    columns = [i for i in own if i not in rows]
-    return optax.contrib.MuonDimensionNumbers(tuple(rows), tuple(columns))
+    rows = summed_dims(names)
+    columns = tuple(i for i in own if i not in rows)
+    return optax.contrib.MuonDimensionNumbers(rows, columns)

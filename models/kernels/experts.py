@@ -19,6 +19,7 @@ from jax import lax
 
 from .. import bits
 from ..layers import contract, swiglu
+from ..leaf import resolve
 
 # Rows of one matmul of the loop at most: more gains nothing on a CPU and wastes more padding.
 _MAX_BLOCK = 256
@@ -80,7 +81,7 @@ def swiglu_experts(
     Returns:
       (y_TD in the dtype of x_TD, ExpertStats). Gradients reach x, both scales and the weights.
     """
-    num_experts, num_pairs = len(w_gate_EDF), len(routing.token_M)
+    num_experts, num_pairs = w_gate_EDF.shape[0], len(routing.token_M)
     order_M, load_E = sort_by_expert(routing.expert_M, num_experts)
     if capacity is None:
         pair_R = jnp.where(jnp.arange(num_pairs) < load_E.sum(), order_M, num_pairs)
@@ -136,6 +137,7 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = No
     """Multiply rows sorted by expert by their expert's weights, without padding to a capacity.
 
     Args:
+      w_EDF: a leaf of any kind.
       x_MD: the first group_sizes_E[0] rows belong to expert 0, the next to expert 1, ...
       group_sizes_E: int32; the sum is at most M.
       expected_rows: the sum to choose block sizes for; None means M.
@@ -147,7 +149,12 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = No
     """
     # An expert's rows under a balanced router: what every block size is chosen from.
     mean = max(1, expected_rows or x_MD.shape[0]) / w_EDF.shape[0]
-    return _grouped_matmul(x_MD.astype(dtype), w_EDF, group_sizes_E, mean)
+    weight = resolve(w_EDF)
+    y_MF = _grouped_matmul(x_MD.astype(dtype), weight.values, group_sizes_E, mean)
+    if weight.scale is None:
+        return y_MF
+    expert_M = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(len(x_MD)), side="right")
+    return (y_MF * weight.scale[:, 0].at[expert_M].get(mode="clip")).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -162,6 +169,8 @@ def _grouped_forward(x_MD, w_EDF, group_sizes_E, mean):
 def _grouped_backward(mean, saved, dy_MF):
     x_MD, w_EDF, group_sizes_E = saved
     dx_MD = _times_weights(dy_MF, w_EDF, group_sizes_E, mean, transpose_w=True)
+    if not jnp.issubdtype(w_EDF.dtype, jnp.floating):
+        return dx_MD, None, None
     dw_EDF = _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, w_EDF.dtype)
     return dx_MD, dw_EDF, None
 

@@ -228,6 +228,21 @@ def path_name(path) -> str:
     return "/".join(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)
 
 
+def own_dims(names) -> list[int]:
+    """Dims of one parameter, without those that only stack many of them."""
+    return [
+        i for i, name in enumerate(names) if name not in ("layers", "encoder_layers", "experts")
+    ]
+
+
+def summed_dims(names) -> tuple[int, ...]:
+    """Dims of a matrix that a product sums over; of a table with "vocab", those of a row."""
+    own = own_dims(names)
+    if "vocab" in names:
+        return tuple(i for i in own if names[i] != "vocab")
+    return tuple(own[:1] if names[own[0]].endswith("embed") else own[:-1])
+
+
 def _is_param(x) -> bool:
     return isinstance(x, Param)
 
@@ -239,6 +254,12 @@ def shardings(boxed, mesh: Mesh):
         boxed,
         is_leaf=_is_param,
     )
+
+
+def names(boxed) -> dict[str, tuple[str, ...]]:
+    """The logical names of the dims of every parameter, by its path."""
+    leaves = jax.tree.leaves_with_path(boxed, is_leaf=_is_param)
+    return {path_name(path): p.names for path, p in leaves}
 
 
 def unbox(boxed):

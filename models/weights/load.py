@@ -4,13 +4,14 @@ import dataclasses
 
 from ...configs import paths, schema
 from ...configs.errors import UserError
+from .. import quantize as quantization
 from ..parallel import sharding
 from ..transformer import Transformer
 from . import placing, run
 from .tensors import Weights
 
 
-def load(path, dtype: str = "float32", mesh=None):
+def load(path, dtype: str = "float32", mesh=None, quantize: str = ""):
     """Load a model for evaluation, generation or a notebook.
 
     Args:
@@ -18,6 +19,8 @@ def load(path, dtype: str = "float32", mesh=None):
         checkpoint) or one checkpoint of it.
       dtype: "float32" or "bfloat16", of the parameters and of the computation.
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
+      quantize: "int8" keeps matrices as int8 with a scale for each output channel, a parameter at a
+        time, see `models/quantize.py`; dtype is then that of the computation and of the rest.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens_BT).logits_BTV`;
@@ -28,15 +31,20 @@ def load(path, dtype: str = "float32", mesh=None):
     """
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
+    if quantize and quantize not in quantization.KINDS:
+        raise UserError(
+            f"quantize={quantize!r} must be {' or '.join(quantization.KINDS)}, or empty"
+        )
+    each = quantization.quantize if quantize else None
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
     path = paths.local(path, "path")
     if run.is_run(path):
-        model, params = run.load(path, dtype, mesh)
+        model, params = run.load(path, dtype, mesh, each=each)
         config = model.config
     else:
         weights = open_weights(path)
         config = weights.config
-        params = placing.place(weights, mesh, dtype)
+        params = placing.place(weights, mesh, dtype, each=each)
         weights.warn_of_nonfinite(path)
     config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
     return Transformer(config), params

@@ -26,7 +26,7 @@ _CHUNK_BYTES = 8 * 2**20
 _SMALL_BYTES = 32 * 2**20
 
 
-def place(weights: Weights, mesh, dtype=None, title: str = "loading"):
+def place(weights: Weights, mesh, dtype=None, title: str = "loading", each=None):
     """Read a checkpoint onto a mesh.
 
     Args:
@@ -34,13 +34,17 @@ def place(weights: Weights, mesh, dtype=None, title: str = "loading"):
       mesh: where to; `sharding.RULES` say which device gets what.
       dtype: to cast to while reading; None keeps that of the files, leaf by leaf.
       title: of the progress bar, which is shown on a terminal only.
+      each: a function of a parameter and the names of its dims, called before the next one is read;
+        what it returns takes the parameter's place.
 
     Returns:
-      The nested dict of arrays that `Transformer.apply` takes.
+      The nested dict that `Transformer.apply` takes.
     """
-    leaves = jax.tree.leaves_with_path(sharding.shardings(abstract_params(weights.config), mesh))
+    boxed = abstract_params(weights.config)
+    leaves = jax.tree.leaves_with_path(sharding.shardings(boxed, mesh))
     where = {sharding.path_name(path): place for path, place in leaves}
     assert where.keys() == weights.table.keys(), where.keys() ^ weights.table.keys()
+    names = sharding.names(boxed)
     dtypes = {
         path: np.dtype(dtype) if dtype else weights.dtype(leaf)
         for path, leaf in weights.table.items()
@@ -57,6 +61,8 @@ def place(weights: Weights, mesh, dtype=None, title: str = "loading"):
     ) as bar:
         for path, leaf in weights.table.items():
             flat[path] = _place_leaf(weights, leaf, dtypes[path], where[path], limit, bar)
+            if each:
+                flat[path] = each(flat[path], names[path])
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -286,8 +286,12 @@ def _first_line(error: BaseException) -> str:
     return line.split(" [tensorstore_spec")[0]
 
 
-def load(path, dtype: str, mesh, step: int | None = None):
-    """The model and the parameters of a run, placed on the mesh and cast to `dtype`."""
+def load(path, dtype: str, mesh, step: int | None = None, each=None):
+    """The model and the parameters of a run, placed on the mesh and cast to `dtype`.
+
+    Args:
+      each: as of `placing.place`.
+    """
     folder = find(path, step)
     meta = read_meta(folder)
     config = schema.build(meta["config"]).model
@@ -308,11 +312,13 @@ def load(path, dtype: str, mesh, step: int | None = None):
     found = restore(folder, "params", traverse_util.unflatten_dict(trains))
     if rest:
         abstract = {"base": traverse_util.unflatten_dict(rest)}
-        frozen = restore_frozen(folder, abstract)
-        flat = traverse_util.flatten_dict(found) | traverse_util.flatten_dict(frozen["base"])
-        found = traverse_util.unflatten_dict(flat)
-    leaves, tree = jax.tree.flatten(found)
-    for i in range(len(leaves)):
+        found = restore_frozen(folder, abstract)["base"] | {"": found}
+    flat = traverse_util.flatten_dict(found, sep="/")
+    del found
+    flat, names = {path.lstrip("/"): x for path, x in flat.items()}, sharding.names(boxed)
+    for path in flat:
         # One after another, so that there are never two whole models.
-        leaves[i] = leaves[i].astype(dtype)
-    return Transformer(config), jax.tree.unflatten(tree, leaves)
+        flat[path] = flat[path].astype(dtype)
+        if each:
+            flat[path] = each(flat[path], names[path])
+    return Transformer(config), traverse_util.unflatten_dict(flat, sep="/")

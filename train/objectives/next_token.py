@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ...configs.schema import Config
+from ...models import leaf
 from ...models.audio import Audio
 from ...models.parallel import sharding
 from ...models.transformer import unembed_table
@@ -115,17 +116,23 @@ def make(config: Config, token_bytes_V) -> NextToken:
     return NextToken(config.train.z_loss, config.train.loss_chunk, token_bytes_V)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def cross_entropy(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss=0.0, loss_chunk=1024):
     """Weighted cross-entropy of targets under softmax(hidden @ table).
 
     Args:
+      table_DV: a leaf of any kind.
       dtype: what the matmuls round their operands to; they accumulate in float32.
       loss_chunk: rows are cut along T into slices of about this many tokens a device.
 
     Returns:
       The weighted sum with z-loss, which is differentiable, and nll_BT in nats, which is not.
     """
+    inputs = (hidden_BTD, leaf.dense(table_DV), targets_BT, weights_BT)
+    return _cross_entropy(*inputs, dtype, z_loss, loss_chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk):
     inputs = (hidden_BTD, table_DV, targets_BT, weights_BT)
     return _on_mesh(*inputs, dtype, z_loss, loss_chunk, with_gradient=False)[:2]
 
@@ -245,4 +252,4 @@ def _backward(dtype, z_loss, loss_chunk, saved, cotangents):
     return (g * dhidden_BTD).astype(dhidden_BTD.dtype), g * dtable_DV, None, None
 
 
-cross_entropy.defvjp(_forward, _backward)
+_cross_entropy.defvjp(_forward, _backward)

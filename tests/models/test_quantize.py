@@ -1,0 +1,220 @@
+"""int8 weights: the numbers they stand for, wherever a weight is used, and how large they are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import puna
+from puna import __main__ as cli
+from puna.configs.errors import UserError
+from puna.configs.schema import MeshConfig, ModelConfig
+from puna.models import leaf
+from puna.models.decode import engine
+from puna.models.kernels.experts import grouped_matmul
+from puna.models.layers import contract, look_up
+from puna.models.parallel import sharding
+from puna.models.quantize import Int8, quantize, quantize_tree
+from puna.models.release.convert import convert
+from puna.models.transformer import Transformer, abstract_params, unembed_table
+from puna.train.objectives.next_token import cross_entropy
+
+DENSE = ModelConfig(
+    vocab_size=272, embed_dim=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=16,
+    mlp_dim=96, max_positions=128, rope_theta=100.0, nope_interval=2, chunk_size=6, qk_norm=True,
+    compute_dtype="float32",
+)  # fmt: skip
+CONFIGS = {
+    "dense": DENSE,
+    "tied": dataclasses.replace(DENSE, tie_embeddings=True, nope_interval=0, chunk_size=0),
+    "scout": dataclasses.replace(
+        DENSE, num_layers=4, moe_interval=1, num_experts=4, experts_per_token=1, expert_dim=48,
+    ),
+}  # fmt: skip
+# Error of a token's logits over their size (both Euclidean), of the median token: one that another
+# expert gets is far off. A step is 2.5 deviations / 127 for 64 Gaussian weights, so each product is
+# off by 0.6 percent, and the products of a few layers by 2 to 3; int4 would be 18 times as far off.
+BOUND = 0.04
+
+
+@functools.cache
+def params(name):
+    """Parameters of a model, its int8 ones, and the numbers that those stand for."""
+    config, rng = CONFIGS[name], np.random.default_rng(0)
+
+    def draw(path, x):
+        value = rng.normal(size=x.shape)
+        fan_in = x.shape[-1] if "table_VD" in str(path[-1]) else config.embed_dim
+        return jnp.array(1 + 0.1 * value if "norm" in str(path[-2]) else fan_in**-0.5 * value,
+                         jnp.float32)  # fmt: skip
+
+    boxed = abstract_params(config)
+    plain = jax.tree.map_with_path(draw, sharding.unbox(boxed))
+    int8 = quantize_tree(plain, boxed)
+    same = jax.tree.map(leaf.dense, int8, is_leaf=is_int8)
+    return plain, int8, same
+
+
+def is_int8(x):
+    return isinstance(x, Int8)
+
+
+@functools.cache
+def forward(name):
+    model = Transformer(CONFIGS[name])
+    return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT).logits_BTV)
+
+
+TOKENS_BT = np.random.default_rng(1).integers(0, 272, (2, 16))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(name):
+    plain, int8, same = params(name)
+    found, wanted = forward(name)(int8, TOKENS_BT), forward(name)(same, TOKENS_BT)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+    exact = forward(name)(plain, TOKENS_BT)
+    error_BT = np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert 1e-3 < np.median(error_BT) < BOUND
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_take_half_the_bytes_of_bfloat16(name):
+    plain, int8, _ = params(name)
+    half = sum(2 * x.size for x in jax.tree.leaves(plain))
+    # The scales are 4 bytes for each column of 64 or more numbers.
+    assert sum(x.nbytes for x in jax.tree.leaves(int8)) < 0.55 * half
+    paths = {sharding.path_name(p) for p, x in jax.tree.leaves_with_path(int8, is_leaf=is_int8)
+             if not is_int8(x)}  # fmt: skip
+    assert {path.split("/")[-1] for path in paths} <= {"scale_D", "router_DE"}
+
+
+def test_a_weight_is_off_by_at_most_half_a_step():
+    rng = np.random.default_rng(0)
+    w_LDF = jnp.array(rng.normal(size=(2, 8, 6)) * np.exp(rng.normal(size=(2, 1, 6))), jnp.float32)
+    w_LDF = w_LDF.at[0, :, 3].set(0.0)
+    made = quantize(w_LDF, ("layers", "embed", "mlp"))
+    assert made.values.dtype == jnp.int8 and made.scale.shape == (2, 1, 6)
+    error = np.abs(leaf.dense(made) - w_LDF)
+    assert np.all(error <= np.abs(w_LDF).max(1, keepdims=True) / 254 * (1 + 1e-5))
+    assert np.all(error[0, :, 3] == 0)
+    # Rows of an embedding, whose product with a state sums over D, too.
+    assert quantize(w_LDF[0], ("vocab", "embed")).scale.shape == (8, 1)
+    assert quantize(w_LDF[0], ("embed", "vocab")).scale.shape == (1, 6)
+    damaged = quantize(w_LDF.at[0, 0, 0].set(jnp.nan), ("layers", "embed", "mlp"))
+    assert np.isnan(leaf.dense(damaged)[0, :, 0]).all()
+
+
+def test_each_product_is_that_of_the_rounded_weight():
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.array(rng.normal(size=shape), jnp.float32)
+
+    def close(found, wanted):
+        np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+    x_BTNH, w_NHD = draw(2, 3, 4, 5), quantize(draw(4, 5, 6), ("heads", "head_dim", "embed"))
+    wanted = np.einsum("BTNH,NHD->BTD", x_BTNH, leaf.dense(w_NHD))
+    close(contract("BTNH,NHD->BTD", x_BTNH, w_NHD, "float32"), wanted)
+    # The gradient reaches what the weight is multiplied with.
+    pull = jax.grad(lambda x: contract("BTNH,NHD->BTD", x, w_NHD, "float32").sum())
+    close(pull(x_BTNH), np.broadcast_to(leaf.dense(w_NHD).sum(-1), x_BTNH.shape))
+
+    names = ("experts", "expert_embed", "mlp")
+    x_MD, w_EDF, sizes_E = draw(7, 6), quantize(draw(3, 6, 5), names), jnp.array([2, 0, 4])
+    w = np.asarray(leaf.dense(w_EDF))
+    wanted = np.concatenate([x_MD[:2] @ w[0], x_MD[2:6] @ w[2], np.zeros((1, 5))])
+
+    def grouped(x_MD):
+        return grouped_matmul(x_MD, w_EDF, sizes_E, dtype="float32")
+
+    close(grouped(x_MD), wanted)
+    slopes = jax.grad(lambda x: grouped(x).sum())(x_MD)
+    close(slopes, np.concatenate([np.tile(w[0].sum(-1), (2, 1)), np.tile(w[2].sum(-1), (4, 1)),
+                                  np.zeros((1, 6))]))  # fmt: skip
+
+    table_VD = quantize(draw(9, 6), ("vocab", "embed"))
+    rows = look_up(table_VD, jnp.array([[8, 0, 9]]), "float32")
+    close(rows[0, :2], np.asarray(leaf.dense(table_VD))[[8, 0]])
+    assert np.isnan(rows[0, 2]).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name):
+    _, int8, _ = params(name)
+    config = CONFIGS[name]
+    model = Transformer(config)
+    prompts = [[5, 65], [7, *range(30, 43)]]
+    made = next(engine.decode(model, int8, prompts, 8, block=8))
+    tokens_BT = np.zeros((2, 24), np.int32)
+    for r, prompt in enumerate(prompts):
+        row = [*prompt, *made.ids_BT[r]]
+        tokens_BT[r, : len(row)] = row
+    logits_BTV = forward(name)(int8, tokens_BT)
+    logp_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
+    for r, prompt in enumerate(prompts):
+        at = len(prompt) - 1 + np.arange(8)
+        wanted = logp_BTV[r, at, made.ids_BT[r]]
+        np.testing.assert_allclose(made.logprobs_BT[r], wanted, atol=2e-5)
+
+    states = model.apply({"params": int8}, tokens_BT, method="states")
+    table, targets_BT = unembed_table(config, int8), np.roll(tokens_BT, -1, 1)
+    ones_BT = np.ones(targets_BT.shape, np.float32)
+    _, nll_BT = cross_entropy(states.hidden_BTD, table, targets_BT, ones_BT, "float32")
+    wanted = -np.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
+    np.testing.assert_allclose(nll_BT, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2, "data": 2},
+                                  {"expert": 2, "fsdp": 2, "tensor": 2}])  # fmt: skip
+def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, axes):
+    """Loaded onto eight devices or one, from files or from a run."""
+    config = files.model_config(files.SCOUT)
+    weights = files.random_tensors(files.hf_shapes(config))
+    path = files.write_hf(tmp_path / "hf", files.hf_table(config)[1], weights)
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | axes))
+    model, alone = puna.load(path, mesh=one, quantize="int8")
+    _, spread = puna.load(path, mesh=mesh, quantize="int8")
+    for (path, x), y in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(spread), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y), sharding.path_name(path)
+    experts = spread["blocks"]["layer_1"]["moe"]["w_gate_EDF"]
+    assert isinstance(experts, Int8)
+    assert experts.values.sharding.shard_shape(experts.shape) != experts.shape
+    tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (8, 8))
+    apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).logits_BTV)
+    wanted = np.asarray(apply(alone))
+    with jax.set_mesh(mesh):
+        found = np.asarray(apply(spread))
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_run_loads_as_the_model_it_came_from(files, tiny, tmp_path):
+    path = files.write_hf(tmp_path / "hf", *tiny[1:])
+    convert(path, tmp_path / "run", to="puna")
+    _, wanted = puna.load(path, "bfloat16", quantize="int8")
+    _, found = puna.load(tmp_path / "run", "bfloat16", quantize="int8")
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert isinstance(found["embed"]["table_VD"], Int8)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y)
+    with pytest.raises(UserError, match="quantize='int3' must be int8, or empty"):
+        puna.load(path, quantize="int3")
+
+
+@pytest.mark.parametrize("command", [["generate", "--prompt=x"], ["eval", "--config=tiny"]])
+def test_the_commands_ask_for_it(monkeypatch, tmp_path, command):
+    class Loaded(Exception):
+        pass
+
+    def load(path, dtype="float32", mesh=None, quantize=""):
+        raise Loaded(quantize)
+
+    monkeypatch.setattr("puna.models.weights.load.load", load)
+    monkeypatch.setattr("puna.eval.evaluate.load", load)
+    with pytest.raises(Loaded, match="int8"):
+        cli._run([*command, f"--checkpoint={tmp_path}", "--quantize=int8"])
