@@ -24,7 +24,7 @@ COMMANDS = {
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
-_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "dtype")
+_SETTINGS = ("max_tokens", "stop", "dtype")
 
 
 def _train(args):
@@ -74,10 +74,14 @@ def _generate(args):
         raise errors.UserError("--prompt is needed; --help shows the flags")
     mesh = sharding.make_mesh(_mesh(args.mesh))
     model, params = load(path, args.dtype, mesh, args.quantize)
+    tokenizer = load_tokenizer(path)
+    sampling = generate.sampling_for(
+        tokenizer, args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+        min_p=args.min_p,
+    )  # fmt: skip
     pieces = generate.stream(
-        model, params, load_tokenizer(path), args.prompt, max_tokens=args.max_tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        seed=args.seed, stop=tuple(args.stop),
+        model, params, tokenizer, args.prompt, max_tokens=args.max_tokens,
+        stop=tuple(args.stop), **sampling._asdict(),
     )  # fmt: skip
     text, show = "", processes.is_first()
     if show:
@@ -90,7 +94,7 @@ def _generate(args):
     if show:
         print()
     if args.workdir and show:
-        settings = {name: getattr(args, name) for name in _SAMPLING}
+        settings = {name: getattr(args, name) for name in _SETTINGS} | sampling._asdict()
         results = {"checkpoint": path, "prompt": args.prompt, "text": text, **settings}
         _write_results(pathlib.Path(args.workdir), results)
 
@@ -138,7 +142,7 @@ def _convert(args, paths):
         raise errors.UserError("convert takes two paths, SRC and DST; --help shows the flags")
     convert(
         *paths, to=args.to, name=args.name, base_licence=args.base_licence,
-        ignore_licence_name=args.ignore_licence_name, dtype=args.dtype,
+        ignore_licence_name=args.ignore_licence_name, dtype=args.dtype, tokenizer=args.tokenizer,
     )  # fmt: skip
     print(f"{paths[0]} is now in {paths[1]}")
 
@@ -199,10 +203,13 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
-        flags.DEFINE_float("temperature", 0.0, "0 = always the likeliest token", **text)
-        flags.DEFINE_integer("top_k", 0, "sample from the k likeliest; 0 = all", **text)
-        flags.DEFINE_float("top_p", 1.0, "sample from the likeliest of this mass", **text)
-        flags.DEFINE_float("min_p", 0.0, "least probability / the largest", **text)
+        flags.DEFINE_float(
+            "temperature", None, "0 = always the likeliest token; unless told, this and the next "
+            "three are as the model's generation_config.json says, else 0", **text,
+        )  # fmt: skip
+        flags.DEFINE_integer("top_k", None, "sample from the k likeliest; 0 = all", **text)
+        flags.DEFINE_float("top_p", None, "sample from the likeliest of this mass", **text)
+        flags.DEFINE_float("min_p", None, "least probability / the largest", **text)
         flags.DEFINE_integer("seed", 0, "of the sampling", **text)
         flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
         flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
@@ -222,6 +229,10 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_string(
             "base_licence", None, "llama2, llama3, llama3.1, llama3.2, llama3.3, llama4 or none: "
             "of the model that SRC comes from; by default what stands beside its weights", **text,
+        )  # fmt: skip
+        flags.DEFINE_string(
+            "tokenizer", None, "where the tokenizer lies, or none; by default beside the weights",
+            **text,
         )  # fmt: skip
         flags.DEFINE_bool(
             "ignore_licence_name", False, "write a name that the base licence forbids", **text

@@ -52,6 +52,7 @@ LOCAL = Rule(f"be {_COPIED}", lambda v: not paths.is_url(v))
 TOKENIZER = Rule(f"be bytes, train or {_COPIED}", lambda v: v.strip() and not paths.is_url(v))
 AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v: v == -1 or v >= 1)
 DTYPE = one_of("float32", "bfloat16")
+ENDS = one_of("auto", "always", "never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +194,8 @@ class DataConfig:
     images: int = key(0, "image tiles that a row has room for; 0 = no pictures", at_least(0))
     clips: int = key(0, "audio clips that a row has room for; 0 = no sound", at_least(0))
     tokenizer: str = key("bytes", "bytes, train (a BPE on the training data), or a path", TOKENIZER)
+    add_bos: str = key("auto", "begin each text with BOS; auto = as the tokenizer says", ENDS)
+    add_eos: str = key("auto", "end each document with EOS; auto = as the tokenizer says", ENDS)
     tokenizer_vocab: int = key(8192, "vocabulary of a BPE trained here", POSITIVE)
     data_dir: str = key("", "where TFDS keeps its data sets; empty = its default", LOCAL)
     workers: int = key(0, "reader processes; 0 = a thread", between(0, 128))

@@ -10,6 +10,7 @@ from ..models.parallel import sharding
 from ..models.text.tokenizer import load_tokenizer
 from ..models.transformer import Transformer, count_params
 from ..models.weights.load import load
+from ..train.data.tokenizer import with_ends
 from ..train.validation import evaluate_loss
 
 
@@ -35,7 +36,7 @@ def evaluate(config: Mapping, path, quantize: str = "") -> dict:
     mesh = sharding.make_mesh(c.mesh)
     model, params = load(path, mesh=mesh, quantize=quantize)
     model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
-    tokenizer = load_tokenizer(path)
+    tokenizer = with_ends(c.data, load_tokenizer(path))
     numbers = evaluate_loss(c, model, params, tokenizer, mesh)
     for name, number in numbers.items():
         if not math.isfinite(number):
@@ -46,6 +47,8 @@ def evaluate(config: Mapping, path, quantize: str = "") -> dict:
     return {
         "checkpoint": str(path),
         "data": c.data.validation,
+        "begin_ids": list(tokenizer.begin_ids),
+        "end_ids": list(tokenizer.end_ids),
         "parameters": count_params(model.config),
         **numbers,
     }

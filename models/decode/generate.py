@@ -40,7 +40,7 @@ def _rows(tokenizer, prompts, stop):
     ids, rows = [], []
     for prompt in prompts:
         if isinstance(prompt, str):
-            prompt = tokenizer.encode(prompt, bos=tokenizer.bos_id is not None)
+            prompt = [*tokenizer.begin_ids, *tokenizer.encode(prompt)]
         elif not _is_ids(prompt):
             raise UserError(f"a prompt must be a text or a list of ids, not {prompt!r:.60}")
         ids.append(prompt)
@@ -48,6 +48,24 @@ def _rows(tokenizer, prompts, stop):
         follows_text = any(tokenizer.token_bytes[i] for i in prompt if 0 <= i < size)
         rows.append(Row(tokenizer, stop, stop_ids, follows_text))
     return ids, rows
+
+
+def sampling_for(tokenizer, seed, **told) -> Sampling:
+    """Settings as told, else those of the model's generation_config.json, else greedy.
+
+    Raises:
+      UserError: the file's settings are no numbers.
+    """
+    said = tokenizer.generation if tokenizer.generation.get("do_sample") else {}
+    made = {"temperature": 1.0 if said else 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    for name, value in told.items():
+        if value is not None:
+            made[name] = value
+        elif said.get(name) is not None:
+            if type(said[name]) not in (int, float):
+                raise UserError(f"generation_config.json: {name}={said[name]!r} must be a number")
+            made[name] = said[name]
+    return Sampling(**made, seed=seed)
 
 
 def _is_ids(prompt) -> bool:
@@ -76,16 +94,17 @@ def _run(model, params, tokenizer, ids, rows, max_tokens, sampling, **options):
     return run()
 
 
-def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
-             min_p=0.0, seed=0, stop=(), first_row=0) -> list[Completion]:  # fmt: skip
+def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=None, top_k=None,
+             top_p=None, min_p=None, seed=0, stop=(), first_row=0) -> list[Completion]:  # fmt: skip
     """Continue texts or rows of ids.
 
     Args:
       model, params: as `puna.load` gives them; works under `jax.set_mesh`.
-      tokenizer: a `Tokenizer`; its bos is put before each text.
+      tokenizer: a `Tokenizer`; its `begin_ids` are put before each text.
       prompts: a list of texts or of lists of ids (taken as they are).
       max_tokens: most tokens to make; with the prompt at most `model.config.max_positions`.
-      temperature, top_k, top_p, min_p: see `sample`; temperature 0 is greedy.
+      temperature, top_k, top_p, min_p: see `sample`; temperature 0 is greedy. None for what the
+        model's generation_config.json says, which is greedy unless it has do_sample.
       seed: see `Sampling`.
       stop: a string or several; the text ends before the first that appears. The tokenizer's
         stop ids always end it.
@@ -98,7 +117,9 @@ def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=0.0, 
       UserError: see `engine.decode`.
     """
     ids, rows = _rows(tokenizer, prompts, stop)
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = sampling_for(
+        tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     for _ in _run(model, params, tokenizer, ids, rows, max_tokens, sampling, first_row=first_row):
         pass
     return [
@@ -107,8 +128,8 @@ def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=0.0, 
     ]
 
 
-def generate(model, params, tokenizer, prompts, max_tokens=64, temperature=0.0, top_k=0,
-             top_p=1.0, min_p=0.0, seed=0, stop=(), first_row=0):  # fmt: skip
+def generate(model, params, tokenizer, prompts, max_tokens=64, temperature=None, top_k=None,
+             top_p=None, min_p=None, seed=0, stop=(), first_row=0):  # fmt: skip
     """The texts of `complete`, which has the arguments: a string for a string, else a list."""
     single = isinstance(prompts, str)
     made = complete(
@@ -119,11 +140,13 @@ def generate(model, params, tokenizer, prompts, max_tokens=64, temperature=0.0, 
     return texts[0] if single else texts
 
 
-def stream(model, params, tokenizer, prompt, max_tokens=64, temperature=0.0, top_k=0, top_p=1.0,
-           min_p=0.0, seed=0, stop=()) -> Iterator[str]:  # fmt: skip
+def stream(model, params, tokenizer, prompt, max_tokens=64, temperature=None, top_k=None,
+           top_p=None, min_p=None, seed=0, stop=()) -> Iterator[str]:  # fmt: skip
     """Yield what `generate` would return for one prompt, each piece as soon as it is certain."""
     ids, rows = _rows(tokenizer, [prompt], stop)
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    sampling = sampling_for(
+        tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
     steps = _run(model, params, tokenizer, ids, rows, max_tokens, sampling, block=1)
 
     def pieces():

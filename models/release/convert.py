@@ -43,9 +43,9 @@ _DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
 # Copied as they are from a directory of others; what they mean is the tokenizer's business.
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "puna_tokenizer.json",
-    "preprocessor_config.json", "processor_config.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_KEPT_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def convert(
@@ -57,6 +57,7 @@ def convert(
     ignore_licence_name: bool = False,
     shard_bytes: int = SHARD_BYTES,
     dtype: str | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Write the model at `src` in another format.
 
@@ -70,11 +71,12 @@ def convert(
       ignore_licence_name: write the release even if the licence does not allow its name.
       shard_bytes: largest file of weights, unless a single tensor is larger.
       dtype: one of `DTYPES`, of all tensors; by default each keeps its own.
+      tokenizer: where the tokenizer lies; "none" to leave it out; by default beside the weights.
 
     Raises:
       UserError: nothing readable at `src`, a destination in use, a name the licence forbids, an
-        architecture that the format cannot hold, a value that `dtype` cannot hold. The destination
-        is then as it was.
+        architecture that the format cannot hold, a value that `dtype` cannot hold, a tokenizer that
+        cannot be read or written. The destination is then as it was.
     """
     if to not in ("hf", "puna"):
         raise UserError(f"to={to!r} must be hf or puna")
@@ -84,6 +86,7 @@ def convert(
     src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
     model = _open(src, np.dtype(dtype) if dtype else None)
+    text = _tokenizer_of(model, tokenizer)
     if base_licence is not None:
         model.origin = model.origin | {"licence": base_licence}
     name = name or dst.absolute().name
@@ -91,12 +94,13 @@ def convert(
         if not isinstance(model, OthersModel):
             raise UserError(f"{src}: is a run of puna already")
         with _whole(dst) as folder:
-            _write_run(model, folder)
+            _write_run(model, text, folder)
     else:
         if not ignore_licence_name:
             licences.check_name(name, model.origin["licence"])
         with _whole(dst) as folder:
-            _write_release(model, folder, name, shard_bytes)
+            home = src if isinstance(model, OthersModel) and not tokenizer else None
+            _write_release(model, text, home, folder, name, shard_bytes)
         if model.origin["licence"] in licences.LICENCES and not model.origin["files"]:
             warn(
                 f"{dst}: the licence of the base model ({model.origin['licence']}) asks for a copy "
@@ -113,6 +117,10 @@ class OthersModel:
         self.config = self.weights.config
         self.origin = self.weights.origin
         self.facts: dict[str, Any] = {}
+        names = ("tokenizer.json", "tokenizer.model", "puna_tokenizer.json")
+        self.has_tokenizer = path.is_file() or any(
+            (path / name).exists() for name in names
+        ) or any(path.glob("*.gguf"))  # fmt: skip
 
     def dtype(self, path: str, layer: int) -> np.dtype:
         source = self.weights.table[path].sources[layer]
@@ -121,9 +129,6 @@ class OthersModel:
     def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
         """One layer of a leaf (0 where it is not stacked)."""
         return self.weights.read(self.weights.table[path].sources[layer])
-
-    def tokenizer(self) -> Tokenizer | None:
-        return _tokenizer_at(self.path)
 
     def finish(self) -> None:
         self.weights.warn_of_nonfinite(self.path)
@@ -137,7 +142,7 @@ class RunModel:
         self.folder = run.find(path)
         meta = run.read_meta(self.folder)
         self.config = schema.build(meta["config"]).model
-        self._has_tokenizer = bool(meta["tokenizer"])
+        self.has_tokenizer = bool(meta["tokenizer"])
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
         self.origin = unknown | (meta.get("origin") or {})
         home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
@@ -170,12 +175,6 @@ class RunModel:
             paths.append(path)
         return paths
 
-    def tokenizer(self) -> Tokenizer | None:
-        if self._has_tokenizer:
-            return _tokenizer_at(self.path)
-        warn(f"no tokenizer is written: {self.path} holds none")
-        return None
-
     def finish(self) -> None:
         pass
 
@@ -184,12 +183,24 @@ def _open(src: pathlib.Path, to: np.dtype | None) -> OthersModel | RunModel:
     return RunModel(src, to) if run.is_run(src) else OthersModel(src, to)
 
 
-def _tokenizer_at(path: pathlib.Path) -> Tokenizer | None:
-    try:
-        return load_tokenizer(path)
-    except UserError as error:
-        warn(f"no tokenizer is written: {error}")
-        return None
+def _tokenizer_of(model: OthersModel | RunModel, told: str | None) -> Tokenizer | None:
+    """The tokenizer at the path `told`, else the one beside the weights, if there is one.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    if told and told != "none":
+        return load_tokenizer(told)
+    if told != "none" and model.has_tokenizer:
+        try:
+            return load_tokenizer(model.path)
+        except UserError as error:
+            raise UserError(
+                f"{error}; --tokenizer=PATH takes another, --tokenizer=none leaves it out"
+            ) from None
+    warn(f"no tokenizer is written: {model.path} holds none" if not told else
+         "no tokenizer is written, as --tokenizer=none says")  # fmt: skip
+    return None
 
 
 def _check_free(dst: pathlib.Path) -> None:
@@ -216,7 +227,7 @@ def _whole(dst: pathlib.Path):
 # --- a run of ours ------------------------------------------------------------------------------
 
 
-def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
+def _write_run(model: OthersModel, tokenizer: Tokenizer | None, folder: pathlib.Path) -> None:
     # On the host, whose memory is the larger one, and unsplit: any mesh can read it.
     mesh = sharding.make_mesh(schema.MeshConfig(), jax.devices("cpu")[:1])
     params = placing.place(model.weights, mesh, title="converting")
@@ -226,7 +237,7 @@ def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
     seq_len = max(2, min(schema.DataConfig.seq_len, architecture.max_positions))
     config = schema.Config(model=architecture, data=schema.DataConfig(seq_len=seq_len))
     files = {}
-    if tokenizer := model.tokenizer():
+    if tokenizer is not None:
         with tempfile.TemporaryDirectory() as saved:
             tokenizer.save(saved)
             files = {p.name: p.read_bytes() for p in sorted(pathlib.Path(saved).iterdir())}
@@ -248,23 +259,28 @@ def _write_run(model: OthersModel, folder: pathlib.Path) -> None:
 # --- a release ----------------------------------------------------------------------------------
 
 
-def _write_release(model, folder: pathlib.Path, name: str, shard_bytes: int) -> None:
+def _write_release(
+    model, tokenizer: Tokenizer | None, home: pathlib.Path | None, folder: pathlib.Path,
+    name: str, shard_bytes: int,
+) -> None:  # fmt: skip
     table, config_json = hf_table(model.config)
-    tokenizer = model.tokenizer()
-    main_dtype = _write_weights(model, table, folder, shard_bytes)
-    ids = {}
     if tokenizer is not None:
-        stops = list(tokenizer.stop_ids)
+        _write_tokenizer(tokenizer, home or folder, folder)
+    main_dtype = _write_weights(model, table, folder, shard_bytes)
+    ids, generation = {}, {}
+    if tokenizer is not None:
+        stops = [i for i in (tokenizer.eos_id,) if i is not None]
+        stops += [i for i in tokenizer.stop_ids if i not in stops]
         ids = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
             "pad_token_id": tokenizer.pad_id,
         }
-        _write_tokenizer(model, tokenizer, folder)
+        generation = tokenizer.generation
         text = config_json.get("text_config", config_json)
-        text |= ids | {"eos_token_id": tokenizer.eos_id}
+        text |= ids
     write_json(folder / "config.json", config_json | {"dtype": main_dtype})
-    write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", generation | ids)
     card.write(folder, name, model.config, model.origin, model.facts)
     model.finish()
 
@@ -387,10 +403,13 @@ def _write_header(path: pathlib.Path, slots: Mapping[str, Slot]) -> int:
     return start
 
 
-def _write_tokenizer(model, tokenizer: Tokenizer, folder: pathlib.Path) -> None:
-    home = model.path if isinstance(model, OthersModel) else None
-    if home is None or not home.is_dir():
-        tokenizer.save(folder)
+def _write_tokenizer(tokenizer: Tokenizer, home: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copy the files of a Hugging Face directory; write such files for every other source."""
+    for name in _KEPT_FILES:
+        if (home / name).is_file():
+            shutil.copyfile(home / name, folder / name)
+    if not (home / "tokenizer.json").is_file() or not (home / "tokenizer_config.json").is_file():
+        tokenizer.save_for_hub(folder)
         return
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():

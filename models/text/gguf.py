@@ -5,10 +5,12 @@ with scores: Llama 1 and 2). How gpt2 text is cut into words stands there as a n
 `tokenizer.ggml.pre`, whose meaning is in llama.cpp's llama-vocab.cpp.
 """
 
+import json
 import pathlib
 
 from ...configs.errors import UserError
 from ..weights.gguf_files import is_gguf, read_header
+from . import hub
 from .kinds import LLAMA3_PATTERN, LLAMA4_PATTERN
 
 __all__ = ["is_gguf", "read"]
@@ -56,6 +58,7 @@ def read(path: pathlib.Path):
         else:
             made = _sentencepiece(path, own, tokens, types, vocab)
         _add(made, tokens, types)
+        _wrap(made, own, tokens, kind)
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception
@@ -95,7 +98,7 @@ def _byte_level(path, own, vocab):
 
 def _sentencepiece(path, own, tokens, types, vocab):
     import tokenizers
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import decoders, models, pre_tokenizers
 
     scores = own.get("scores")
     if scores is None or len(scores) != len(tokens):
@@ -115,11 +118,12 @@ def _sentencepiece(path, own, tokens, types, vocab):
             byte_fallback=True,
         )
     )  # fmt: skip
-    prefix = own.get("add_space_prefix", True)
-    steps = [normalizers.Prepend("▁")] if prefix else []
-    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    # As `transformers` reads it; llama.cpp puts a space before a text that begins with one, too.
+    scheme = "first" if own.get("add_space_prefix", True) else "never"
+    made.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    made.decoder = decoders.Sequence(parts + ([decoders.Strip(" ", 1, 0)] if prefix else []))
+    strip = [decoders.Strip(" ", 1, 0)] if scheme == "first" else []
+    made.decoder = decoders.Sequence(parts + strip)
     return made
 
 
@@ -134,6 +138,22 @@ def _add(made, tokens, types) -> None:
                 if kind in kinds
             ]
         )
+
+
+def _wrap(made, own, tokens, kind) -> None:
+    """Put around a text what the file says, or what llama.cpp does where it says nothing."""
+    import tokenizers
+
+    begins = kind == "llama" or own.get("pre") in ("llama-bpe", "llama3", "llama-v3")
+    parts = []
+    for key, default in (("bos", begins), ("eos", False)):
+        i = own.get(f"{key}_token_id")
+        wanted = own.get(f"add_{key}_token", default)
+        there = wanted and type(i) is int and 0 <= i < len(tokens)
+        parts.append([(tokens[i], i)] if there else [])
+    if wrapped := hub.post_processor(*parts):
+        whole = json.loads(made.to_str()) | {"post_processor": wrapped}
+        made.post_processor = tokenizers.Tokenizer.from_str(json.dumps(whole)).post_processor
 
 
 def _settings(path, own, metadata, tokens) -> dict:

@@ -12,6 +12,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from ...configs.errors import UserError
 
@@ -79,12 +80,14 @@ class HuggingFaceKind:
             raise UserError(f"has a {type(model).__name__} model; Llama tokenizers are BPE")
         added = self._plain.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in added.items() if token.special}
+        self.added = {token.content: i for i, token in added.items() if not token.special}
         self._special_ids = frozenset(self.special.values())
         self._cut = names_pattern(tuple(self.special))
         vocab = self._plain.get_vocab(with_added_tokens=True)
         if not vocab:
             raise UserError("has an empty vocabulary")
         to_bytes, self.strips_space = self._piece_reader(model.byte_fallback)
+        self.byte_level = to_bytes is _from_byte_alphabet
         self.pieces = [b""] * (max(vocab.values()) + 1)
         for piece, i in vocab.items():
             if i not in added:
@@ -153,12 +156,14 @@ class HuggingFaceKind:
     def find(self, name: str) -> int | None:
         return self._plain.token_to_id(name)
 
-    def wrapped(self) -> tuple[int | None, int | None]:
-        """The control tokens that the file's post-processor puts before and after a text."""
+    def wrapped(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the file's post-processor puts before and after a text."""
+        plain = self._plain.encode("a", add_special_tokens=False).ids
         ids = self._plain.encode("a", add_special_tokens=True).ids
-        first = ids[0] if ids and ids[0] in self._special_ids else None
-        last = ids[-1] if len(ids) > 1 and ids[-1] in self._special_ids else None
-        return first, last
+        for start in range(len(ids) - len(plain) + 1):
+            if ids[start : start + len(plain)] == plain:
+                return tuple(ids[:start]), tuple(ids[start + len(plain) :])
+        raise UserError("has a post-processor that changes the ids of the text itself")
 
 
 class SentencePieceKind:
@@ -178,8 +183,8 @@ class SentencePieceKind:
         except RuntimeError:
             raise UserError("is neither a SentencePiece model nor tiktoken ranks") from None
         self.special, self.pieces = {}, []
-        for i in range(self._model.GetPieceSize()):
-            piece = self._model.IdToPiece(i)
+        self.names = [self._model.IdToPiece(i) for i in range(self._model.GetPieceSize())]
+        for i, piece in enumerate(self.names):
             if self._model.IsControl(i) or self._model.IsUnknown(i):
                 self.special[piece] = i
                 self.pieces.append(b"")
@@ -187,8 +192,26 @@ class SentencePieceKind:
                 self.pieces.append(_fallback_byte(piece))
             else:
                 self.pieces.append(piece.replace("\u2581", " ").encode())
+        self.types, self.is_bpe = _sentencepiece_types(data)
         # The model writes a space before the first word, and takes it away again when decoding.
         self.strips_space = self._model.EncodeAsPieces("a")[0].startswith("\u2581")
+
+    @property
+    def unknown(self) -> str | None:
+        return next((self.names[i] for i, t in enumerate(self.types) if t == _UNKNOWN), None)
+
+    @property
+    def has_bytes(self) -> bool:
+        return _BYTE in self.types
+
+    def is_text(self, i: int) -> bool:
+        """Whether a piece can come of merging others."""
+        return self.types[i] == _NORMAL
+
+    @property
+    def user_defined(self) -> list[int]:
+        """Pieces that are found in a text before anything is merged."""
+        return [i for i, t in enumerate(self.types) if t == _USER_DEFINED]
 
     def encode(self, text: str) -> list[int]:
         return self._model.EncodeAsIds(text)
@@ -222,6 +245,7 @@ class TiktokenKind:
             raise UserError(
                 f"has {len(ranks)} tiktoken ranks; Llama 3 has 128000 and Llama 4 has 200000"
             )
+        self.pattern = pattern
         self.special = {name: len(ranks) + i for i, name in enumerate(names)}
         self.pieces = [*ranks, *[b""] * len(names)]
         self._model = tiktoken.Encoding(
@@ -341,6 +365,50 @@ def _tiktoken_parts(text: str) -> Iterator[str]:
         yield block[done:]
 
 
+_NORMAL, _UNKNOWN, _USER_DEFINED, _BYTE = 1, 2, 4, 6  # SentencePiece's types of pieces
+
+
+def _sentencepiece_types(data: bytes) -> tuple[list[int], bool]:
+    """The type of each piece and whether the model is BPE; its library tells neither.
+
+    From the fields of sentencepiece_model.proto: pieces (1) with a type (3), trainer_spec (2) with
+    a model_type (3; 2 is BPE).
+    """
+    types, model_type = [], 1
+    for field, value in _protobuf(data):
+        if field == 1:
+            types.append(dict(_protobuf(value)).get(3, _NORMAL))
+        elif field == 2:
+            model_type = dict(_protobuf(value)).get(3, 1)
+    return types, model_type == 2
+
+
+def _protobuf(data: bytes) -> Iterator[tuple[int, Any]]:
+    """(field number, value) of a message in protobuf's wire format."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = varint()
+        field, wire = key >> 3, key & 7
+        if wire == 0:
+            yield field, varint()
+            continue
+        size = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        yield field, data[at : at + size]
+        at += size
+
+
 def _fallback_byte(piece: str) -> bytes | None:
     match = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece)
     return bytes([int(match[1], 16)]) if match else None
@@ -354,6 +422,12 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_ALPHABET = _byte_alphabet()
+_CHARACTERS = {i: char for char, i in _BYTE_ALPHABET.items()}
+
+
+def byte_alphabet_of(piece: bytes) -> str:
+    """A piece of bytes as byte-level tokenizer files write it."""
+    return "".join(_CHARACTERS[byte] for byte in piece)
 
 
 def _from_byte_alphabet(piece: str) -> bytes:

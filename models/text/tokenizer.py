@@ -21,7 +21,8 @@ from ...configs import paths
 from ...configs.errors import UserError
 from ...configs.files import write_bytes, write_json
 from . import chat as chat_formats
-from .files import read_file, read_object, settings_beside
+from . import files, hub
+from .files import read_file, read_object
 from .kinds import (
     LLAMA3_PATTERN,
     ByteKind,
@@ -48,7 +49,12 @@ BPE_SPECIAL = (
 )
 
 _SAVED = "puna_tokenizer.json"
-_SETTINGS = ("bos_id", "eos_id", "pad_id", "stop_ids", "chat_template", "special_names")
+_SETTINGS = (
+    "bos_id", "eos_id", "pad_id", "begin_ids", "end_ids", "stop_ids", "chat_template",
+    "special_names", "generation",
+)  # fmt: skip
+# Ids that a file may hold: one, or several.
+_ID_SETTINGS, _IDS_SETTINGS = ("bos_id", "eos_id", "pad_id"), ("begin_ids", "end_ids", "stop_ids")
 _KINDS = (ByteKind, HuggingFaceKind, SentencePieceKind, TiktokenKind)
 
 logger = logging.getLogger(__name__)
@@ -60,12 +66,16 @@ class Tokenizer:
     Attributes:
       vocab_size: ids are 0..vocab_size-1; a few may be unused.
       bos_id, eos_id, pad_id: control tokens that begin and end a text and fill a batch, or None.
+      begin_ids, end_ids: what stands before and after each text by this tokenizer's own rule: a
+        prompt begins with `begin_ids`, a document of training or evaluation ends with `end_ids`,
+        too. Having a `bos_id` does not mean that texts begin with it.
       stop_ids: ids at which generation ends.
       special: name -> id of every control token.
       token_bytes: int32 [vocab_size], bytes of UTF-8 text that each id stands for; 0 for control
         tokens. For byte-level kinds they sum to the length of the encoded text.
       chat_template: Jinja source, {name: source}, or None for the built-in chat formats.
       special_names: what a chat template may call control tokens by: {"bos_token": "<s>", ...}.
+      generation: what generation_config.json says of sampling: {"do_sample": True, ...}.
     """
 
     def __init__(
@@ -75,14 +85,19 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         pad_id: int | None = None,
+        begin_ids: Iterable[int] | None = None,
+        end_ids: Iterable[int] | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | dict[str, str] | None = None,
         special_names: Mapping[str, str] | None = None,
+        generation: Mapping | None = None,
     ):
         """Wrap a vocabulary; ids left None are found by name in it.
 
         Args:
           kind: one of the classes of `kinds`.
+          begin_ids, end_ids: None for what a tokenizer.json says; for `bos_id` and nothing where
+            the vocabulary has no such rule.
           stop_ids: ids to stop at beside `eos_id` and the end tokens known by name.
           special_names: None for the tokens of `bos_id`, `eos_id` and `pad_id`.
         """
@@ -92,11 +107,18 @@ class Tokenizer:
         self.bos_id = self._first(_BOS_NAMES) if bos_id is None else bos_id
         self.eos_id = self._first(_EOS_NAMES) if eos_id is None else eos_id
         self.pad_id = self._first(_PAD_NAMES) if pad_id is None else pad_id
+        ruled = isinstance(kind, HuggingFaceKind)
+        begin, end = kind.wrapped() if ruled else ((self.bos_id,), ())
+        if begin == (None,):
+            begin = ()
+        self.begin_ids: tuple[int, ...] = begin if begin_ids is None else tuple(begin_ids)
+        self.end_ids: tuple[int, ...] = end if end_ids is None else tuple(end_ids)
         known = {self.special[name] for name in _STOP_NAMES if name in self.special}
         known |= set(stop_ids) | ({self.eos_id} - {None})
         self.stop_ids: tuple[int, ...] = tuple(sorted(known))
         self.chat_template = chat_template
         self.special_names = self._named() if special_names is None else dict(special_names)
+        self.generation = dict(generation or {})
         self.token_bytes = np.array([len(piece) for piece in kind.pieces], np.int32)
         self.token_bytes.setflags(write=False)
 
@@ -121,6 +143,23 @@ class Tokenizer:
 
     def _settings(self) -> dict:
         return {key: getattr(self, key) for key in _SETTINGS}
+
+    def with_ends(self, bos: bool | None, eos: bool | None) -> "Tokenizer":
+        """Return this tokenizer with another rule of what stands around a text.
+
+        Args:
+          bos, eos: whether texts begin with `bos_id` and end with `eos_id`; None leaves the rule.
+
+        Raises:
+          UserError: a token is asked for that the tokenizer lacks.
+        """
+        settings = self._settings()
+        for wanted, name, key in ((bos, "bos_id", "begin_ids"), (eos, "eos_id", "end_ids")):
+            if wanted and settings[name] is None:
+                raise UserError(f"data.add_{name[:3]}=always: this tokenizer has no {name}")
+            if wanted is not None:
+                settings[key] = (settings[name],) if wanted else ()
+        return Tokenizer(self._kind, **settings)
 
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False
@@ -203,24 +242,38 @@ class Tokenizer:
         That is the original file, byte for byte, and `puna_tokenizer.json`. A tokenizer.json is
         joined by a tokenizer_config.json for other programs. Each file appears whole or not at all.
         """
-        directory, kind = paths.local(directory, "directory"), self._kind
+        kind = self._kind
         record = {"version": 1, "kind": kind.name, "file": kind.filename, **self._settings()}
         record["sha256"] = hashlib.sha256(kind.data).hexdigest()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if kind.filename:
-                write_bytes(directory / kind.filename, kind.data)
-            if isinstance(kind, HuggingFaceKind):
-                write_json(directory / "tokenizer_config.json", self._hub_config())
-            # Last, because it vouches for the others.
-            write_json(directory / _SAVED, record)
-        except OSError as error:
-            raise UserError(f"{directory}: cannot save the tokenizer: {error.strerror}") from None
+        written = {kind.filename: kind.data} if kind.filename else {}
+        if isinstance(kind, HuggingFaceKind):
+            written["tokenizer_config.json"] = self._hub_config()
+        # The record comes last, because it vouches for the others.
+        _write(paths.local(directory, "directory"), written | {_SAVED: record})
+
+    def save_for_hub(self, directory: str | os.PathLike) -> None:
+        """Write tokenizer.json and tokenizer_config.json, for `transformers` to give these ids.
+
+        Texts begin with `begin_ids` there. They end as the file itself says: what ends a document
+        of training would end a prompt, too.
+
+        Raises:
+          UserError: the vocabulary cannot be written so; nothing is written then.
+        """
+        data = hub.tokenizer_json(self._kind, self.begin_ids, self._prompt_end)
+        written = {"tokenizer.json": data, "tokenizer_config.json": self._hub_config()}
+        _write(paths.local(directory, "directory"), written)
+
+    @property
+    def _prompt_end(self) -> tuple[int, ...]:
+        return self._kind.wrapped()[1] if isinstance(self._kind, HuggingFaceKind) else ()
 
     def _hub_config(self) -> dict:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            "add_bos_token": bool(self.begin_ids),
+            "add_eos_token": bool(self._prompt_end),
             **self.special_names,
         }
         if isinstance(self.chat_template, dict):
@@ -247,7 +300,8 @@ class Tokenizer:
 
 def byte_tokenizer() -> Tokenizer:
     """Return the tokenizer whose ids 0..255 are bytes; 256 begins, 257 ends, 258 pads a text."""
-    return Tokenizer(ByteKind())
+    kind = ByteKind()
+    return Tokenizer(kind, end_ids=[kind.special["<|end_of_text|>"]])
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -304,14 +358,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     model.add_special_tokens(
         [tokenizers.AddedToken(name, special=True, normalized=False) for name in BPE_SPECIAL]
     )
-    # Not for us, who put it there when asked, but for other programs that read the saved file.
-    begin = BPE_SPECIAL[0]
+    begin, end = BPE_SPECIAL[:2]
     model.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A",
         pair=f"{begin} $A {begin} $B",
         special_tokens=[(begin, model.token_to_id(begin))],
     )
-    trained = Tokenizer.from_tokenizers(model)
+    trained = Tokenizer.from_tokenizers(model, end_ids=[model.token_to_id(end)])
     if trained.vocab_size < vocab_size:
         logger.warning(
             "the corpus (%d characters) has pairs for a vocabulary of %d, not %d",
@@ -326,9 +379,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer from a run of ours, a file, or the first of these in a directory.
 
     `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`, a single
-    `.gguf`. What a file is follows from its content. tokenizer_config.json,
-    special_tokens_map.json, generation_config.json and chat_template.jinja beside it name control
-    tokens, stops and the chat template.
+    `.gguf`. What a file is follows from its content. tokenizer_config.json, added_tokens.json,
+    special_tokens_map.json, generation_config.json, config.json and chat_template.jinja beside it
+    name control tokens, what stands around a text, stops, sampling and the chat template.
 
     Raises:
       UserError: missing, empty, huge, corrupt or of another kind; the line names the file.
@@ -357,7 +410,9 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         kind = kind_of(data)(data)
     except UserError as error:
         raise UserError(_one_line(f"{path}: {error}")) from None
-    return Tokenizer(kind, **settings_beside(path.parent, kind))
+    found = files.beside(path.parent)
+    kind = files.completed(kind, path.parent, found)
+    return Tokenizer(kind, **files.settings_beside(path.parent, kind, found))
 
 
 def _load_from_run(path: Path) -> Tokenizer:
@@ -378,14 +433,18 @@ def _load_saved(path: Path, record: dict) -> Tokenizer:
     if hashlib.sha256(data).hexdigest() != record.get("sha256"):
         raise UserError(f"{file}: is not the file that {path.name} was saved with (sha256 differs)")
     try:
-        # What older versions saved had no special_names.
+        # What older versions saved had no special_names, and both tokens around each text.
         record.setdefault("special_names", None)
+        for key, i in (("begin_ids", record["bos_id"]), ("end_ids", record["eos_id"])):
+            record.setdefault(key, [] if i is None else [i])
+        record.setdefault("generation", {})
         tokenizer = _rebuild(kind, data, {key: record[key] for key in _SETTINGS})
     except UserError as error:
         raise UserError(_one_line(f"{file}: {error}")) from None
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: is damaged") from None
-    ids = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.stop_ids]
+    ids = [getattr(tokenizer, name) for name in _ID_SETTINGS]
+    ids += [i for name in _IDS_SETTINGS for i in getattr(tokenizer, name)]
     if not all(i is None or (type(i) is int and 0 <= i < tokenizer.vocab_size) for i in ids):
         raise UserError(f"{path}: names ids outside 0..{tokenizer.vocab_size - 1}")
     if not isinstance(tokenizer.chat_template, str | dict | None):
@@ -393,6 +452,16 @@ def _load_saved(path: Path, record: dict) -> Tokenizer:
     if not all(isinstance(text, str) for text in tokenizer.special_names.values()):
         raise UserError(f"{path}: special_names must be names with text")
     return tokenizer
+
+
+def _write(directory: Path, contents: dict) -> None:
+    """Write bytes, and JSON objects, by file name."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            (write_bytes if isinstance(content, bytes) else write_json)(directory / name, content)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot save the tokenizer: {error.strerror}") from None
 
 
 def _rebuild(kind: type, data: bytes, settings: dict) -> Tokenizer:

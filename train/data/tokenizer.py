@@ -5,7 +5,7 @@ import shutil
 
 from ...configs import paths
 from ...configs.errors import ConfigError
-from ...configs.schema import Config
+from ...configs.schema import Config, DataConfig
 from ...models.parallel.processes import is_first
 from ...models.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ...models.weights import run
@@ -39,6 +39,7 @@ def prepare_tokenizer(
         tokenizer = train_bpe(texts, data.tokenizer_vocab)
     else:
         tokenizer = load_tokenizer(paths.local(data.tokenizer, "data.tokenizer"))
+    tokenizer = with_ends(data, tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} must be at least the "
@@ -49,6 +50,16 @@ def prepare_tokenizer(
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save(folder)
     return tokenizer
+
+
+def with_ends(data: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with what `data.add_bos` and `data.add_eos` say of the ends of a text.
+
+    Raises:
+      UserError: they ask for a token that it lacks.
+    """
+    told = {"auto": None, "always": True, "never": False}
+    return tokenizer.with_ends(told[data.add_bos], told[data.add_eos])
 
 
 def tokenizer_files(workdir: pathlib.Path) -> dict[str, bytes]:

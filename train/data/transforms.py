@@ -17,7 +17,7 @@ from .examples import Example, Media, Record, RecordError, text_of
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A document: bos, its text, eos; a tokenizer without bos or eos leaves that one out."""
+    """A document: its text between what the tokenizer puts around one."""
 
     tokenizer: Any
     key: str = "text"
@@ -38,8 +38,7 @@ def document_ids(tokenizer, ids: list[int]) -> list[int]:
     """The ids of a whole document: none where its text has none."""
     if not ids:
         return []
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    return [bos] * (bos is not None) + ids + [eos] * (eos is not None)
+    return [*tokenizer.begin_ids, *ids, *tokenizer.end_ids]
 
 
 # What stands for a picture or a clip in a text.
@@ -96,8 +95,7 @@ class TextWithMedia:
         waiting = {name: list(values) for name, values in found.items()}
         ids: list[int] = []
         media: list[Media] = []
-        bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
-        ids += [bos] * (bos is not None)
+        ids += (begin := self.tokenizer.begin_ids)
         for name, place in PLACES.items():
             for _ in range(len(waiting[name]) - text.count(place)):
                 self._add(name, waiting[name].pop(0), ids, media)
@@ -107,9 +105,9 @@ class TextWithMedia:
                 self._add(name, waiting[name].pop(0), ids, media)
             elif part:
                 ids += self.tokenizer.encode(part)
-        if len(ids) == (bos is not None):
+        if len(ids) == len(begin):
             return Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
-        ids += [eos] * (eos is not None)
+        ids += self.tokenizer.end_ids
         weights = np.ones(len(ids), np.float32)
         for m in media:
             weights[m.start : m.stop] = 0.0

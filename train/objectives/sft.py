@@ -37,7 +37,7 @@ class PromptCompletion:
     def encode(self, parsed: tuple[str, str]) -> Example:
         prompt, completion = parsed
         t = self.tokenizer
-        begin = [t.bos_id] * (t.bos_id is not None)
+        begin = t.begin_ids
         ids = t.encode(prompt + completion)
         whole = [*begin, *ids, *[t.eos_id] * (t.eos_id is not None)]
         if len(whole) > self.longest:

@@ -371,6 +371,7 @@ class Words:
     pieces = (b"", b" one", b" two", b"xabcy")
     vocab_size, bos_id, eos_id, stop_ids, special = 4, 0, None, (), {}
     token_bytes = np.array([0, 4, 4, 5], np.int32)
+    generation = {}
 
     def decode_bytes(self, ids, continuation):
         data = b"".join(self.pieces[i] for i in ids)
@@ -456,8 +457,7 @@ def test_a_broken_model_is_not_taken_for_text():
 
 
 def test_a_text_without_tokens_needs_a_bos():
-    silent = byte_tokenizer()
-    silent.bos_id = None
+    silent = byte_tokenizer().with_ends(False, None)
     with pytest.raises(UserError, match="prompt 0 is empty"):
         generate(MODEL, None, silent, "")
     assert say("fine", [""], max_tokens=4) == "fine"

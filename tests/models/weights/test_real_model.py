@@ -131,7 +131,24 @@ def test_the_release_loads_in_transformers(demo, path, loaded, tmp_path):
     messages = [{"role": "user", "content": demo.QUESTION}]
     rendered = their_tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert list(getattr(rendered, "input_ids", rendered)) == tokenizer.chat(messages)
-    assert released.generation_config.eos_token_id == [0, 2]
+    assert sorted(released.generation_config.eos_token_id) == [0, 2]
+
+
+def test_an_evaluation_has_the_loss_of_transformers(demo, path, theirs, tmp_path):
+    import torch
+    from transformers import AutoTokenizer
+
+    (tmp_path / "text.txt").write_text(demo.PARAGRAPH)
+    config = puna.get_config(
+        "tiny", [f"data.validation={tmp_path / 'text.txt'}", "data.seq_len=512"]
+    )
+    found = puna.evaluate(config, path)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ids = torch.tensor([tokenizer(demo.PARAGRAPH)["input_ids"]])
+    with torch.no_grad():
+        wanted = float(theirs(ids, labels=ids).loss)
+    assert abs(found["loss"] - wanted) < 1e-4
+    assert found["tokens"] == ids.shape[1] - 1 and found["begin_ids"] == []
 
 
 @pytest.mark.parametrize("name", ["llama3_1", "scout", "maverick", "vision"])

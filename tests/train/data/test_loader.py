@@ -22,7 +22,7 @@ class NumberTokenizer:
     """Texts are ids: "5 6" is [5, 6]."""
 
     def __init__(self, bos_id=BOS, eos_id=EOS):
-        self.bos_id, self.eos_id = bos_id, eos_id
+        self.begin_ids, self.end_ids = ([] if i is None else [i] for i in (bos_id, eos_id))
 
     def encode(self, text):
         return [int(word) for word in text.split()]
