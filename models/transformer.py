@@ -10,6 +10,7 @@ is data in `ModelConfig`.
 """
 
 import dataclasses
+import functools
 
 import flax
 import jax
@@ -230,7 +231,15 @@ def abstract_params(config: ModelConfig):
     Returns:
       The tree of boxed `ShapeDtypeStruct`s: `sharding.unbox` and `sharding.shardings` read it.
     """
-    return jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
+    leaves, tree = _abstract(config)
+    return jax.tree.unflatten(tree, leaves)
+
+
+@functools.cache
+def _abstract(config: ModelConfig):
+    # On no mesh: what is remembered must not be of one. Tracing a model takes a good second.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.tree.flatten(jax.eval_shape(lambda key: _init(config, key), jax.random.key(0)))
 
 
 def _init(config, key):

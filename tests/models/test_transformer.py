@@ -8,7 +8,7 @@ import pytest
 from puna.configs import schema
 from puna.models.decode import engine
 from puna.models.parallel import sharding
-from puna.models.transformer import Transformer, abstract_params, init_params, unembed
+from puna.models.transformer import Transformer, _init, abstract_params, init_params, unembed
 from puna.train import objectives
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state
@@ -42,6 +42,20 @@ def logits_in(jaxpr, tokens: int) -> bool:
 
 def abstract(c):
     return sharding.unbox(abstract_params(c.model))
+
+
+def test_parameters_are_traced_once_and_given_anew():
+    c = config().model
+    mesh = sharding.make_mesh(schema.MeshConfig(data=4, fsdp=2))
+    with jax.set_mesh(mesh):
+        first, second = abstract_params(c), abstract_params(c)
+        fresh = jax.eval_shape(lambda key: _init(c, key), jax.random.key(0))
+    assert jax.tree.structure(first) == jax.tree.structure(fresh)
+    for a, b, new in zip(*map(jax.tree.leaves, (first, second, fresh)), strict=True):
+        assert a is b and a == new and a.sharding == new.sharding
+    # What one caller does to its dicts is not what the next one gets.
+    del first["embed"]
+    assert "embed" in second and "embed" in abstract_params(c)
 
 
 @pytest.mark.parametrize("tied", [False, True])

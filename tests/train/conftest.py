@@ -32,8 +32,21 @@ def corpus(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def make_config(corpus):
+    """A function that gives the configuration, anew each time.
+
+    Tests that keep to its model, mesh and steps share what the compiler made of them.
+    """
+    return lambda: _config(corpus)
+
+
 @pytest.fixture
-def config(corpus):
+def config(make_config):
+    return make_config()
+
+
+def _config(corpus):
     config = base.get_config()
     config.model.update(
         vocab_size=264, embed_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,

@@ -17,6 +17,7 @@ from puna.models.parallel import sharding
 from puna.models.transformer import abstract_params
 from puna.models.weights import run
 from puna.models.weights.checksum import checksums
+from puna.train import checkpoint
 from puna.train.checkpoint import Checkpoints
 from puna.train.optimizer import make_optimizer
 from puna.train.state import abstract_state, init_state
@@ -226,6 +227,23 @@ def test_local_checkpoints(config, tmp_path, capsys):
     assert here.restore() is None
     assert "checkpoints of an earlier" in capsys.readouterr().err
     assert [p.name for p in folder.parent.glob("checkpoints.old/5")] == ["5"]
+
+
+def test_a_run_of_before_a_key_resumes_under_its_default(config, tmp_path, monkeypatch):
+    to_dict = checkpoint.to_dict
+
+    def older(c):
+        values = to_dict(c)
+        del values["train"]["trainable"], values["data"]["images"]
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "to_dict", older)
+        Run(config, tmp_path).save(3)
+    assert Run(config, tmp_path).restore()[0].step == 3
+    config.train.trainable = "mlp"
+    with pytest.raises(UserError, match="train.trainable='mlp' differs from ''"):
+        Run(config, tmp_path).restore()
 
 
 SPELLINGS = {

@@ -77,7 +77,7 @@ def test_a_run_from_weights_resumes_bit_for_bit_and_without_them(first, plain, t
     shutil.copytree(first / "hf", tmp_path / "hf")
     config = plain(init_from=str(tmp_path / "hf"))
     whole = train(config, tmp_path / "whole")
-    train(config, tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "hf")
     resumed = train(config, tmp_path / "cut")
