@@ -117,10 +117,6 @@ def check(c) -> None:
             f"train.local_every={c.train.local_every} must be below "
             f"train.save_every={c.train.save_every} where train.local_dir is given"
         )
-    if c.optimizer.name == "muon" and c.model.param_dtype != "float32":
-        raise ConfigError(
-            f"model.param_dtype={c.model.param_dtype} must be float32 where optimizer.name=muon"
-        )
     axes = {f.name: getattr(c.mesh, f.name) for f in dataclasses.fields(c.mesh)}
     if sum(v == -1 for v in axes.values()) > 1:
         inferred = " and ".join(f"mesh.{k}=-1" for k, v in axes.items() if v == -1)

@@ -160,7 +160,9 @@ class ModelConfig:
     )
 
     compute_dtype: str = key("bfloat16", "matmul operands and activations", DTYPE)
-    param_dtype: str = key("float32", "stored parameters", DTYPE)
+    param_dtype: str = key(
+        "float32", "stored parameters; beside bfloat16 the optimizer keeps float32 ones", DTYPE
+    )
     remat: str = key("none", "what the backward pass recomputes", one_of("none", "dots", "full"))
     pipeline_microbatches: int = key(0, "parts of a batch in the pipeline; 0 = one a stage",
                                      at_least(0))  # fmt: skip

@@ -176,7 +176,9 @@ def initial_state(config: Config, tx: optax.GradientTransformation, mesh) -> Tra
     if not config.train.init_from:
         return init_state(config, tx, mesh)
     path, _ = source(config.train.init_from)
-    _, params = load(path, config.model.param_dtype, mesh)
+    # As they are stored, where they will be rounded: the optimizer's float32 copy is of these.
+    dtype = "float32" if config.model.param_dtype == "float32" else None
+    _, params = load(path, dtype, mesh)
     state = state_of(config, tx, mesh, params)
     if not config.train.with_optimizer:
         return state

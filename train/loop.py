@@ -77,6 +77,8 @@ def train(
     places = abstract_state(c, tx, mesh)
     if processes.is_first():
         print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
+        held = sharding.bytes_per_device(places.opt_state)
+        print(f"{c.optimizer.name}, {held:,} bytes per device", flush=True)
         if c.train.trainable:
             trains, total = (
                 sum(x.size for x in jax.tree.leaves(tree))

@@ -8,6 +8,7 @@ import optax
 
 from ..configs.schema import Config
 from ..models.parallel.sharding import Param, own_dims, summed_dims
+from .master_weights import with_master_weights
 from .state import split
 
 # Steps after which the usual norm of the gradient is known well enough.
@@ -50,7 +51,8 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
     """The gradient transformation of a configuration.
 
     Args:
-      config: reads `optimizer`, `train.steps` and `train.trainable`.
+      config: reads `optimizer`, `train`, and `model.param_dtype`: the state holds float32 master
+        weights of parameters that are less.
       boxed: `transformer.abstract_params`, whose logical names tell matrices from norms.
     """
     boxed, _ = split(boxed, config.train.trainable)
@@ -76,6 +78,8 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
         optax.add_decayed_weights(o.weight_decay, decays),
         optax.scale_by_learning_rate(rate),
     )
+    if config.model.param_dtype != "float32":
+        chain = with_master_weights(chain)
     return guarded(chain, config.train.spike_factor)
 
 

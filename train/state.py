@@ -1,5 +1,6 @@
 """What a training step carries: step count, parameters, optimizer state, each with its place."""
 
+import dataclasses
 import difflib
 import re
 
@@ -125,16 +126,24 @@ def _like_params(opt_state, params, places, mesh):
 
 def init_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
     """A fresh state: random parameters from `train.seed`, the same numbers on any mesh."""
-    params = init_params(config.model, jax.random.key(config.train.seed), mesh)
+    # Rounded to `param_dtype` only once the optimizer has its float32 copy.
+    model = dataclasses.replace(config.model, param_dtype="float32")
+    params = init_params(model, jax.random.key(config.train.seed), mesh)
     return state_of(config, tx, mesh, params)
 
 
 def state_of(config: Config, tx: optax.GradientTransformation, mesh, params) -> TrainState:
-    """The state before the first step, from all parameters of the model."""
+    """The state before the first step.
+
+    Args:
+      params: all parameters of the model, in any dtype; the optimizer starts from them as they
+        are, before they are rounded to `model.param_dtype`.
+    """
     abstract = abstract_state(config, tx, mesh)
     params, base = split(params, config.train.trainable)
     # Without explicit places optax's counters would all land on one device.
     places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return TrainState(step, params, {"base": base} if base else {}, opt_state)
+    state = TrainState(step, params, {"base": base} if base else {}, opt_state)
+    return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), state, abstract)

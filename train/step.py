@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..configs.schema import Config
 from ..models.moe import RouterStats
 from ..models.transformer import Transformer
+from .master_weights import apply_updates
 from .objectives import Objective
 from .state import TrainState, join
 
@@ -36,25 +37,28 @@ def make_train_step(config: Config, model: Transformer, tx, objective: Objective
             sums = {name: jnp.sum(x_B) for name, x_B in found.rows_B.items()}
             return found.total / weight + auxiliary, {"rows": sums, "router": router}
 
-        gradient = jax.grad(part_loss, has_aux=True)
+        def gradient(part):
+            """In float32, whatever the parameters are stored in: parts are summed, and squared."""
+            grads, sums = jax.grad(part_loss, has_aux=True)(state.params, part)
+            return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+            return jax.tree.map(jnp.add, total, gradient(part)), None
 
         if parts == 1:  # without a second tree of gradients
-            grads, sums = gradient(state.params, batch)
+            grads, sums = gradient(batch)
         else:
             cut = split(batch, parts)
-            shapes = jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], cut))
+            shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], cut))
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             (grads, sums), _ = jax.lax.scan(add, zeros, cut)
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
         bad = opt_state.bad > state.opt_state.bad
         if config.model.bias_update_rate:
             rate = config.model.bias_update_rate
-            params = balance_routers(params, sums["router"], rate, bad)
+            updates = balance_routers(updates, sums["router"], rate, bad)
+        params, opt_state = apply_updates(state.params, updates, opt_state)
         metrics = {
             **objective.summary(sums["rows"]),
             "grad_norm": optax.tree.norm(grads),
@@ -101,17 +105,17 @@ def router_metrics(router) -> dict[str, jax.Array]:
     }
 
 
-def balance_routers(params, router, rate: float, bad):
-    """Move each router's bias one step toward an even load (DeepSeek-V3, arXiv 2412.19437).
+def balance_routers(updates, router, rate: float, bad):
+    """Add one step of each router's bias toward an even load (DeepSeek-V3, arXiv 2412.19437).
 
     Nothing moves in a bad step, whose statistics may be of no use. The bias takes part in the
     choice of experts only and has no gradient; this is its update.
     """
-    params = jax.tree.map(lambda x: x, params)  # new dicts, to be changed
+    updates = jax.tree.map(lambda x: x, updates)  # new dicts, to be changed
     for (block, name), stats in router_layers(router):
-        moe = params.get(block, {}).get(name, {}).get("moe", {})
+        moe = updates.get(block, {}).get(name, {}).get("moe", {})
         if "router_bias_E" not in moe:  # it does not train
             continue
         even = jnp.mean(stats.load_E, axis=-1, keepdims=True)
         moe["router_bias_E"] += jnp.where(bad, 0.0, rate * jnp.sign(even - stats.load_E))
-    return params
+    return updates

@@ -267,6 +267,14 @@ def unbox(boxed):
     return jax.tree.map(lambda p: p.value, boxed, is_leaf=_is_param)
 
 
+def bytes_per_device(tree) -> int:
+    """What one device holds of a tree of arrays, or of shapes with shardings."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
 def table(shapes, shardings) -> str:
     """Parameter, shape, spec and bytes per device, a line each, for people to read."""
     rows, total = [], 0

@@ -11,13 +11,14 @@ from . import placing, run
 from .tensors import Weights
 
 
-def load(path, dtype: str = "float32", mesh=None, quantize: str = ""):
+def load(path, dtype: str | None = "float32", mesh=None, quantize: str = ""):
     """Load a model for evaluation, generation or a notebook.
 
     Args:
       path: a Hugging Face directory, a Meta directory, a GGUF file, a run's folder (its newest
         checkpoint) or one checkpoint of it.
-      dtype: "float32" or "bfloat16", of the parameters and of the computation.
+      dtype: "float32" or "bfloat16", of the parameters and of the computation; None leaves every
+        parameter as it is stored.
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
       quantize: "int8" keeps matrices as int8 with a scale for each output channel, a parameter at a
         time, see `models/quantize.py`; dtype is then that of the computation and of the rest.
@@ -29,7 +30,7 @@ def load(path, dtype: str = "float32", mesh=None, quantize: str = ""):
     Raises:
       UserError: nothing there can be read.
     """
-    if dtype not in ("float32", "bfloat16"):
+    if dtype not in ("float32", "bfloat16", None):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     if quantize and quantize not in quantization.KINDS:
         raise UserError(
@@ -46,7 +47,8 @@ def load(path, dtype: str = "float32", mesh=None, quantize: str = ""):
         config = weights.config
         params = placing.place(weights, mesh, dtype, each=each)
         weights.warn_of_nonfinite(path)
-    config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
+    if dtype is not None:
+        config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
     return Transformer(config), params
 
 

@@ -286,8 +286,8 @@ def _first_line(error: BaseException) -> str:
     return line.split(" [tensorstore_spec")[0]
 
 
-def load(path, dtype: str, mesh, step: int | None = None, each=None):
-    """The model and the parameters of a run, placed on the mesh and cast to `dtype`.
+def load(path, dtype: str | None, mesh, step: int | None = None, each=None):
+    """The model and the parameters of a run, placed on the mesh cast unless `dtype` is None.
 
     Args:
       each: as of `placing.place`.
@@ -318,7 +318,7 @@ def load(path, dtype: str, mesh, step: int | None = None, each=None):
     flat, names = {path.lstrip("/"): x for path, x in flat.items()}, sharding.names(boxed)
     for path in flat:
         # One after another, so that there are never two whole models.
-        flat[path] = flat[path].astype(dtype)
+        flat[path] = flat[path].astype(dtype or flat[path].dtype)
         if each:
             flat[path] = each(flat[path], names[path])
     return Transformer(config), traverse_util.unflatten_dict(flat, sep="/")

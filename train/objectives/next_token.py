@@ -248,8 +248,8 @@ def _forward(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_c
 
 def _backward(dtype, z_loss, loss_chunk, saved, cotangents):
     g, _ = cotangents
-    dhidden_BTD, dtable_DV = saved
-    return (g * dhidden_BTD).astype(dhidden_BTD.dtype), g * dtable_DV, None, None
+    dhidden_BTD, dtable_DV = ((g * x).astype(x.dtype) for x in saved)
+    return dhidden_BTD, dtable_DV, None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
