@@ -52,6 +52,8 @@ def run(block, params, x_BTD, tokens: Tokens, wanted: int, policy):
 
     def stage(params, x_MBTD, tokens_M, stage_1):
         s = stage_1[0]
+        # The gradient adds up over the ticks in the dtype of these.
+        params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
         R = len(jax.tree.leaves(params)[0])
         turns = R if R % P == 0 and M % P == 0 else 1
         if turns > 1:

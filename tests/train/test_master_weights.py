@@ -131,8 +131,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(config, name, model, axes, steps
         found.append({path: x - start[path] for path, x in leaves(master(state)).items()})
     one, eight = found
     for path in one:
-        # A gradient may round to the next bfloat16, which is 2**-8 of it away; next to zero, where a
-        # rule divides by its size, that can be another sign: in a few elements of a tensor.
+        # Gradients may round to the next bfloat16, 2**-8 of them away; next to zero, where a rule
+        # divides by their size, that can be another sign: in a few elements of a tensor.
         error = np.quantile(np.abs(eight[path] - one[path]), 0.99)
         assert error < 0.01 * np.abs(one[path]).max(), path
 
