@@ -287,7 +287,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def load(path, dtype: str | None, mesh, step: int | None = None, each=None):
-    """The model and the parameters of a run, placed on the mesh cast unless `dtype` is None.
+    """The model and the parameters of a run, placed on the mesh; cast unless `dtype` is None.
 
     Args:
       each: as of `placing.place`.
