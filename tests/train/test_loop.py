@@ -29,10 +29,11 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def whole(make_config, tmp_path_factory):
+def whole(make_config, corpus, tmp_path_factory):
     """A finished run, which nobody may change: its folder and its last state."""
-    folder = tmp_path_factory.mktemp("whole")
-    return folder, train(make_config(), folder)
+    folder, config = tmp_path_factory.mktemp("whole"), make_config()
+    config.data.validation = f"{corpus}/validation/*.txt"
+    return folder, train(config, folder)
 
 
 def cut(folder, to):
@@ -42,7 +43,8 @@ def cut(folder, to):
     return to
 
 
-def test_a_run_leaves_what_it_should(config, tmp_path):
+def test_a_run_leaves_what_it_should(config, corpus, tmp_path):
+    config.data.validation = f"{corpus}/validation/*.txt"
     train(config, tmp_path, {"validation": evaluate_loss})
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["step"] == 6 and results["validation_bits_per_byte"] < 9
@@ -59,8 +61,9 @@ def test_a_run_leaves_what_it_should(config, tmp_path):
     assert "validation_loss" in records[2] and "validation_loss" not in records[1]
 
 
-def test_resuming_is_bit_identical(whole, config, tmp_path):
+def test_resuming_is_bit_identical(whole, config, corpus, tmp_path):
     folder, state = whole
+    config.data.validation = f"{corpus}/validation/*.txt"
     resumed = train(config, cut(folder, tmp_path / "cut"))
     assert losses(tmp_path / "cut") == losses(folder)
     assert same(state, resumed)
