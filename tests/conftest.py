@@ -38,6 +38,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 ).strip()
 # Compiling is most of what the suite does. Workers, subprocesses and later runs share the results.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ["XDG_CACHE_HOME"] = str(CACHE)  # what is known of data files, and fonts
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # No deadline: the first example of each shape compiles. In CI the examples are always the same.
