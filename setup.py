@@ -42,6 +42,10 @@ EXTRAS = {
     "gguf": ["gguf>=0.17.0"],
     # Pictures as input.
     "images": ["pillow>=11.0.0"],
+    # Data in Parquet and Arrow, and compressed with Zstandard.
+    "parquet": ["pyarrow>=17.0.0", "zstandard>=0.23.0"],
+    # Data behind gs:// and s3://; other schemes name the package that they need.
+    "remote": ["fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
     # Running the notebooks.
     "notebooks": ["ipykernel>=6.29.0", "nbclient>=0.10.0", "nbformat>=5.10.0"],
     # The independent implementations that golden tests compare with: exact, since numbers are.
@@ -50,7 +54,10 @@ EXTRAS = {
     "dev": [
         "autograd>=1.7.0",  # gradients of the NumPy model that tests compare with
         "basedpyright==1.40.2",  # pyright from the package index alone: no Node.js download
+        "fsspec>=2025.3.0",  # its backend in memory stands for a server
         "hypothesis>=6.112.0",
+        "pyarrow>=17.0.0",
+        "zstandard>=0.23.0",
         "pytest>=8.3.0",
         "pytest-xdist>=3.6.1",
         "ruff==0.17.6",

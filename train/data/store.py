@@ -13,6 +13,7 @@ are removed when another is made.
 import array
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -82,8 +83,9 @@ class Maker:
             "data": _data_state(self.folder),
         }
         (self.folder / "entry.json").write_text(json.dumps(meta))
-        for path in self.folder.iterdir():
-            with open(path, "rb") as file:
+        # After a power cut, the checksums tell what of the rest did not reach the disk.
+        if meta["data"]:
+            with open(self.folder / "data", "rb") as file:
                 os.fsync(file.fileno())
 
 
@@ -122,7 +124,9 @@ def find_or_make(key: dict, make: Callable[[Maker], dict]) -> Entry:
             about = make(maker)
             with _written(root):
                 maker.finish(key, about)
-                _put(new, root / name)
+                # Where locks do not work, another process may have put the same there.
+                if not _open(root / name, key):
+                    _put(new, root / name)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     entry = _open(root / name, key)
@@ -236,9 +240,11 @@ def _put(new: pathlib.Path, place: pathlib.Path) -> None:
         old = tempfile.mkdtemp(prefix=f"{place.name}.", dir=place.parent)
         os.rename(place, os.path.join(old, "damaged"))
         shutil.rmtree(old, ignore_errors=True)
-    # Where locks do not work, another process may have put the same there just now.
-    with contextlib.suppress(FileExistsError):
+    try:
         os.rename(new, place)
+    except OSError as error:  # it came there just now
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 @contextlib.contextmanager

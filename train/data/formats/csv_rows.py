@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -21,7 +22,7 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
     try:
         first = text.readline()
         delimiter = max(",\t;|", key=first.count)
-        rows = csv.reader(_from(first, text), delimiter=delimiter)
+        rows = csv.reader(itertools.chain([first], text), delimiter=delimiter)
         header = next(rows, [])
         if len(set(header)) < len(header):
             raise ValueError("its first row is no header: two columns have one name")
@@ -34,8 +35,3 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
     finally:
         csv.field_size_limit(limit)
         text.detach()
-
-
-def _from(first: str, rest: io.TextIOWrapper) -> Iterator[str]:
-    yield first
-    yield from rest
