@@ -47,7 +47,7 @@ def write(path: pathlib.Path, size: int) -> None:
 def memory(process: str, key: str) -> float:
     """A figure of /proc/PROCESS/status in MB."""
     text = pathlib.Path(f"/proc/{process}/status").read_text()
-    return int(text.split(key)[1].split()[1]) * 1024 / 1e6
+    return int(text.split(key)[1].split()[0]) * 1024 / 1e6
 
 
 def child(path: str, reads: int, workers: int) -> dict:
@@ -103,13 +103,15 @@ def main() -> None:
                     stdout=subprocess.PIPE, check=True,
                 )  # fmt: skip
                 found = json.loads(done.stdout)
-                print(
+                line = (
                     f"  {start:12}: first batch after {found['seconds']:.2f} s, memory "
-                    f"{found['memory']:.0f} MB (imports {found['imports']:.0f} MB)"
-                    + (f", a reader {found['reader']:.0f} MB" if workers else
-                       f", {found['documents']:,} documents, {found['a_second']:,.0f} read a second"),
-                    flush=True,
-                )  # fmt: skip
+                    f"{found['memory']:.0f} MB (imports {found['imports']:.0f} MB), "
+                )
+                if workers:
+                    line += f"a reader {found['reader']:.0f} MB"
+                else:
+                    line += f"{found['documents']:,} documents, {found['a_second']:,.0f} a second"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

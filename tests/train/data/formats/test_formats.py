@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
@@ -26,8 +27,6 @@ from puna.train.data.files import FileRecords
 from puna.train.data.formats import compression, csv_rows
 from puna.train.data.quarantine import BadRecord
 from puna.train.data.transforms import Text
-
-import zstandard
 
 ROWS = [{"text": t, "n": str(i)} for i, t in enumerate(
     ("one", 'a "quoted", comma; bar|\n\ttab and \\', "é ☃ 🦙", "", "[{", " last "))]  # fmt: skip
