@@ -10,8 +10,9 @@ from ..models.parallel import sharding
 from ..models.text.tokenizer import load_tokenizer
 from ..models.transformer import Transformer, count_params
 from ..models.weights.load import load
+from ..train import objectives
 from ..train.data.tokenizer import with_ends
-from ..train.validation import evaluate_loss
+from ..train.validation import HeldOut
 
 
 def evaluate(config: Mapping, path, quantize: str = "") -> dict:
@@ -34,10 +35,12 @@ def evaluate(config: Mapping, path, quantize: str = "") -> dict:
         raise ConfigError("data.validation='' must name what to evaluate on")
     path = paths.local(path, "checkpoint")
     mesh = sharding.make_mesh(c.mesh)
+    # The data before the weights, which may take minutes to load.
+    tokenizer = with_ends(c.data, load_tokenizer(path))
+    held_out = HeldOut(c, objectives.make(c, tokenizer.token_bytes), tokenizer, mesh)
     model, params = load(path, mesh=mesh, quantize=quantize)
     model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
-    tokenizer = with_ends(c.data, load_tokenizer(path))
-    numbers = evaluate_loss(c, model, params, tokenizer, mesh)
+    numbers = held_out(model, params, {})
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise UserError(

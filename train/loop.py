@@ -28,6 +28,7 @@ from .step import make_train_step
 from .validation import HeldOut
 
 Evaluator = Callable[..., dict[str, float]]
+EVALUATED = "data_bad_records"  # a number that the record of every evaluated step has
 
 
 def train(
@@ -105,7 +106,22 @@ def train(
         with ledger.doing("compile"):
             step_fn = step_fn.lower(places, objective.abstract_batch(c, mesh)).compile()
             processes.wait("compiled")
+
+        def evaluate(state: TrainState, step: int) -> None:
+            with ledger.doing("evaluation"):
+                params, numbers = join(state.params, state.frozen), {}
+                if held_out is not None:
+                    found = held_out(model, params, state.frozen)
+                    numbers |= {f"validation_{k}": v for k, v in found.items()}
+                for name, evaluator in (evaluators or {}).items():
+                    found = evaluator(c, model, params, tokenizer, mesh)
+                    numbers |= {f"{name}_{k}": v for k, v in found.items()}
+            log.add(step, numbers | {EVALUATED: quarantine.count()})
+
         ledger.running()
+        # What was saved, and then not evaluated.
+        if any(processes.gather(_evaluates(c, step) and log.lacks(step, EVALUATED))):
+            evaluate(state, step)
         while step < c.train.steps:
             step += 1
             last, ends = step == c.train.steps, signals.end_after(step)
@@ -126,20 +142,15 @@ def train(
                 continue
             if c.train.check_replicas_every and step % c.train.check_replicas_every == 0:
                 check_replicas(state.params, step)
-            if last or (c.train.eval_every and step % c.train.eval_every == 0):
-                with ledger.doing("evaluation"):
-                    params = join(state.params, state.frozen)
-                    if held_out is not None:
-                        log.add("validation", held_out(model, params, state.frozen))
-                    for name, evaluate in (evaluators or {}).items():
-                        log.add(name, evaluate(c, model, params, tokenizer, mesh))
-                log.add("data", {"bad_records": quarantine.count()})
             if saves:
-                log.flush()
+                log.flush(wanted=_evaluates(c, step))
                 with ledger.doing("save"):
                     # Of all rows of the global batch, whichever process reads them.
                     checkpoints.save(state, step, processes.merge(loader.get_state()))
                     ledger.saving(step)
+            # After the save, since it may fail; what is told to end may have seconds.
+            if _evaluates(c, step) and (last or not ends):
+                evaluate(state, step)
             if ends:
                 break
         log.finish(step)
@@ -150,6 +161,12 @@ def train(
     if step < c.train.steps:
         raise Interrupted(f"{workdir}: ended after step {step}; the same command goes on from it")
     return state
+
+
+def _evaluates(c: schema.Config, step: int) -> bool:
+    """Whether the state after a step is to be evaluated."""
+    every = c.train.eval_every
+    return step > 0 and (step == c.train.steps or (every > 0 and step % every == 0))
 
 
 def _keep_programs() -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 import statistics
 import sys
@@ -107,8 +108,10 @@ class RunLog:
         if is_first():
             path = self.workdir / "metrics.jsonl"
             kept = [m for m in read(path) if m["step"] <= start]
-            write_text(path, "".join(to_json(m) + "\n" for m in kept))
-            self.file = open(path, "a", encoding="utf-8")
+            lines = [to_json(m) + "\n" for m in kept]
+            write_text(path, "".join(lines))
+            self.file = open(path, "r+b")
+            self.last_at = sum(map(len, lines[:-1]))  # of ASCII
             self.events = SummaryWriter(str(self.workdir / "events"), purge_step=start + 1)
         self.last: dict = kept[-1] if kept else {}
         self.pending: tuple[int, dict, dict] | None = None
@@ -128,21 +131,31 @@ class RunLog:
         self._flush(self._timing)
         self.pending = (step, values, {})
 
-    def flush(self) -> None:
-        """Write what the last step gave: a checkpoint must not be ahead of the metrics."""
-        self._flush(self._timing)
+    def flush(self, wanted: bool) -> None:
+        """Write what the last step gave: a checkpoint must not be ahead of the metrics.
 
-    def add(self, name: str, numbers: dict[str, float]) -> None:
-        """Join an evaluator's numbers to the record of the step just dispatched."""
-        assert self.pending is not None
-        self.pending[2].update({f"{name}_{k}": v for k, v in numbers.items()})
+        Args:
+          wanted: whether there must be a record, which `add` joins; else as `log_every` has it.
+        """
+        self._flush(self._timing, wanted)
 
-    def _flush(self, timing) -> None:
+    def add(self, step: int, numbers: dict[str, float]) -> None:
+        """Join the numbers of an evaluation to the record of a step, the last one there is."""
+        if self.pending is not None:
+            self.pending[2].update(numbers)
+        else:
+            self._write(step, {**self.last, **numbers}, numbers)
+
+    def lacks(self, step: int, number: str) -> bool:
+        """Whether the last record is of this step and has no such number."""
+        return self.last.get("step") == step and number not in self.last
+
+    def _flush(self, timing, wanted: bool = False) -> None:
         if self.pending is None:
             return
         (step, values, extra), self.pending = self.pending, None
         every = self.config.train.log_every
-        if step % every and step != self.config.train.steps and not extra:
+        if step % every and step != self.config.train.steps and not extra and not wanted:
             return
         record = {name: np.asarray(value).tolist() for name, value in values.items()}
         record["learning_rate"] = float(self.rate(step - 1))
@@ -162,14 +175,20 @@ class RunLog:
         self.logged, self.logged_at, self.input_wait = step, now, 0.0
         return timing
 
-    def _write(self, step: int, record: dict) -> None:
-        scalars = {k: v for k, v in record.items() if not isinstance(v, list)}
+    def _write(self, step: int, record: dict, new: dict | None = None) -> None:
+        """Write a record, over the last one if that is of the same step; `new` is what is in it."""
+        scalars = {k: v for k, v in (new or record).items() if not isinstance(v, list)}
+        again = self.last.get("step") == step
         self.last = {"step": step, **record}
         self.ledger.write()
         if self.file is None or self.events is None:
             return
-        self.file.write(to_json(self.last) + "\n")
-        self.file.flush()
+        if not again:
+            self.last_at = self.file.seek(0, os.SEEK_END)
+        # One write, and of no fewer bytes: a kill leaves the one record or the other.
+        self.file.seek(self.last_at)
+        self.file.write((to_json(self.last) + "\n").encode())
+        self.file.truncate()
         for name, value in scalars.items():
             self.events.add_scalar(name, value, step)
         text = ", ".join(f"{k} {v:.4g}" for k, v in scalars.items() if k in SHOWN)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from puna import __main__ as cli
-from puna.configs import schema
+from puna.configs import get_config, schema
 from puna.configs.errors import UserError
 from puna.eval import evaluate
 from puna.models.text.tokenizer import byte_tokenizer
@@ -50,3 +50,18 @@ def test_a_loss_that_is_no_number(command):
 def test_a_tokenizer_of_another_model(command):
     with pytest.raises(UserError, match="gives id 257 and the model has ids 0..199"):
         command(200, lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none.txt", "no such file"), ("empty.txt", "holds no document"), ("a.zip", "a zip archive")],
+)
+def test_data_is_opened_before_weights_are_loaded(tmp_path, monkeypatch, name, reason):
+    byte_tokenizer().save(tmp_path)
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
+    monkeypatch.setattr(evaluate, "load", None)
+    config = get_config("tiny")
+    config.data.validation = str(tmp_path / name)
+    with pytest.raises(UserError, match=reason):
+        evaluate.evaluate(config, tmp_path)

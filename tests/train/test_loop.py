@@ -199,3 +199,84 @@ def test_a_mistake_leaves_nothing_behind(config, tmp_path, change, message):
         train(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_an_evaluation_that_fails_loses_no_step(config, tmp_path):
+    """The checkpoint is there by then, and the next start evaluates what was not."""
+
+    def number(c, model, params, tokenizer, mesh):
+        return {"norm": float(sum(np.abs(x).sum() for x in jax.tree.leaves(params)))}
+
+    def fails(*args):
+        raise UserError("the evaluation failed")
+
+    train(config, tmp_path / "whole", {"x": number})
+    with pytest.raises(UserError, match="the evaluation failed"):
+        train(config, tmp_path / "cut", {"x": fails})
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["3"]
+    train(config, tmp_path / "cut", {"x": number})
+    whole, cut = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    for a, b in zip(whole, cut, strict=True):
+        assert a.keys() ^ b.keys() <= {"step_seconds", "tokens_per_second", "input_wait_seconds"}
+        assert all(a[k] == b[k] for k in ("step", "loss", "x_norm", "data_bad_records") if k in a)
+    assert "x_norm" in cut[2] and "x_norm" in cut[5]
+
+
+def test_the_last_evaluation_is_made_up_for(config, tmp_path):
+    config.train.update(steps=2, eval_every=0)
+
+    def fails(*args):
+        raise UserError("the evaluation failed")
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="the evaluation failed"):
+            train(config, tmp_path, {"x": fails})
+        assert (tmp_path / "checkpoints" / "2").exists()
+    train(config, tmp_path, {"x": lambda *args: {"number": 3.0}})
+    records = metrics.read(tmp_path / "metrics.jsonl")
+    assert [m["step"] for m in records] == [1, 2] and records[1]["x_number"] == 3.0
+    assert "loss" in records[1]
+    assert json.loads((tmp_path / "results.json").read_text())["x_number"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ("nofile.txt", "nofile.txt: no such file"),
+        ("{}/empty.jsonl", "holds no document: it is empty"),
+        ("{}/blank.jsonl", "there is no text in its documents"),
+        ("2*{}/good.jsonl", "good.jsonl cannot have a weight"),
+        ("{}/other.jsonl", "has no key 'text'"),
+        ("tfds:no_such_set", "no data set of this name"),
+    ],
+)
+def test_validation_data_is_opened_before_anything_is_compiled(
+    config, tmp_path, monkeypatch, validation, message
+):
+    for name, line in (("empty", ""), ("blank", '{"text": ""}'), ("good", '{"text": "a"}'),
+                       ("other", '{"body": "a"}')):  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text(line)
+    config.data.validation = validation.format(tmp_path)
+    monkeypatch.setattr(loop, "make_train_step", None)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+
+
+def test_a_corpus_trains_alike_in_every_format(config, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import zstandard
+
+    rows = [{"text": f"document {i}: the llama eats {'grass ' * (i % 5)}é"} for i in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(lines))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
+    config.train.update(steps=3, eval_every=0)
+    config.data.validation = ""
+    found = []
+    for name in ("a.jsonl", "a.jsonl.zst", "a.parquet"):
+        config.data.train = str(tmp_path / name)
+        train(config, tmp_path / f"run {name}")
+        found.append(losses(tmp_path / f"run {name}"))
+    assert found[0] == found[1] == found[2] and sorted(found[0]) == [1, 2, 3]

@@ -1,11 +1,15 @@
 """The training loader: which tokens are in which row, and that nothing but the state matters."""
 
+import gzip
 import itertools
 import json
 import multiprocessing
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -302,3 +306,31 @@ def test_an_error_in_a_reader_process_is_the_same_line(tmp_path, monkeypatch):
         take(loader, 3)
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_in_every_format(tmp_path, workers):
+    rows = [{"n": i, "text": f"document {i} " + "é words " * (i % 6)} for i in range(50)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=9)
+    for name, data in (
+        ("a.jsonl", lines), ("a.jsonl.zst", zstandard.compress(lines)),
+        ("a.json.gz", gzip.compress(lines)), ("a.json", json.dumps(rows, indent=1).encode()),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(data)
+    expected = state = None
+    names = ["a.jsonl", "a.jsonl.zst", "a.json.gz", "a.json", "a.parquet"]
+    for name in names if not workers else names[-1:]:
+        path = str(tmp_path / name)
+        batches = take(make_train_loader(settings(path, 16), BYTES, 4), 9)
+        expected = expected or batches
+        assert_same(batches, expected)
+        # From the middle, with the position that another format has saved.
+        if state is None:
+            first = make_train_loader(settings(str(tmp_path / "a.jsonl"), 16), BYTES, 4)
+            take(first, 5)
+            state = first.get_state()
+        loader = make_train_loader(settings(path, 16, workers=workers), BYTES, 4)
+        loader.set_state(state)
+        assert_same(take(loader, 4), expected[5:])
+        loader.close()
