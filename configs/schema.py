@@ -184,7 +184,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read: sources are `tfds:NAME[:SPLIT]`, a file or a glob, comma separated.
+    """What is read: sources are `tfds:NAME[:SPLIT]`, a file, a glob or a URL, comma separated.
 
     `WEIGHT*` before a source makes a mixture: `3*tfds:python_source:train,1*notes/*.jsonl`.
     """

@@ -1,7 +1,7 @@
 """What a source string such as `3*tfds:python_source:train,1*notes/*.jsonl` names.
 
     SOURCES = PART[,PART...]      PART = [WEIGHT*]NAME
-    NAME    = tfds:DATASET[/CONFIG][/VERSION][:SPLIT], a path, or a glob
+    NAME    = tfds:DATASET[/CONFIG][/VERSION][:SPLIT], or a path, a URL, or a glob of either
 
 A weight is the part's share of the documents that training reads (1 where it is left out). A path
 that starts with digits and a `*` is written `./3*`. A name with a comma in it cannot be written.
@@ -69,7 +69,7 @@ def open_source(
     """Open one part of a source string as a random-access sequence of examples.
 
     Args:
-        name: `tfds:...`, a path or a glob.
+        name: `tfds:...`, a path, a URL or a glob.
         config: `data_dir`, `max_document_bytes` and `bad_records` are used.
         transform: makes examples of records.
         quarantine: takes the bad records, which are empty examples then, if they are skipped.
