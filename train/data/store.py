@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Protocol
 
 from ...configs.errors import UserError
+from ...configs.files import write_json
 
 VERSION = 1  # of what an entry holds: raise it where a file would now be read differently
 _KEPT_SECONDS = 30 * 24 * 3600.0
@@ -82,7 +83,7 @@ class Maker:
             "crc": [self.offsets.close(), self.blanks.close()],
             "data": _data_state(self.folder),
         }
-        (self.folder / "entry.json").write_text(json.dumps(meta))
+        write_json(self.folder / "entry.json", meta)
         # After a power cut, the checksums tell what of the rest did not reach the disk.
         if meta["data"]:
             with open(self.folder / "data", "rb") as file:
