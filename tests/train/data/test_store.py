@@ -66,7 +66,7 @@ def test_what_is_found_is_kept(path, cache, count_makes):
 
 def test_small_lines_and_texts_are_not_in_the_cache(tmp_path, cache):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "a.txt").write_text("a" * 200_000)
+    (tmp_path / "a.txt").write_text("a" * 60_000)
     files.FileRecords([str(tmp_path / "a.jsonl"), str(tmp_path / "a.txt")], 99)
     assert not cache.exists()
 
@@ -203,15 +203,17 @@ def test_an_entry_that_is_opened_is_in_use(path, cache):
     assert entries(cache)[0].stat().st_mtime > 1e9
 
 
-def test_memory_does_not_grow_with_the_records(tmp_path):
+def test_memory_does_not_grow_with_the_records(tmp_path, monkeypatch):
     """Many short lines: neither the first start nor the second holds a number for each."""
+    monkeypatch.setattr(store, "_FLUSHED", 1 << 10)
+    monkeypatch.setattr(store, "_PIECE_BYTES", 1 << 14)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": ""}\n\n' * 200_000)
+    path.write_bytes(b'{"text": ""}\n\n' * 60_000)
     for _ in range(2):
         tracemalloc.start()
         records = files.FileRecords([str(path)], 99)
-        assert len(records) == 200_000 and records[199_999] == {"text": ""}
-        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+        assert len(records) == 60_000 and records[59_999] == {"text": ""}
+        assert tracemalloc.get_traced_memory()[1] < 400_000
         tracemalloc.stop()
 
 
