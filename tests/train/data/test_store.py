@@ -66,7 +66,7 @@ def test_what_is_found_is_kept(path, cache, count_makes):
 
 def test_small_lines_and_texts_are_not_in_the_cache(tmp_path, cache):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
-    (tmp_path / "a.txt").write_text("a" * 60_000)
+    (tmp_path / "a.txt").write_text("a" * 200_000)
     files.FileRecords([str(tmp_path / "a.jsonl"), str(tmp_path / "a.txt")], 99)
     assert not cache.exists()
 
