@@ -88,7 +88,7 @@ def test_a_recipe_tunes_resumes_and_is_refused_other_data(config, tmp_path):
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     found = [m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m]
     assert len(found) == 2 and found[1] < found[0]
-    train(sft, tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "20")
     resumed = train(sft, tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):

@@ -71,14 +71,14 @@ def test_stopped(config, tmp_path, poisoned):
 
 def test_gone_back_from(config, tmp_path, poisoned):
     """To the checkpoint, on with later data; and the same again after a crash."""
-    config.train.update(bad_step="rewind", save_every=2, steps=8)
+    config.train.update(bad_step="rewind", save_every=2)
     state = loop.train(config, tmp_path)
-    assert finite(state) and int(state.step) == 8
+    assert finite(state) and int(state.step) == 6
     found = records(tmp_path)
-    assert [m["step"] for m in found] == list(range(1, 9))
+    assert [m["step"] for m in found] == list(range(1, 7))
     assert all(np.isfinite(m["loss"]) for m in found)
     assert len((tmp_path / FILE).read_text().splitlines()) == 1
-    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    shutil.rmtree(tmp_path / "checkpoints" / "6")
     again = loop.train(config, tmp_path)
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(x, y)
