@@ -5,7 +5,7 @@ import pytest
 from puna.models.kernels import blockwise
 
 SAMPLE = [
-    ("dense", "fsdp2.context2.tensor2"),
+    # All that the dense model has too, and pieces of a context; it takes half a minute.
     ("scout, capacity", "pipeline2.expert2.context2"),
     # Where the compiler once lost partial sums between a matmul and the GELU after it.
     ("vision", "data2.fsdp2.tensor2"),
