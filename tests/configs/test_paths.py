@@ -163,5 +163,5 @@ def test_every_command_reads_and_writes_the_home_folder(home, capsys, monkeypatc
     model, _ = puna.load("~/runs/x")
     assert model.config.vocab_size == 264
     assert puna.load_tokenizer("~/release").vocab_size == 259
-    monkeypatch.setattr(evaluate, "evaluate_loss", lambda *args: {"loss": 1.0})
+    monkeypatch.setattr(evaluate.HeldOut, "__call__", lambda *args: {"loss": 1.0})
     assert puna.evaluate(config, "~/release")["checkpoint"] == f"{home}/release"
