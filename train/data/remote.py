@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ...configs.errors import MachineError, UserError
+from .formats import compression
 
 # By which servers tell that a file is another one now.
 _VERSIONS = (
@@ -31,13 +32,14 @@ def find(pattern: str) -> list[str]:
     """
     with _explain(pattern):
         system, path = _system(pattern)
-        if not any(c in path for c in "*?["):
-            if system.isdir(path):
-                raise UserError(f"{pattern} is a folder: name its files, e.g. {pattern}/**/*.jsonl")
-            found = [path] if system.exists(path) else []
-        else:
+        # In http://host/a?b=c the question mark is no pattern.
+        if "*" in path or (not path.startswith("http") and any(c in path for c in "?[")):
             found = [name for name, info in system.glob(path, detail=True).items()
                      if info["type"] == "file"]  # fmt: skip
+        elif system.info(path)["type"] == "directory":
+            raise UserError(f"{pattern} is a folder: name its files, e.g. {pattern}/**/*.jsonl")
+        else:
+            found = [path]
     if not found:
         raise UserError(f"{pattern}: no such file")
     if "file" in _protocols(system):
@@ -60,7 +62,7 @@ def state(url: str) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[BinaryIO]:
-    """A file that seeks.
+    """A file, as a stream: not every server gives parts of one.
 
     Raises:
       UserError, MachineError: it is not there, or cannot be read.
@@ -68,7 +70,7 @@ def opened(url: str) -> Iterator[BinaryIO]:
     with _explain(url):
         system, path = _system(url)
         with system.open(path, "rb") as file:
-            yield file
+            yield compression.stream(iter(lambda: file.read(1 << 20), b""))
 
 
 def _system(url: str) -> tuple[Any, str]:

@@ -1,11 +1,17 @@
 """Data files behind URLs, with fsspec's own backends in place of a server."""
 
+import contextlib
 import errno
 import gzip
+import http.server
+import io
 import json
 import sys
+import threading
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -46,6 +52,42 @@ def test_a_url_and_a_glob_of_urls(memory):
     ]
     names = "2*memory://bucket/a.jsonl,1*memory://bucket/c.txt"
     assert list(iter_text(DataConfig(), names))[-2:] == ["document 19", "a text"]
+
+
+@pytest.fixture
+def server():
+    """A web server that gives no parts of files."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(LINES)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(LINES)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+
+
+def test_a_file_of_a_web_server(server):
+    pytest.importorskip("aiohttp")
+    assert read(f"{server}/a.jsonl?token=x") == ROWS
+
+
+def test_a_table_behind_a_url(memory):
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    memory.pipe("/bucket/a.parquet", sink.getvalue())
+    memory.pipe("/bucket/b.parquet.gz", gzip.compress(sink.getvalue()))
+    assert read("memory://bucket/?.parquet*") == ROWS + ROWS
 
 
 def test_urls_of_this_machine_are_its_paths(tmp_path):
@@ -134,8 +176,6 @@ def test_a_connection_that_breaks_is_not_a_damaged_file(memory, monkeypatch):
             if data := self.file.read(10):
                 return data
             raise RuntimeError("connection reset")
-
-    import contextlib
 
     @contextlib.contextmanager
     def opened(url):
