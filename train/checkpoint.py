@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 
 from ..configs import errors, paths
 from ..configs.errors import UserError
-from ..configs.schema import Config, flatten, keys, to_dict
+from ..configs.schema import Config, build, flatten, keys, to_dict
 from ..models.parallel import processes
 from ..models.weights import run
 from ..models.weights.checksum import checksums
@@ -72,6 +72,8 @@ class Checkpoints:
             # Runs that share the disk must not take each other's.
             disk = paths.local(config.train.local_dir, "train.local_dir")
             self.local = disk.joinpath(*workdir.absolute().parts[1:])
+        # The configuration that the newest restored checkpoint was saved with.
+        self.restored: Config | None = None
         self._frozen: dict[str, str] | None = None
         self._managers: dict[pathlib.Path, ocp.CheckpointManager] = {}
 
@@ -142,7 +144,8 @@ class Checkpoints:
         Damaged checkpoints that are newer than a whole one are renamed, with a warning.
 
         Raises:
-          UserError: all are damaged, or of another config (which names the key).
+          UserError: all are damaged, of another config (which names the key), or of a step beyond
+            `train.steps`.
         """
         folders = [run.find(self.workdir, step) for step in run.steps(self.workdir)]
         if self.local is not None:
@@ -161,9 +164,15 @@ class Checkpoints:
         rest = {"step": abstract.step, "opt_state": abstract.opt_state}
         rest = run.restore(folder, "optimizer", rest)
         frozen = abstract.frozen and run.restore_frozen(folder, abstract.frozen)
+        self.restored = build(meta["config"])
         return TrainState(rest["step"], params, frozen, rest["opt_state"]), meta["data"]
 
     def _check_config(self, folder, saved):
+        if int(folder.name) > (steps := self.train.steps):
+            raise UserError(
+                f"train.steps={steps} must be at least {folder.name}, the step of {folder}; "
+                "raise it to train on, or take another --workdir"
+            )
         # A key that is newer than the checkpoint had its default's meaning then.
         defaults = {name: default for name, _, default, _ in keys()}
         old, new = defaults | flatten(saved), flatten(self.config)

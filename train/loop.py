@@ -18,7 +18,7 @@ from .data.packing import media_room
 from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .init_from import initial_state, lineage, resolve
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, schedule
 from .resilience.bad_steps import Watch
 from .resilience.goodput import Ledger, process_start
 from .resilience.replicas import check_replicas
@@ -99,15 +99,17 @@ def train(
         ledger.going_on_from(start)
         if processes.is_first():
             write_json(workdir / "config.json", schema.to_dict(c))
-            print(f"step {start} of {c.train.steps}; compiling", flush=True)
+            print(_how_it_resumes(c, checkpoints.restored, start), flush=True)
         log = metrics.RunLog(c, workdir, start, ledger, (origin or {}).get("init_from"))
         watch = Watch(c, workdir, int(state.opt_state.bad))
         step_fn = make_train_step(c, model, tx, objective, places)
-        with ledger.doing("compile"):
-            step_fn = step_fn.lower(places, objective.abstract_batch(c, mesh)).compile()
-            processes.wait("compiled")
+        if step < c.train.steps:
+            with ledger.doing("compile"):
+                step_fn = step_fn.lower(places, objective.abstract_batch(c, mesh)).compile()
+                processes.wait("compiled")
 
         def evaluate(state: TrainState, step: int) -> None:
+            log.wait()
             with ledger.doing("evaluation"):
                 params, numbers = join(state.params, state.frozen), {}
                 if held_out is not None:
@@ -132,8 +134,9 @@ def train(
             log.dispatched(step, values)
             if watch.look(step, values, position) or (saves and watch.last()):
                 # Back to the last checkpoint, and over the data that made a step bad.
-                checkpoints.wait()
-                state, _ = checkpoints.restore(places) or (initial_state(c, tx, mesh), None)
+                with ledger.doing("lost_to_failure"):
+                    checkpoints.wait()
+                    state, _ = checkpoints.restore(places) or (initial_state(c, tx, mesh), None)
                 loader.set_state(loader.get_state() if saves else position)
                 step = int(state.step)
                 watch.rewound(step, int(state.opt_state.bad))
@@ -141,7 +144,9 @@ def train(
                 log.rewind(step)
                 continue
             if c.train.check_replicas_every and step % c.train.check_replicas_every == 0:
-                check_replicas(state.params, step)
+                log.wait()
+                with ledger.doing("replica_check"):
+                    check_replicas(state.params, step)
             if saves:
                 log.flush(wanted=_evaluates(c, step))
                 with ledger.doing("save"):
@@ -167,6 +172,24 @@ def _evaluates(c: schema.Config, step: int) -> bool:
     """Whether the state after a step is to be evaluated."""
     every = c.train.eval_every
     return step > 0 and (step == c.train.steps or (every > 0 and step % every == 0))
+
+
+def _how_it_resumes(c: schema.Config, before: schema.Config | None, step: int) -> str:
+    """What a run begins with: its step, and what becomes of the rate where its length changed.
+
+    Args:
+      before: the configuration of the checkpoint that it resumes from, if there is one.
+    """
+    if step == c.train.steps:
+        return f"step {step} of {step} is trained already; raise train.steps to train on"
+    said = f"step {step} of {c.train.steps}; compiling"
+    if before is None or before.train.steps == c.train.steps:
+        return said
+    old, new = (float(schedule(config)(step)) for config in (before, c))
+    return (
+        f"train.steps={c.train.steps} was {before.train.steps}: the schedule spans the new one, so "
+        f"step {step + 1} has a learning rate of {new:.4g}, not {old:.4g}\n{said}"
+    )
 
 
 def _keep_programs() -> None:

@@ -7,7 +7,6 @@ import os
 import pathlib
 import statistics
 import sys
-import time
 
 import jax
 import numpy as np
@@ -18,8 +17,7 @@ from ..configs.schema import Config, ModelConfig
 from ..models import hardware
 from ..models.parallel.processes import is_first
 from ..models.transformer import abstract_params, count_params
-from .optimizer import schedule
-from .resilience.goodput import Ledger
+from .resilience.goodput import KINDS, Ledger
 
 
 def active_params(config: ModelConfig) -> int:
@@ -87,7 +85,6 @@ class RunLog:
     ):
         self.init_from = init_from
         self.config, self.workdir, self.start, self.ledger = config, workdir, start, ledger
-        self.rate = schedule(config)
         self.tokens_per_step = config.train.batch_size * config.data.seq_len
         self.flops_per_step = (
             flops_per_token(config.model, config.data.seq_len) * self.tokens_per_step
@@ -97,7 +94,6 @@ class RunLog:
         self.file = self.events = self.bar = None
         if is_first() and sys.stderr.isatty():
             self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
-        self.began = time.perf_counter()
         self._open(start)
 
     def _open(self, start: int) -> None:
@@ -115,21 +111,23 @@ class RunLog:
             self.events = SummaryWriter(str(self.workdir / "events"), purge_step=start + 1)
         self.last: dict = kept[-1] if kept else {}
         self.pending: tuple[int, dict, dict] | None = None
-        self.logged, self.logged_at = start, time.perf_counter()
-        self.input_wait = 0.0
+        self.logged = start
+        self.stepping, self.waiting = self._spent()
 
     def fetch(self, loader):
         """The next batch; the time it takes is the run's input wait."""
-        began = time.perf_counter()
         with self.ledger.doing("input_wait"):
-            batch = next(loader)
-        self.input_wait += time.perf_counter() - began
-        return batch
+            return next(loader)
 
     def dispatched(self, step: int, values: dict) -> None:
         """Take what a step will give, and write what the one before it gave."""
         self._flush(self._timing)
         self.pending = (step, values, {})
+
+    def wait(self) -> None:
+        """Until the step just dispatched is done: what follows is another's time."""
+        if self.pending is not None:
+            jax.block_until_ready(self.pending[1])
 
     def flush(self, wanted: bool) -> None:
         """Write what the last step gave: a checkpoint must not be ahead of the metrics.
@@ -158,22 +156,27 @@ class RunLog:
         if step % every and step != self.config.train.steps and not extra and not wanted:
             return
         record = {name: np.asarray(value).tolist() for name, value in values.items()}
-        record["learning_rate"] = float(self.rate(step - 1))
         self._write(step, record | timing(step) | extra)
 
     def _timing(self, step: int) -> dict[str, float]:
-        """Per step, since the last record."""
-        now, steps = time.perf_counter(), step - self.logged
-        seconds = (now - self.logged_at) / steps
-        timing = {
-            "step_seconds": seconds,
-            "tokens_per_second": self.tokens_per_step / seconds,
-            "input_wait_seconds": self.input_wait / steps,
-        }
+        """Per step, since the last record: of steps and their input, and of nothing else."""
+        steps, (stepping, waiting) = step - self.logged, self._spent()
+        seconds = (stepping - self.stepping) / steps
+        wait = (waiting - self.waiting) / steps
+        self.logged, self.stepping, self.waiting = step, stepping, waiting
+        return self._speed(seconds) | {"input_wait_seconds": wait}
+
+    def _spent(self) -> tuple[float, float]:
+        """Seconds of the steps until now, and those of them spent waiting for input."""
+        return self.ledger.spent("step", "input_wait"), self.ledger.spent("input_wait")
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """What a step of so many seconds means."""
+        seconds = max(seconds, 1e-9)  # a coarse clock
+        speed = {"step_seconds": seconds, "tokens_per_second": self.tokens_per_step / seconds}
         if self.peak:
-            timing["model_flops_utilisation"] = self.flops_per_step / seconds / self.peak
-        self.logged, self.logged_at, self.input_wait = step, now, 0.0
-        return timing
+            speed["model_flops_utilisation"] = self.flops_per_step / seconds / self.peak
+        return speed
 
     def _write(self, step: int, record: dict, new: dict | None = None) -> None:
         """Write a record, over the last one if that is of the same step; `new` is what is in it."""
@@ -221,15 +224,14 @@ class RunLog:
         results = {
             "parameters": count_params(self.config.model),
             "tokens": self.tokens_per_step * step,
-            "wall_seconds": round(time.perf_counter() - self.began, 1),
+            "wall_seconds": round(self.ledger.spent(*KINDS), 1),
             **self.last,
         }
         if self.init_from:
             results["init_from"] = self.init_from
         if seconds:
-            # The median: the first steps of a run compile.
-            results["step_seconds"] = statistics.median(seconds)
-            results["tokens_per_second"] = self.tokens_per_step / results["step_seconds"]
+            # The median: the first steps of a session load its program, and machines hesitate.
+            results |= self._speed(statistics.median(seconds))
         write_json(self.workdir / "results.json", results)
         plot_losses(self.workdir)
 

@@ -47,6 +47,13 @@ def schedule(config: Config) -> optax.Schedule:
     return optax.join_schedules([warmup, *shapes], [o.warmup_steps, *borders])
 
 
+def learning_rate(config: Config, opt_state) -> jax.Array:
+    """The rate of the next update: the schedule at the optimizer's own count of steps."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+    (count,) = (x.count for x in leaves if _is_schedule(x))
+    return jnp.asarray(schedule(config)(count), jnp.float32)
+
+
 def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
     """The gradient transformation of a configuration.
 
@@ -96,8 +103,9 @@ class Guard(NamedTuple):
 def guarded(tx: optax.GradientTransformation, spike_factor: float):
     """The same rule, but a bad gradient changes nothing: neither parameters nor moments.
 
-    Bad is one that is not finite or, where `spike_factor` is not 0, whose global norm is more
-    than that many times the usual one, a running mean over about the last 50 steps.
+    Only the schedule moves on, so that the rate depends on the number of the step alone. Bad is one
+    that is not finite or, where `spike_factor` is not 0, whose global norm is more than that many
+    times the usual one, a running mean over about the last 50 steps.
     """
 
     def init(params):
@@ -111,7 +119,10 @@ def guarded(tx: optax.GradientTransformation, spike_factor: float):
             bad |= (state.seen >= _KNOWN) & (norm > spike_factor * state.usual_norm)
         updates, inner = tx.update(grads, state.inner, params)
         updates = jax.tree.map(lambda u: jnp.where(bad, jnp.zeros_like(u), u), updates)
-        inner = jax.tree.map(lambda new, old: jnp.where(bad, old, new), inner, state.inner)
+        inner = jax.tree.map(
+            lambda new, old: new if _is_schedule(new) else jnp.where(bad, old, new),
+            inner, state.inner, is_leaf=_is_schedule,
+        )  # fmt: skip
         share = 1.0 / jnp.minimum(state.seen + 1, 50)
         usual_norm = state.usual_norm + share * (norm - state.usual_norm)
         return updates, Guard(
@@ -122,6 +133,10 @@ def guarded(tx: optax.GradientTransformation, spike_factor: float):
         )
 
     return optax.GradientTransformation(init, update)
+
+
+def _is_schedule(x) -> bool:
+    return isinstance(x, optax.ScaleByScheduleState)
 
 
 def _per_parameter(boxed, f):

@@ -10,6 +10,7 @@ from ..models.moe import RouterStats
 from ..models.transformer import Transformer
 from .master_weights import apply_updates
 from .objectives import Objective
+from .optimizer import learning_rate
 from .state import TrainState, join
 
 
@@ -61,6 +62,7 @@ def make_train_step(config: Config, model: Transformer, tx, objective: Objective
         params, opt_state = apply_updates(state.params, updates, opt_state)
         metrics = {
             **objective.summary(sums["rows"]),
+            "learning_rate": learning_rate(config, state.opt_state),
             "grad_norm": optax.tree.norm(grads),
             "bad_steps": opt_state.bad,
             **router_metrics(sums["router"]),

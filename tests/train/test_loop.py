@@ -16,6 +16,7 @@ from puna.train import loop, metrics
 from puna.train.data import make_train_loader
 from puna.train.data.tokenizer import prepare_tokenizer
 from puna.train.loop import train
+from puna.train.optimizer import schedule
 from puna.train.validation import evaluate_loss
 
 
@@ -118,12 +119,37 @@ def test_resuming_elsewhere_skips_and_repeats_nothing(config, tmp_path, monkeypa
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(y).max())
 
 
-def test_a_finished_run_stays_as_it_is(whole, config, tmp_path):
+def test_a_finished_run_stays_as_it_is(whole, config, tmp_path, capsys):
     folder, state = whole
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     assert same(state, train(config, tmp_path))
     assert sorted(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 6
+    assert "step 6 of 6 is trained already; raise train.steps" in capsys.readouterr().out
+    # Fewer steps than are trained is a mistake, whose folder stays as it is.
+    before = {p: p.read_bytes() for p in tmp_path.glob("*.json*") if p.name != "goodput.json"}
+    config.train.steps = 5
+    with pytest.raises(UserError, match="train.steps=5 must be at least 6, the step of .*/6"):
+        train(config, tmp_path)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_longer_run_says_what_becomes_of_its_rate(config, tmp_path, capsys):
+    """The schedule spans the new number of steps; the old one had ended."""
+    train(config, tmp_path)
+    capsys.readouterr()
+    config.train.steps = 12
+    train(config, tmp_path)
+    rates = {m["step"]: m["learning_rate"] for m in metrics.read(tmp_path / "metrics.jsonl")}
+    new = schedule(schema.from_dict(config))
+    config.train.steps = 6
+    old = schedule(schema.from_dict(config))
+    assert rates[6] == pytest.approx(float(old(5))) and rates[7] == pytest.approx(float(new(6)))
+    (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("train.steps"))
+    assert line == (
+        "train.steps=12 was 6: the schedule spans the new one, so step 7 has a learning rate of "
+        f"{new(6):.4g}, not {old(6):.4g}"
+    )
 
 
 def test_the_tokenizer_is_that_of_the_config_until_there_is_a_checkpoint(whole, config, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from puna.configs import schema
 from puna.models.parallel import sharding
 from puna.models.transformer import abstract_params
-from puna.train.optimizer import make_optimizer, schedule
+from puna.train.optimizer import learning_rate, make_optimizer, schedule
 
 MODEL = {
     "vocab_size": 32, "embed_dim": 8, "num_layers": 4, "num_heads": 2, "num_kv_heads": 1,
@@ -89,3 +89,29 @@ def test_clipping_bounds_the_gradient_that_the_rule_sees():
                      if hasattr(s, "mu")]  # fmt: skip
     norm = np.sqrt(sum(float(jnp.sum(m**2)) for m in jax.tree.leaves(first_moments[0])))
     assert norm == pytest.approx(0.1, rel=1e-3)  # (1 - b1) * clip_norm
+
+
+def test_a_bad_step_moves_the_schedule_and_nothing_else():
+    c = config(warmup_steps=10, learning_rate=1.0)
+    boxed = abstract_params(c.model)
+    params = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), sharding.unbox(boxed))
+    tx = make_optimizer(c, boxed)
+    good = jax.tree.map(jnp.ones_like, params)
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    state = tx.init(params)
+    for step, grads in enumerate([good, bad, bad, good]):
+        rate = learning_rate(c, state)
+        assert float(rate) == pytest.approx(float(schedule(c)(step)))
+        found, after = tx.update(grads, state, params)
+        updates: dict = {sharding.path_name(p): x for p, x in jax.tree.leaves_with_path(found)}
+        moments = [x for x in jax.tree.leaves(state) if x.ndim]
+        still = all(
+            bool(jnp.all(x == y))
+            for x, y in zip(moments, [x for x in jax.tree.leaves(after) if x.ndim], strict=True)
+        )
+        assert still == (grads is bad)
+        # The final norm does not decay, and Adam's update of equal gradients is one.
+        scale = updates["norm/scale_D"]
+        expected = 0.0 if grads is bad else -float(rate)
+        np.testing.assert_allclose(scale, expected, rtol=1e-3)
+        state = after

@@ -18,7 +18,10 @@ from ...models.parallel import processes
 
 FILE = "goodput.json"
 _MARKS = 64
-KINDS = ("start_up", "compile", "input_wait", "step", "save", "evaluation", "lost_to_failure")
+KINDS = (
+    *("start_up", "compile", "input_wait", "step", "replica_check", "save", "evaluation"),
+    "lost_to_failure",
+)
 
 
 class Ledger:
@@ -62,6 +65,11 @@ class Ledger:
             yield
         finally:
             self._turn(outer)
+
+    def spent(self, *kinds: str) -> float:
+        """Seconds of these kinds so far, up to now."""
+        self._turn(self._kind)
+        return sum(self._seconds[kind] for kind in kinds)
 
     def running(self) -> None:
         """From here on the run is making steps."""

@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.train import loop, metrics
 from puna.train.data import make_train_loader
+from puna.train.optimizer import schedule
 from puna.train.resilience.bad_steps import FILE
 
 ROW = "3"
@@ -53,6 +55,10 @@ def test_skipped(config, tmp_path, poisoned):
     found = records(tmp_path)
     bad = [m["step"] for m in found if m["loss"] is None]
     assert [m["step"] for m in found] == [1, 2, 3, 4, 5, 6] and bad == [4]
+    # The rate that was applied, which is that of the step's number after a skipped step too.
+    rates = [m["learning_rate"] for m in found]
+    rate = schedule(schema.from_dict(config))
+    assert rates == pytest.approx([float(rate(i)) for i in range(6)])
     (line,) = (tmp_path / FILE).read_text().splitlines()
     entry = json.loads(line)
     assert entry["step"] == 4 and entry["grad_norm"] == "nan"

@@ -40,8 +40,8 @@ def test_a_failure_costs_what_is_done_again_and_the_time_until_the_restart(tmp_p
     again.saving(8)
     report = again.write(finished=True)
     assert report["seconds"] == {
-        "start_up": 3.0, "compile": 5.0, "input_wait": 0.0, "step": 17.0, "save": 1.0,
-        "evaluation": 2.0, "lost_to_failure": 37.0,
+        "start_up": 3.0, "compile": 5.0, "input_wait": 0.0, "step": 17.0,
+        "replica_check": 0.0, "save": 1.0, "evaluation": 2.0, "lost_to_failure": 37.0,
     }  # fmt: skip
     assert report["sessions"] == 2
     assert report["wall_seconds"] == clock.time - 998
@@ -74,8 +74,8 @@ def test_a_file_of_an_older_version_is_read(tmp_path):
     ledger.going_on_from(4)
     report = ledger.write()
     assert report["seconds"] == {
-        "start_up": 1.0, "compile": 2.0, "input_wait": 3.0, "step": 3.5, "save": 5.0,
-        "evaluation": 6.0, "lost_to_failure": 17.5,
+        "start_up": 1.0, "compile": 2.0, "input_wait": 3.0, "step": 3.5,
+        "replica_check": 0.0, "save": 5.0, "evaluation": 6.0, "lost_to_failure": 17.5,
     }  # fmt: skip
     assert (report["sessions"], report["first_start"]) == (3, 10.0)
     assert all(kind.isidentifier() for kind in json.loads((tmp_path / FILE).read_text())["seconds"])
