@@ -4,17 +4,16 @@ The only place that wires the layers together.
 """
 
 import json
-import logging
 import os
 import pathlib
 import re
 import sys
-import threading
 import traceback
 
 from absl import flags
 
 from .configs import errors, files, find, get_config, names, paths, schema
+from .train.resilience.background import background_log
 
 COMMANDS = {
     "train": "train a model; the same command goes on after an interruption",
@@ -313,13 +312,10 @@ def _run(argv: list[str]) -> None:
     {"train": _train, "eval": _eval, "generate": _generate}[command](args)
 
 
+# A run has a file for what threads report; what concerns a command comes back to it as an error.
+@background_log(None)
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit status 2."""
-    # What fails in a thread that saves or reads ahead comes back to the command as an error.
-    threading.excepthook = lambda args: None
-    # TensorStore's own threads answer an event loop that a failed save has left behind.
-    sys.unraisablehook = lambda args: None
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         _run(sys.argv[1:])
         _leave("")

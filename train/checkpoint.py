@@ -62,7 +62,6 @@ class Checkpoints:
         origin: dict | None = None,
     ):
         self.workdir = workdir
-        self._quiet = contextlib.ExitStack()
         self.train = config.train
         self.config = to_dict(config)
         self.origin = {} if origin is None else {"origin": origin}
@@ -212,7 +211,6 @@ class Checkpoints:
         return self._managers[folder]
 
     def __enter__(self):
-        self._quiet.enter_context(run.quiet_orbax())
         return self
 
     def wait(self) -> None:
@@ -226,9 +224,8 @@ class Checkpoints:
                 manager.wait_until_finished()
 
     def __exit__(self, kind, error, traceback):
-        with self._quiet:
-            for manager in self._managers.values():
-                manager.close()
+        for manager in self._managers.values():
+            manager.close()
 
 
 def prepare_to_resume(workdir: pathlib.Path) -> None:

@@ -19,6 +19,8 @@ from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .init_from import initial_state, lineage, resolve
 from .optimizer import make_optimizer, schedule
+from .resilience.background import FILE as BACKGROUND
+from .resilience.background import background_log
 from .resilience.bad_steps import Watch
 from .resilience.goodput import Ledger, process_start
 from .resilience.replicas import check_replicas
@@ -54,6 +56,13 @@ def train(
     prepare_to_resume(workdir)
     c = resolve(schema.build(config), workdir)
     workdir = _writable(workdir)
+    number = "" if processes.is_first() else f"{jax.process_index()}."
+    with background_log(workdir / f"{number}{BACKGROUND}"):
+        return _train(c, workdir, evaluators)
+
+
+def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
+    """`train`, of a complete configuration and in a folder that is there."""
     ledger = Ledger(workdir, started=process_start())
     _keep_programs()
     mesh = sharding.make_mesh(c.mesh)
