@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train a model; the same command goes on after an interruption",
     "eval": "loss, perplexity and bits per byte on held-out text",
     "generate": "continue a prompt",
+    "data": "what the model will see of the training data, and what of it is learnt",
     "launch": "-n N -- COMMAND --flags: run a command in several processes on this machine",
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
@@ -98,6 +99,33 @@ def _generate(args):
         _write_results(pathlib.Path(args.workdir), results)
 
 
+def _data(args):
+    import itertools
+
+    from .train.data.preview import Preview
+
+    preview = Preview(args.config)
+    examples = itertools.islice(preview.examples(), args.count or None)
+    if args.json:
+        for example in examples:
+            line = {"ids": example.ids.tolist(), "weights": example.weights.tolist()}
+            print(json.dumps(line))
+        return
+    colour = sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+    for number, example in enumerate(examples, 1):
+        learnt = int((example.weights > 0).sum())
+        cut = f", {example.cut} cut off" if example.cut else ""
+        print(f"--- example {number}: {len(example.ids)} tokens, {learnt} learnt{cut}")
+        print(preview.shown(example, colour))
+    found = preview.summary(args.limit)
+    reasons = found.pop("reasons")
+    marked = "green" if colour else "in [[ ]]"
+    print(f"--- at most {args.limit} examples; what is learnt is {marked}")
+    _summary(found)
+    for reason, count in reasons.items():
+        print(f"  dropped {count}: {reason}")
+
+
 def _mesh(text: str) -> schema.MeshConfig:
     """`fsdp=2,tensor=4` as the section of a configuration."""
     axes = {}
@@ -170,7 +198,7 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     args = flags.FlagValues()
     text = {"flag_values": args}
     flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
-    if command in ("train", "eval"):
+    if command in ("train", "eval", "data"):
         from ml_collections import config_flags
 
         config_flags.DEFINE_config_file(
@@ -196,6 +224,11 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         )  # fmt: skip
         flags.DEFINE_bool("with_optimizer", False, "keep the moments of that run, too", **text)
         flags.DEFINE_bool("fresh", False, "start anew; refuses a --workdir that has any", **text)
+    if command == "data":
+        flags.DEFINE_string("init_from", None, "weights whose tokenizer is used", **text)
+        flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)
+        flags.DEFINE_integer("limit", 1000, "examples that the summary is of", **text)
+        flags.DEFINE_bool("json", False, 'print {"ids", "weights"} a line, nothing else', **text)
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
         flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
@@ -308,8 +341,9 @@ def _run(argv: list[str]) -> None:
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration
             schema.from_dict(args.config)
-    _join(args, command)
-    {"train": _train, "eval": _eval, "generate": _generate}[command](args)
+    if command != "data":
+        _join(args, command)
+    {"train": _train, "eval": _eval, "generate": _generate, "data": _data}[command](args)
 
 
 # A run has a file for what threads report; what concerns a command comes back to it as an error.

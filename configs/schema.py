@@ -279,6 +279,14 @@ class EvalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """What `train.objective=sft` learns of a conversation."""
+
+    learn: str = key("assistant", "whose tokens are learnt", one_of("assistant", "all"))
+    date: str = key("26 Jul 2024", "today, for chat templates that write it; the same every day")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One experiment."""
 
@@ -288,6 +296,7 @@ class Config:
     train: TrainConfig = section(TrainConfig)
     mesh: MeshConfig = section(MeshConfig)
     eval: EvalConfig = section(EvalConfig)
+    sft: SftConfig = section(SftConfig)
 
 
 def from_dict(values: Mapping, cls: type = Config, prefix: str = "") -> Any:

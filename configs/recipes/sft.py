@@ -1,10 +1,12 @@
-"""Supervised fine-tuning of any Llama on prompt and completion.
+"""Supervised fine-tuning of any Llama on conversations, or on prompt and completion.
 
     puna train --config=sft --init_from=path/to/Llama-3.2-1B \
       --config.data.train=train.jsonl --config.data.validation=held_out.jsonl --workdir=runs/sft
 
-A line of the JSONL files is {"prompt": "...", "completion": "..."}. The architecture and the
-tokenizer are those of the weights; the loss is of completions alone.
+A line of the JSONL files is {"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+"content": "..."}]}, {"prompt": "...", "completion": "..."}, or another of the formats in
+`train/data/chats.py`. The architecture, tokenizer and chat template are those of the weights; the
+loss is of what the assistant says. `puna data --config=sft ...` shows what the model will see.
 """
 
 from puna.configs import base

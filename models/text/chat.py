@@ -47,7 +47,18 @@ def encode_messages(
     add_generation_prompt: bool = True,
     variables: Mapping | None = None,
 ) -> list[int]:
-    """Return the ids of a conversation.
+    """Return the ids of a conversation; arguments and errors are those of `render`."""
+    return render(tokenizer, messages, tools, add_generation_prompt, variables).ids
+
+
+def render(
+    tokenizer,
+    messages: list[dict],
+    tools: list | None = None,
+    add_generation_prompt: bool = True,
+    variables: Mapping | None = None,
+) -> template.Rendered:
+    """Return a conversation as a model reads it.
 
     Args:
       tokenizer: its `chat_template`, else its control tokens, decide the format.
@@ -87,7 +98,7 @@ def encode_messages(
     if header:
         pieces = [Control("<|begin_of_text|>"), *pieces]
         pieces += _header(*header, "assistant") if add_generation_prompt else []
-    return _ids(tokenizer, pieces)
+    return template.Rendered(_ids(tokenizer, pieces), "".join(pieces), None)
 
 
 def _ids(tokenizer, pieces: list[str]) -> list[int]:
@@ -234,7 +245,9 @@ def _json(value, indent: int | None = None) -> str:
         raise UserError(f"a tool or tool call is not JSON: {error}") from None
 
 
-def _with_template(tokenizer, messages, tools, add_generation_prompt, variables) -> list[int]:
+def _with_template(
+    tokenizer, messages, tools, add_generation_prompt, variables
+) -> template.Rendered:
     context = {
         # As transformers does: templates ask whether a key is there, and would print its None.
         "messages": [

@@ -1,13 +1,14 @@
 """The four kinds of vocabulary behind `tokenizer.Tokenizer`, each built from the bytes of one file.
 
-A kind knows how plain text becomes ids (`encode`), which bytes of text each id stands for
-(`pieces`, empty for control tokens), and the names of its control tokens (`special`). Decoding,
-counting bytes and saving need nothing else and live in `tokenizer.py`. The libraries are imported
-where they are used, so a byte-level run needs none of them.
+A kind knows how plain text becomes ids (`encode`; with `continuation` behind a control token),
+which bytes of text each id stands for (`pieces`, empty for control tokens), and the names of its
+control tokens (`special`). Decoding, counting bytes and saving need nothing else and live in
+`tokenizer.py`. The libraries are imported where they are used, so a byte-level run needs none.
 """
 
 import base64
 import binascii
+import copy
 import functools
 import json
 import re
@@ -49,7 +50,7 @@ class ByteKind:
         self.special = {"<|begin_of_text|>": 256, "<|end_of_text|>": 257, "<|pad|>": 258}
         self.pieces = [bytes([i]) for i in range(256)] + [b""] * len(self.special)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continuation: bool = False) -> list[int]:
         return list(text.encode())
 
     def encode_special(self, text: str) -> list[int]:
@@ -75,6 +76,7 @@ class HuggingFaceKind:
         # Without this, "<|eot_id|>" typed by a user would become the control token.
         self._plain.encode_special_tokens = True
         self._parsing = None
+        self._continuing = _continuing(self._plain)
         model = self._plain.model
         if type(model).__name__ != "BPE":
             raise UserError(f"has a {type(model).__name__} model; Llama tokenizers are BPE")
@@ -132,8 +134,8 @@ class HuggingFaceKind:
 
         return to_bytes, strips
 
-    def encode(self, text: str) -> list[int]:
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, continuation: bool = False) -> list[int]:
+        ids = self._encode_part(text, continuation)
         if self._special_ids.isdisjoint(ids):
             return ids
         # A vocabulary that lists a control token among its pieces can still produce it: cut the
@@ -142,10 +144,13 @@ class HuggingFaceKind:
         for match in self._cut.finditer(text):
             parts.append(text[start : match.start() + 1])
             start = match.start() + 1
-        return [i for part in [*parts, text[start:]] for i in self._encode_part(part)]
+        parts.append(text[start:])
+        return [i for n, part in enumerate(parts)
+                for i in self._encode_part(part, continuation or n > 0)]  # fmt: skip
 
-    def _encode_part(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+    def _encode_part(self, text: str, continuation: bool) -> list[int]:
+        tokenizer = self._continuing if continuation else self._plain
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_special(self, text: str) -> list[int]:
         # A second object, because the switch is a property of the first and threads share it.
@@ -164,6 +169,20 @@ class HuggingFaceKind:
             if ids[start : start + len(plain)] == plain:
                 return tuple(ids[:start]), tuple(ids[start + len(plain) :])
         raise UserError("has a post-processor that changes the ids of the text itself")
+
+
+def _continuing(tokenizer):
+    """The tokenizer of text behind a control token, where a space is put before the first word of a
+    whole text only."""
+    words = tokenizer.pre_tokenizer
+    if getattr(words, "prepend_scheme", None) != "first":
+        return tokenizer
+    made = copy.deepcopy(tokenizer)
+    made.encode_special_tokens = True
+    words = made.pre_tokenizer
+    words.prepend_scheme = "never"
+    made.pre_tokenizer = words
+    return made
 
 
 class SentencePieceKind:
@@ -213,7 +232,7 @@ class SentencePieceKind:
         """Pieces that are found in a text before anything is merged."""
         return [i for i, t in enumerate(self.types) if t == _USER_DEFINED]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continuation: bool = False) -> list[int]:
         return self._model.EncodeAsIds(text)
 
     def encode_special(self, text: str) -> list[int]:
@@ -252,7 +271,7 @@ class TiktokenKind:
             name="llama", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, continuation: bool = False) -> list[int]:
         return [i for part in _tiktoken_parts(text) for i in self._model.encode_ordinary(part)]
 
     def encode_special(self, text: str) -> list[int]:

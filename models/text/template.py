@@ -23,6 +23,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,8 +39,20 @@ _BOOT = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1]
 _ENVIRONMENT = ("TZ", "TZDIR", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
-def encode(tokenizer, source: str, context: Mapping) -> list[int]:
-    """Return the ids of a rendered template, control tokens recognised outside messages only.
+class Rendered(NamedTuple):
+    """A conversation as a model reads it.
+
+    ids: of the tokens. text: what they were made of. spans: (start, end) in the text of what a
+      template's generation blocks gave; None where it has none.
+    """
+
+    ids: list[int]
+    text: str
+    spans: list[tuple[int, int]] | None
+
+
+def encode(tokenizer, source: str, context: Mapping) -> Rendered:
+    """Render a template and encode it, control tokens recognised outside messages only.
 
     Args:
       tokenizer: its `special_names` are defined in the template; gives the names of control tokens
@@ -55,15 +68,19 @@ def encode(tokenizer, source: str, context: Mapping) -> list[int]:
         context = {**tokenizer.special_names, **mark(context)}
     except RecursionError:
         raise UserError("chat_template: its messages or tools are nested too deeply") from None
-    text, _ = render(source, context)
+    text, spans = render(source, context)
     if not mark.used:
-        return tokenizer.encode(text, allow_special=True)
+        return Rendered(tokenizer.encode(text, allow_special=True), text, spans)
     ids, start = [], 0
     for match in mark.names.finditer(text):
-        ids += tokenizer.encode(text[start : match.start()].replace(mark.character, ""))
+        part = text[start : match.start()].replace(mark.character, "")
+        ids += tokenizer.encode(part, continuation=start > 0)
         ids.append(tokenizer.special[match.group()])
         start = match.end()
-    return ids + tokenizer.encode(text[start:].replace(mark.character, ""))
+    ids += tokenizer.encode(text[start:].replace(mark.character, ""), continuation=start > 0)
+    if spans is not None:
+        spans = [tuple(at - text.count(mark.character, 0, at) for at in span) for span in spans]
+    return Rendered(ids, text.replace(mark.character, ""), spans)
 
 
 def render(source: str, context: Mapping) -> tuple[str, list[tuple[int, int]] | None]:

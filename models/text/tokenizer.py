@@ -162,7 +162,12 @@ class Tokenizer:
         return Tokenizer(self._kind, **settings)
 
     def encode(
-        self, text: str, bos: bool = False, eos: bool = False, allow_special: bool = False
+        self,
+        text: str,
+        bos: bool = False,
+        eos: bool = False,
+        allow_special: bool = False,
+        continuation: bool = False,
     ) -> list[int]:
         """Return the ids of `text`.
 
@@ -171,6 +176,8 @@ class Tokenizer:
           bos, eos: put `bos_id` before, `eos_id` after.
           allow_special: read the names of control tokens in `text` as those tokens. For text that
             this program wrote, never for a user's.
+          continuation: the text follows a control token; a tokenizer that puts a space before the
+            first word of a whole text then puts none.
 
         Raises:
           UserError: `text` is not a string, or the tokenizer has no such id.
@@ -178,7 +185,11 @@ class Tokenizer:
         if not isinstance(text, str):
             raise UserError(f"encode takes a string, not {type(text).__name__}")
         text = _well_formed(text)
-        ids = self._kind.encode_special(text) if allow_special else self._kind.encode(text)
+        ids = (
+            self._kind.encode_special(text)
+            if allow_special
+            else self._kind.encode(text, continuation)
+        )
         for wanted, name in ((bos, "bos_id"), (eos, "eos_id")):
             if wanted and getattr(self, name) is None:
                 raise UserError(f"this tokenizer has no {name}: encode with {name[:3]}=False")
@@ -213,6 +224,35 @@ class Tokenizer:
         if self._kind.strips_space and not continuation and data.startswith(b" "):
             return data[1:]
         return data
+
+    def spans(self, ids: Iterable[int], text: str) -> np.ndarray:
+        """Return where each id lies in the UTF-8 bytes of `text`: (start, end), int [n, 2].
+
+        Args:
+          ids: as `encode` gives them for `text`; control tokens stand there by name.
+
+        Raises:
+          UserError: the ids do not spell the text, because the tokenizer normalizes it.
+        """
+        data, at, found = text.encode(errors="replace"), 0, []
+        names = {i: name.encode() for name, i in self.special.items()}
+        for i in ids:
+            piece: bytes = names.get(i) or self._kind.pieces[i]
+            if not data.startswith(piece, at):
+                # A space that SentencePiece puts before a word, or blanks that a token swallows.
+                blank = len(data) - at - len(data[at:].lstrip())
+                if piece[:1] == b" " and data.startswith(piece[1:], at):
+                    piece = piece[1:]
+                elif data.startswith(piece, at + blank):
+                    at += blank
+                else:
+                    raise UserError(
+                        f"the tokenizer changes the text near {text.encode()[at : at + 20]!r}, so "
+                        "its tokens cannot be found in it"
+                    )
+            found.append((at, at + len(piece)))
+            at += len(piece)
+        return np.array(found, np.int64).reshape(-1, 2)
 
     def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
         """Yield text as ids arrive, holding back a character until all its bytes are there.

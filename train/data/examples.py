@@ -31,12 +31,14 @@ class Media:
 class Example:
     """ids: int32 [n]. weights: float32 [n], of each id as a target; 0 = read, not learnt. media: in
     the order of their ids. whole: it is never cut; a row in which it does not fit ends before it.
+    cut: ids that were left out because no row would hold them.
     """
 
     ids: np.ndarray
     weights: np.ndarray
     media: tuple[Media, ...] = ()
     whole: bool = False
+    cut: int = 0
 
 
 class RecordError(ValueError):

@@ -46,27 +46,20 @@ PLACES = {"image": "<|image|>", "audio": "<|audio|>"}
 
 
 @dataclasses.dataclass(frozen=True)
-class TextWithMedia:
-    """A document with pictures and clips.
-
-    A record has its text under `key`, and `image` or `images`, `audio` or `audios`: a path relative
-    to the record's file, `data:...;base64,...`, {"bytes": ..., "path": ...}, or an array. Each
-    takes the next `<|image|>` or `<|audio|>` of the text; those without a place come first. What
-    stands for them weighs nothing as a target.
-    """
+class MediaReader:
+    """Pictures and clips of a record, and the tokens that stand for them."""
 
     tokenizer: Any
-    key: str
     model: ModelConfig
     longest: int  # tokens of one picture or clip, such that a row holds it
     tiles: int  # of a row
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return (self.key, "image", "images", "audio", "audios")
+    def find(self, record: Record, folder: str) -> dict[str, list]:
+        """What a record has under `image`, `images`, `audio` and `audios`, as its readers take it.
 
-    def parse(self, record: Record, folder: str = "") -> tuple[str, dict[str, list]]:
-        text = text_of(record, self.key)
+        Raises:
+          RecordError: a value that is none, or one that the model cannot read.
+        """
         found: dict[str, list] = {"image": [], "audio": []}
         if not isinstance(record, str):
             for name, values in found.items():
@@ -74,46 +67,21 @@ class TextWithMedia:
                     value = record.get(key)
                     listed = value if isinstance(value, list | tuple) else [value]
                     values += [_readable(v, key, folder) for v in listed if v is not None]
-        for name, place in PLACES.items():
-            if (places := text.count(place)) > len(found[name]):
-                raise RecordError(f"has {places} {place} and {len(found[name])} {name} records")
+        for name in found:
             encoder = self.model.vision if name == "image" else self.model.audio
             if found[name] and not encoder.num_layers:
                 section = "vision" if name == "image" else "audio"
                 raise RecordError(
                     f"has {name} records, and the model reads none: model.{section}.num_layers=0"
                 )
-        return text, found
+        return found
 
-    def encode(self, parsed: tuple[str, dict[str, list]]) -> Example:
-        """Read the pictures and clips, and put their tokens among those of the text.
+    def add(self, name: str, value, ids: list[int], media: list[Media]) -> None:
+        """Read a picture or clip and append its tokens and itself.
 
         Raises:
-          RecordError: one cannot be read, or is larger than a row.
+          RecordError: it cannot be read, or is larger than a row.
         """
-        text, found = parsed
-        waiting = {name: list(values) for name, values in found.items()}
-        ids: list[int] = []
-        media: list[Media] = []
-        ids += (begin := self.tokenizer.begin_ids)
-        for name, place in PLACES.items():
-            for _ in range(len(waiting[name]) - text.count(place)):
-                self._add(name, waiting[name].pop(0), ids, media)
-        for part in re.split("|".join(f"({re.escape(p)})" for p in PLACES.values()), text):
-            name = next((n for n, place in PLACES.items() if part == place), None)
-            if name:
-                self._add(name, waiting[name].pop(0), ids, media)
-            elif part:
-                ids += self.tokenizer.encode(part)
-        if len(ids) == len(begin):
-            return Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
-        ids += self.tokenizer.end_ids
-        weights = np.ones(len(ids), np.float32)
-        for m in media:
-            weights[m.start : m.stop] = 0.0
-        return Example(np.asarray(ids, np.int32), weights, tuple(media))
-
-    def _add(self, name, value, ids, media) -> None:
         start = len(ids)
         try:
             if name == "image":
@@ -140,6 +108,61 @@ class TextWithMedia:
         media.append(Media(array_name, start, len(ids), array))
 
 
+@dataclasses.dataclass(frozen=True)
+class TextWithMedia:
+    """A document with pictures and clips.
+
+    A record has its text under `key`, and `image` or `images`, `audio` or `audios`: a path relative
+    to the record's file, `data:...;base64,...`, {"bytes": ..., "path": ...}, or an array. Each
+    takes the next `<|image|>` or `<|audio|>` of the text; those without a place come first. What
+    stands for them weighs nothing as a target.
+    """
+
+    tokenizer: Any
+    key: str
+    media: MediaReader
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.key, "image", "images", "audio", "audios")
+
+    def parse(self, record: Record, folder: str = "") -> tuple[str, dict[str, list]]:
+        text = text_of(record, self.key)
+        found = self.media.find(record, folder)
+        for name, place in PLACES.items():
+            if (places := text.count(place)) > len(found[name]):
+                raise RecordError(f"has {places} {place} and {len(found[name])} {name} records")
+        return text, found
+
+    def encode(self, parsed: tuple[str, dict[str, list]]) -> Example:
+        """Read the pictures and clips, and put their tokens among those of the text.
+
+        Raises:
+          RecordError: one cannot be read, or is larger than a row.
+        """
+        text, found = parsed
+        waiting = {name: list(values) for name, values in found.items()}
+        ids: list[int] = []
+        media: list[Media] = []
+        ids += (begin := self.tokenizer.begin_ids)
+        for name, place in PLACES.items():
+            for _ in range(len(waiting[name]) - text.count(place)):
+                self.media.add(name, waiting[name].pop(0), ids, media)
+        for part in re.split("|".join(f"({re.escape(p)})" for p in PLACES.values()), text):
+            name = next((n for n, place in PLACES.items() if part == place), None)
+            if name:
+                self.media.add(name, waiting[name].pop(0), ids, media)
+            elif part:
+                ids += self.tokenizer.encode(part)
+        if len(ids) == len(begin):
+            return Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
+        ids += self.tokenizer.end_ids
+        weights = np.ones(len(ids), np.float32)
+        for m in media:
+            weights[m.start : m.stop] = 0.0
+        return Example(np.asarray(ids, np.int32), weights, tuple(media))
+
+
 def _readable(value, key: str, folder: str):
     """A picture or a clip as its reader takes it: a path, bytes, or an array."""
     if isinstance(value, dict):  # as the datasets library writes it
@@ -164,4 +187,5 @@ def of_text(config: Config, tokenizer) -> Text | TextWithMedia:
     data = config.data
     if not data.images and not data.clips:
         return Text(tokenizer, data.text_key)
-    return TextWithMedia(tokenizer, data.text_key, config.model, data.seq_len - 1, data.images)
+    media = MediaReader(tokenizer, config.model, data.seq_len - 1, data.images)
+    return TextWithMedia(tokenizer, data.text_key, media)

@@ -10,21 +10,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import puna
+from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
 from puna.train.data.examples import RecordError
 from puna.train.data.packing import Cursor, Room, pack_row
 from puna.train.loop import train
-from puna.train.objectives.sft import PromptCompletion
+from puna.train.objectives import sft
 
 BYTES = byte_tokenizer()
 BPE = train_bpe(["Question: what is 3 + 4? Answer: 7. été 3 3 3 the the"] * 3, 300)
+
+
+def transform_of(tokenizer, longest=100, **keys):
+    config = puna.get_config("sft", [f"{key}={value}" for key, value in keys.items()])
+    config.data.seq_len = longest
+    built = schema.build(config)
+    return sft.make(built, tokenizer.token_bytes).transform(built, tokenizer)
+
+
 TEXT = st.text("ab é3?\n", max_size=12)
 
 
 @given(TEXT, TEXT.filter(bool), st.sampled_from([BYTES, BPE]))
 def test_the_completion_and_the_end_are_learnt(prompt, completion, tokenizer):
-    transform = PromptCompletion(tokenizer, 100)
+    transform = transform_of(tokenizer)
     example = transform.encode(transform.parse({"prompt": prompt, "completion": completion}, ""))
     whole = tokenizer.encode(prompt + completion, bos=True, eos=True)
     assert example.ids.tolist() == whole and example.whole
@@ -41,21 +51,21 @@ def test_the_completion_and_the_end_are_learnt(prompt, completion, tokenizer):
     ("record", "reason"),
     [
         ("plain", "is plain text"),
-        ({"prompt": "a"}, "has no key 'completion'"),
+        ({"prompt": "a"}, "has none of messages, conversations, prompt and completion"),
         ({"prompt": "a", "completion": ""}, "empty completion"),
-        ({"prompt": 3, "completion": "a"}, "no string under 'prompt' but a JSON number"),
+        ({"prompt": 3, "completion": "a"}, "a list of messages under 'prompt', not a number"),
         ({"prompt": "a" * 90, "completion": "b" * 10}, "has 102 tokens, more than data.seq_len"),
     ],
 )
 def test_what_cannot_be_learnt_says_why(record, reason):
-    transform = PromptCompletion(BYTES, 100)
+    transform = transform_of(BYTES)
     with pytest.raises(RecordError, match=reason):
         transform.encode(transform.parse(record, ""))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.booleans())
 def test_an_example_is_never_cut(lengths, evaluation):
-    transform = PromptCompletion(BYTES, 12)
+    transform = transform_of(BYTES, 12)
     examples = [transform.encode(("", "x" * n)) for n in lengths]
     cursor, found = Cursor(examples.__getitem__, 0, stop=len(examples)), []
     while (row := pack_row(cursor, Room(13)))["segment_ids"].any():
@@ -78,22 +88,22 @@ def write(path, count, first=0):
 def test_a_recipe_tunes_resumes_and_is_refused_other_data(config, tmp_path):
     """From weights of others: the loss of held-out completions falls, and a cut changes nothing."""
     train(config, tmp_path / "base")
-    sft = puna.get_config("sft")
-    sft.model.compute_dtype = "float32"
-    sft.data.update(train=write(tmp_path / "a.jsonl", 40),
+    tuning = puna.get_config("sft")
+    tuning.model.compute_dtype = "float32"
+    tuning.data.update(train=write(tmp_path / "a.jsonl", 40),
                     validation=write(tmp_path / "b.jsonl", 14, 40), seq_len=64)  # fmt: skip
-    sft.optimizer.learning_rate = 3e-3
-    sft.train.update(init_from=str(tmp_path / "base"), steps=20, save_every=10, eval_every=10)
-    whole = train(sft, tmp_path / "whole")
+    tuning.optimizer.learning_rate = 3e-3
+    tuning.train.update(init_from=str(tmp_path / "base"), steps=20, save_every=10, eval_every=10)
+    whole = train(tuning, tmp_path / "whole")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     found = [m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m]
     assert len(found) == 2 and found[1] < found[0]
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "20")
-    resumed = train(sft, tmp_path / "cut")
+    resumed = train(tuning, tmp_path / "cut")
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b))
     (tmp_path / "c.jsonl").write_text('{"text": "no pair"}\n')
-    sft.data.train = str(tmp_path / "c.jsonl")
-    with pytest.raises(UserError, match="c.jsonl line 1 has no key 'prompt'"):
-        train(sft, tmp_path / "other")
+    tuning.data.train = str(tmp_path / "c.jsonl")
+    with pytest.raises(UserError, match="c.jsonl line 1 has none of messages"):
+        train(tuning, tmp_path / "other")

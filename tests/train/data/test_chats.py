@@ -1,0 +1,154 @@
+"""Conversations in the formats that people keep, what is learnt of them, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+import puna
+from puna.configs import schema
+from puna.configs.errors import UserError
+from puna.models.text.tokenizer import train_bpe
+from puna.train.data.chats import chat_of
+from puna.train.data.examples import RecordError
+from puna.train.data.preview import Preview
+from puna.train.objectives import sft
+
+BPE = train_bpe(["a llama answers a question of the puna"] * 3, 320)
+USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def transform_of(longest=100, overrides=()):
+    config = puna.get_config("sft", overrides)
+    config.data.seq_len = longest
+    built = schema.build(config)
+    return sft.make(built, BPE.token_bytes).transform(built, BPE)
+
+
+def learnt(example):
+    text = BPE.decode(example.ids[example.weights > 0], show_special=True)
+    return text.split("<|eot|>")[:-1]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "input": " ", "output": "b"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": "b"},
+    ],
+)
+def test_every_format_is_the_same_conversation(record):
+    assert chat_of(record).messages == [USER, ASSISTANT]
+    t = transform_of()
+    example = t.encode(t.parse(record, ""))
+    assert example.ids.tolist() == BPE.chat([USER, ASSISTANT], add_generation_prompt=False)
+    assert learnt(example) == ["b"] and example.whole and not example.cut
+
+
+def test_a_system_prompt_tools_and_calls():
+    record = {
+        "system": "be brief",
+        "tools": json.dumps([{"name": "f", "parameters": {}}]),
+        "conversations": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "2"},
+            {"from": "gpt", "value": "b"},
+        ],
+    }
+    chat = chat_of(record)
+    assert [m["role"] for m in chat.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert chat.tools == [{"name": "f", "parameters": {}}]
+    t = transform_of(800)
+    example = t.encode(t.parse(record, ""))
+    text = BPE.decode(example.ids[example.weights > 0], show_special=True)
+    assert text == "[f(x=1)]<|eom|>b<|eot|>"
+
+
+def test_only_the_completion_of_a_conversation_is_learnt():
+    t = transform_of()
+    record = {"prompt": [USER, ASSISTANT, USER], "completion": [{**ASSISTANT, "content": "c"}]}
+    assert learnt(t.encode(t.parse(record, ""))) == ["c"]
+    whole = transform_of(overrides=["sft.learn=all"])
+    example = whole.encode(whole.parse(record, ""))
+    assert (example.weights == 1).all()
+
+
+def test_a_long_conversation_ends_after_the_last_turn_that_fits():
+    messages = [USER, ASSISTANT] * 6
+    whole = BPE.chat(messages, add_generation_prompt=False)
+    half = BPE.chat(messages[:6], add_generation_prompt=False)
+    t = transform_of(len(half) + 3)
+    example = t.encode(t.parse({"messages": messages}, ""))
+    assert example.ids.tolist() == half and example.cut == len(whole) - len(half)
+    assert learnt(example) == ["b"] * 3
+    with pytest.raises(RecordError, match="its first assistant turn ends behind data.seq_len=5"):
+        transform_of(5).encode(t.parse({"messages": messages}, ""))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": []}, "must have a list of messages under 'messages'"),
+        ({"messages": [USER]}, "no assistant turn"),
+        ({"messages": [ASSISTANT, USER]}, r"out of order: messages\[0\] is 'assistant', first"),
+        ({"messages": [USER, USER, ASSISTANT]}, r"messages\[1\] is 'user', after 'user'"),
+        ({"messages": [USER, ASSISTANT, {"role": "system", "content": "x"}]}, "out of order"),
+        ({"messages": [USER, {"role": "robot", "content": "x"}]}, "the role 'robot'"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "turn without text"),
+        ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\] has no content"),
+        ({"messages": [USER, "x"]}, r"messages\[1\] is no message but a JSON string"),
+        ({"messages": [USER, {"content": "x"}]}, r"messages\[1\] has no role"),
+        ({"messages": [USER, ASSISTANT], "tools": "{"}, "tools that are not JSON"),
+        ({"instruction": "a"}, "no key 'output'"),
+        ({"text": "a"}, r"has none of messages.*\(its keys: 'text'\)"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
+         "has images, and the model reads none: model.vision.num_layers=0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_teach_says_why(record, reason):
+    t = transform_of()
+    with pytest.raises(RecordError, match=reason):
+        t.encode(t.parse(record, ""))
+
+
+@pytest.fixture
+def previewed(tmp_path):
+    BPE.save(tmp_path / "tokenizer")
+    path = tmp_path / "chats.jsonl"
+    records = [{"messages": [USER, ASSISTANT] * n} for n in (1, 2, 9)] + [{"messages": [USER]}]
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return puna.get_config(
+        "sft", [f"data.train={path}", f"data.tokenizer={tmp_path / 'tokenizer'}", "data.seq_len=64"]
+    )
+
+
+def test_a_preview_shows_what_is_learnt_and_what_is_left_out(previewed):
+    preview = Preview(previewed)
+    first = next(preview.examples())
+    assert preview.shown(first, colour=False).endswith("<|header_end|>\n\n[[b<|eot|>]]")
+    assert preview.shown(first, colour=True).endswith("\x1b[32mb<|eot|>\x1b[0m")
+    summary = preview.summary(100)
+    assert (summary["examples"], summary["cut"], summary["dropped"]) == (3, 1, 1)
+    lengths = [len(e.ids) for e in preview.examples()]
+    assert summary["tokens"] == sum(lengths) and summary["longest"] == max(lengths) <= 64
+    assert summary["learnt"] == sum(int(np.sum(e.weights > 0)) for e in preview.examples())
+    assert list(summary["reasons"]) == ["has no assistant turn: there is nothing to learn from it"]
+
+
+def test_a_file_that_teaches_nothing_is_refused(previewed, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps({"messages": [USER]}) + "\n")
+    previewed.data.train = str(path)
+    with pytest.raises(UserError, match="no assistant turn"):
+        next(Preview(previewed).examples())
