@@ -20,11 +20,11 @@ import numpy as np
 from ...configs import paths
 from ...configs.errors import UserError
 from ...configs.files import write_bytes, write_json
+from . import bpe, files, hub
 from . import chat as chat_formats
-from . import files, hub
+from .bpe import BPE_SPECIAL
 from .files import read_file, read_object
 from .kinds import (
-    LLAMA3_PATTERN,
     ByteKind,
     HuggingFaceKind,
     SentencePieceKind,
@@ -38,15 +38,6 @@ _EOS_NAMES = ("<|end_of_text|>", "</s>", "<|endoftext|>")
 _PAD_NAMES = ("<|finetune_right_pad|>", "<|finetune_right_pad_id|>", "<|pad|>", "<pad>")
 # Generation ends at any of these: end of text, of turn, or of a message that awaits a tool.
 _STOP_NAMES = (*_EOS_NAMES, "<|eom_id|>", "<|eot_id|>", "<|eom|>", "<|eot|>", "<|im_end|>")
-
-# What `train_bpe` appends to its vocabulary: Llama 4's names, so that its chat and
-# image formats work too.
-BPE_SPECIAL = (
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"),
-    *("<|header_start|>", "<|header_end|>", "<|eot|>", "<|eom|>"),
-    *("<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
-    *("<|image|>", "<|patch|>"),
-)
 
 _SAVED = "puna_tokenizer.json"
 _SETTINGS = (
@@ -358,61 +349,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       UserError: no text at all, an item that is not a string, or no room for bytes and control
         tokens.
     """
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    smallest = 256 + len(BPE_SPECIAL)
-    if vocab_size < smallest:
-        raise UserError(
-            f"a vocabulary of {vocab_size} has no room for 256 bytes and {len(BPE_SPECIAL)} "
-            f"control tokens: ask for at least {smallest}"
-        )
-    characters = 0
-
-    def checked():
-        nonlocal characters
-        for text in texts:
-            if not isinstance(text, str):
-                raise UserError(f"a corpus is made of strings, not {type(text).__name__}")
-            characters += len(text)
-            yield _well_formed(text)
-
-    model = tokenizers.Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    model.decoder = decoders.ByteLevel()
-    # The control tokens come after training, so that their ids are the last and the corpus'
-    # own mentions of them are learned as plain text.
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(BPE_SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    model.train_from_iterator(checked(), trainer)
-    if not characters:
-        raise UserError("cannot train a tokenizer: the corpus holds no text")
-    model.add_special_tokens(
-        [tokenizers.AddedToken(name, special=True, normalized=False) for name in BPE_SPECIAL]
-    )
-    begin, end = BPE_SPECIAL[:2]
-    model.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A",
-        pair=f"{begin} $A {begin} $B",
-        special_tokens=[(begin, model.token_to_id(begin))],
-    )
-    trained = Tokenizer.from_tokenizers(model, end_ids=[model.token_to_id(end)])
+    model = bpe.train(map(_checked_text, texts), vocab_size)
+    trained = Tokenizer.from_tokenizers(model, end_ids=[model.token_to_id(BPE_SPECIAL[1])])
     if trained.vocab_size < vocab_size:
         logger.warning(
-            "the corpus (%d characters) has pairs for a vocabulary of %d, not %d",
-            characters,
-            trained.vocab_size,
-            vocab_size,
+            "the corpus has pairs for a vocabulary of %d, not %d", trained.vocab_size, vocab_size
         )
     return trained
+
+
+def _checked_text(text) -> str:
+    if not isinstance(text, str):
+        raise UserError(f"a corpus is made of strings, not {type(text).__name__}")
+    return _well_formed(text)
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
