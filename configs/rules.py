@@ -123,15 +123,16 @@ def check(c) -> None:
         raise ConfigError(f"{inferred}: at most one axis can take the devices that are left")
 
 
-def _check_effects(c, section, prefix=""):
+def _check_effects(c, section, prefix="", of_section=None):
     """A key that has no effect where another is as it is must be left at its default."""
     for field in dataclasses.fields(section):
         name, value = prefix + field.name, getattr(section, field.name)
         if dataclasses.is_dataclass(value):
-            _check_effects(c, value, f"{name}.")
-        elif (only := field.metadata["only"]) and value != field.default:
+            _check_effects(c, value, f"{name}.", field.metadata["only"])
+            continue
+        for only in filter(None, (of_section, field.metadata["only"])):
             other = operator.attrgetter(only.key)(c)
-            if not only.holds(other):
+            if value != field.default and not only.holds(other):
                 raise ConfigError(
                     f"{name}={value} must be left at {field.default} where "
                     f"{only.key}={other or repr(other)}: it has an effect {only.text}"

@@ -44,6 +44,7 @@ def one_of(*names: str) -> Rule:
 POSITIVE = at_least(1)
 EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
 NOT_EMPTY = Rule("not be empty", lambda v: bool(v.strip()))
+BELOW_HALF = Rule("be at least 0 and below 0.5", lambda v: 0 <= v < 0.5)
 _COPIED = (
     "a path of this machine: copy there first what a URL names (a model of the Hugging Face Hub by "
     "`hf download ID --local-dir DIR`)"
@@ -84,9 +85,9 @@ DECAYING = Only("optimizer.schedule", ("cosine", "linear", "wsd"))
 ADAM = Only("optimizer.name", ("adamw", "muon"))  # Adafactor has decays of its own
 
 
-def section(cls) -> Any:
-    """Declare a section of keys."""
-    return dataclasses.field(default_factory=cls)
+def section(cls, only: Only | None = None) -> Any:
+    """Declare a section of keys, and where they have an effect."""
+    return dataclasses.field(default_factory=cls, metadata={"only": only})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,8 @@ class TrainConfig:
     batch_size: int = key(16, "rows of the global batch", POSITIVE)
     microbatches: int = key(1, "parts the batch is split into, one after another", POSITIVE)
     seed: int = key(0, "of the parameters and of the data order", between(0, 2**31 - 1))
-    z_loss: float = key(0.0, "weight of log(Z)^2 in the loss", at_least(0))
+    z_loss: float = key(0.0, "weight of log(Z)^2 in the loss", at_least(0),
+                        Only("train.objective", ("next_token", "sft")))  # fmt: skip
     loss_chunk: int = key(1024, "tokens whose logits exist at one time, a device", POSITIVE)
     bad_step: str = key("skip", "what to do where the gradient is not finite or spikes",
                         one_of("skip", "rewind", "stop"))  # fmt: skip
@@ -255,6 +257,23 @@ class TrainConfig:
         50, "steps between checkpoints in local_dir", POSITIVE, Only("train.local_dir")
     )
     eval_every: int = key(500, "steps between evaluations; 0 = only at the end", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Learning from pairs of a chosen and a rejected answer, `train.objective=preference`."""
+
+    loss: str = key(
+        "sigmoid", "loss of a pair: sigmoid is DPO",
+        one_of("sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo"),
+    )  # fmt: skip
+    beta: float = key(0.1, "what a nat of difference counts", more_than(0))
+    label_smoothing: float = key(
+        0.0, "share of pairs that are labelled the wrong way round", BELOW_HALF,
+        Only("preference.loss", ("sigmoid", "sigmoid_norm", "robust", "simpo")),
+    )  # fmt: skip
+    margin: float = key(0.5, "gamma of SimPO, by which a chosen answer is to win", at_least(0),
+                        Only("preference.loss", ("simpo",)))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,6 +313,9 @@ class Config:
     data: DataConfig = section(DataConfig)
     optimizer: OptimizerConfig = section(OptimizerConfig)
     train: TrainConfig = section(TrainConfig)
+    preference: PreferenceConfig = section(
+        PreferenceConfig, Only("train.objective", ("preference",))
+    )
     mesh: MeshConfig = section(MeshConfig)
     eval: EvalConfig = section(EvalConfig)
     sft: SftConfig = section(SftConfig)

@@ -20,6 +20,7 @@ from ..configs.errors import ConfigError, UserError
 from ..configs.schema import Config, ModelConfig
 from ..models.weights import run
 from ..models.weights.load import load, open_weights
+from .objectives import Objective
 from .optimizer import Guard
 from .state import TrainState, abstract_state, init_state, state_of
 
@@ -167,22 +168,24 @@ def lineage(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     return (meta.get("origin") or {}) | {"init_from": facts}
 
 
-def initial_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
+def initial_state(
+    config: Config, tx: optax.GradientTransformation, mesh, objective: Objective | None = None
+) -> TrainState:
     """The state before the first step; weights stream straight onto the mesh.
 
     Raises:
       UserError: the weights cannot be read.
     """
     if not config.train.init_from:
-        return init_state(config, tx, mesh)
+        return init_state(config, tx, mesh, objective)
     path, _ = source(config.train.init_from)
     # As they are stored, where they will be rounded: the optimizer's float32 copy is of these.
     dtype = "float32" if config.model.param_dtype == "float32" else None
     _, params = load(path, dtype, mesh)
-    state = state_of(config, tx, mesh, params)
+    state = state_of(config, tx, mesh, params, objective)
     if not config.train.with_optimizer:
         return state
-    abstract = abstract_state(config, tx, mesh)
+    abstract = abstract_state(config, tx, mesh, objective)
     rest = {"step": abstract.step, "opt_state": abstract.opt_state}
     moments = run.restore(path, "optimizer", rest)["opt_state"]
     return state.replace(opt_state=_from_step_0(moments))

@@ -1,5 +1,6 @@
 """The training loop, to be read aloud."""
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -84,7 +85,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
     model = Transformer(c.model)
     boxed = abstract_params(c.model)
     tx = make_optimizer(c, boxed)
-    places = abstract_state(c, tx, mesh)
+    places = abstract_state(c, tx, mesh, objective)
     if processes.is_first():
         print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
         held = sharding.bytes_per_device(places.opt_state)
@@ -101,7 +102,8 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
         Checkpoints(workdir, c, tokenizer_files(workdir), origin) as checkpoints,
         Signals() as signals,
     ):
-        state, position = checkpoints.restore(places) or (initial_state(c, tx, mesh), None)
+        start_anew = functools.partial(initial_state, c, tx, mesh, objective)
+        state, position = checkpoints.restore(places) or (start_anew(), None)
         if position is not None:
             loader.set_state(position)
         start = step = int(state.step)
@@ -145,7 +147,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
                 # Back to the last checkpoint, and over the data that made a step bad.
                 with ledger.doing("lost_to_failure"):
                     checkpoints.wait()
-                    state, _ = checkpoints.restore(places) or (initial_state(c, tx, mesh), None)
+                    state, _ = checkpoints.restore(places) or (start_anew(), None)
                 loader.set_state(loader.get_state() if saves else position)
                 step = int(state.step)
                 watch.rewound(step, int(state.opt_state.bad))

@@ -236,7 +236,10 @@ class RunLog:
         plot_losses(self.workdir)
 
 
-SHOWN = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second", "validation_bits_per_byte")
+SHOWN = (
+    *("loss", "bits_per_byte", "reward_accuracy", "learning_rate", "tokens_per_second"),
+    *("validation_bits_per_byte", "validation_reward_accuracy"),
+)
 
 
 def read(path: pathlib.Path) -> list[dict]:
@@ -253,17 +256,18 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def plot_losses(workdir: pathlib.Path) -> None:
-    """Draw `loss.png` from the metrics: bits per byte of training and of validation."""
+    """Draw `loss.png` from the metrics: bits per byte, or the loss, in training and validation."""
     from matplotlib.figure import Figure
 
     records = read(workdir / "metrics.jsonl")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name, style in (("bits_per_byte", "-"), ("validation_bits_per_byte", "o")):
+    loss = "bits_per_byte" if any("bits_per_byte" in m for m in records) else "loss"
+    for name, style in ((loss, "-"), (f"validation_{loss}", "o")):
         points = [(m["step"], m[name]) for m in records if m.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), lw=1)
-    axes.set(xlabel="step", ylabel="bits per byte", title=workdir.name)
+    axes.set(xlabel="step", ylabel=loss.replace("_", " "), title=workdir.name)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

@@ -16,13 +16,15 @@ from ..configs.schema import Config
 from ..models.parallel import sharding
 from ..models.parallel.sharding import Param
 from ..models.transformer import abstract_params, init_params
+from .objectives import Objective
 
 
 class TrainState(flax.struct.PyTreeNode):
     """What a run is at: updates done, what trains, what does not, and the optimizer's moments.
 
     params: the parameters that train, a part of the model's nested dict or all of it.
-    frozen: trees that do not train, by name; "base" is the rest of the model's parameters.
+    frozen: trees that do not train, by name; "base" is the rest of the model's parameters, others
+      are the objective's.
     """
 
     step: jax.Array
@@ -80,11 +82,21 @@ def _merge(a: dict, b: dict) -> dict:
     return {**a, **b, **both}
 
 
-def abstract_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
-    """Shape, dtype and sharding of every leaf of the state, computing nothing."""
+def abstract_state(
+    config: Config, tx: optax.GradientTransformation, mesh, objective: Objective | None = None
+) -> TrainState:
+    """Shape, dtype and sharding of every leaf of the state, computing nothing.
+
+    Args:
+      objective: may have trees of its own beside the model's; none where left out.
+    """
     boxed, base = split(abstract_params(config.model), config.train.trainable)
     params, places = sharding.unbox(boxed), sharding.shardings(boxed, mesh)
-    frozen = {"base": (sharding.unbox(base), sharding.shardings(base, mesh))} if base else {}
+    trees = {"base": base} if base else {}
+    trees |= objective.abstract_frozen(config, boxed) if objective else {}
+    frozen = {
+        n: (sharding.unbox(tree), sharding.shardings(tree, mesh)) for n, tree in trees.items()
+    }
     opt_state = jax.eval_shape(tx.init, params)
     state = TrainState(
         jax.ShapeDtypeStruct((), jnp.int32),
@@ -124,26 +136,33 @@ def _like_params(opt_state, params, places, mesh):
     return jax.tree.map_with_path(place, opt_state)
 
 
-def init_state(config: Config, tx: optax.GradientTransformation, mesh) -> TrainState:
+def init_state(
+    config: Config, tx: optax.GradientTransformation, mesh, objective: Objective | None = None
+) -> TrainState:
     """A fresh state: random parameters from `train.seed`, the same numbers on any mesh."""
     # Rounded to `param_dtype` only once the optimizer has its float32 copy.
     model = dataclasses.replace(config.model, param_dtype="float32")
     params = init_params(model, jax.random.key(config.train.seed), mesh)
-    return state_of(config, tx, mesh, params)
+    return state_of(config, tx, mesh, params, objective)
 
 
-def state_of(config: Config, tx: optax.GradientTransformation, mesh, params) -> TrainState:
+def state_of(
+    config: Config, tx: optax.GradientTransformation, mesh, params,
+    objective: Objective | None = None,
+) -> TrainState:  # fmt: skip
     """The state before the first step.
 
     Args:
       params: all parameters of the model, in any dtype; the optimizer starts from them as they
         are, before they are rounded to `model.param_dtype`.
     """
-    abstract = abstract_state(config, tx, mesh)
+    abstract = abstract_state(config, tx, mesh, objective)
     params, base = split(params, config.train.trainable)
+    frozen = {"base": base} if base else {}
+    frozen |= objective.initial_frozen(config, mesh, params) if objective else {}
     # Without explicit places optax's counters would all land on one device.
     places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    state = TrainState(step, params, {"base": base} if base else {}, opt_state)
+    state = TrainState(step, params, frozen, opt_state)
     return jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), state, abstract)

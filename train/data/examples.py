@@ -32,6 +32,7 @@ class Example:
     """ids: int32 [n]. weights: float32 [n], of each id as a target; 0 = read, not learnt. media: in
     the order of their ids. whole: it is never cut; a row in which it does not fit ends before it.
     cut: ids that were left out because no row would hold them.
+    borders: of a whole one, where among its ids texts begin that do not see those before them.
     """
 
     ids: np.ndarray
@@ -39,6 +40,7 @@ class Example:
     media: tuple[Media, ...] = ()
     whole: bool = False
     cut: int = 0
+    borders: tuple[int, ...] = ()
 
 
 class RecordError(ValueError):

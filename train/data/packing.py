@@ -1,13 +1,15 @@
 """Documents -> rows of a fixed length: concatenate, then split.
 
 A row is filled from one document after another; what does not fit goes on in the next row, as a
-piece of its own. Pieces are numbered 1, 2, ... in a row (`segment_ids`) and count their positions
-from 0, so that attention can keep to one piece; 0 marks padding. Where a row has got to is just
+piece of its own. Pieces, and the texts of an example with `borders`, are numbered 1, 2, ... in a
+row (`segment_ids`) and count their positions from 0, so that attention can keep to one; 0 marks
+padding. Where a row has got to is just
 (document, offset), which is why this is not Grain's packer: the state of that one holds the states
 of its parents and belongs to a reader process, this one belongs to a row.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -125,7 +127,10 @@ class Cursor:
                 break
             left[m.name] -= len(m.array)
             inside.append(Media(m.name, m.start - start, m.stop - start, m.array))
-        piece = Example(example.ids[start:stop], example.weights[start:stop], tuple(inside))
+        borders = example.borders if example.whole else ()
+        piece = Example(
+            example.ids[start:stop], example.weights[start:stop], tuple(inside), borders=borders
+        )
         self.offset = stop
         if self.offset == len(example.ids):
             self.document += self._stride
@@ -179,12 +184,14 @@ def pack_row(cursor: Cursor, room: Room) -> Row:
         if piece is None or not len(piece.ids):
             assert piece is None or filled, "a picture or clip larger than a row"
             break
-        segment += 1
         part = slice(filled, filled + len(piece.ids))
         row["tokens"][part] = piece.ids
         row["weights"][part] = piece.weights
-        row["positions"][part] = np.arange(len(piece.ids))
-        row["segment_ids"][part] = segment
+        for start, stop in itertools.pairwise((0, *piece.borders, len(piece.ids))):
+            segment += 1
+            text = slice(filled + start, filled + stop)
+            row["positions"][text] = np.arange(stop - start)
+            row["segment_ids"][text] = segment
         for m in piece.media:
             begin, end = used[m.name], used[m.name] + len(m.array)
             if m.name == "tiles":

@@ -43,6 +43,21 @@ class Objective(Protocol):
         """Shapes, dtypes and places of a training batch."""
         ...
 
+    def abstract_frozen(self, config: Config, boxed) -> dict[str, Any]:
+        """Trees beside the model's own that do not train, by name: a reference, a teacher.
+
+        Args:
+          boxed: the parameters that train, with the logical names of their dims.
+
+        Returns:
+          Trees that are boxed likewise.
+        """
+        ...
+
+    def initial_frozen(self, config: Config, mesh, params) -> dict[str, Any]:
+        """Those trees as a run starts, from the parameters that train."""
+        ...
+
     def weight_B(self, batch) -> jax.Array:
         """What each row weighs in the mean over a batch [B]; known from the batch alone."""
         ...

@@ -61,6 +61,12 @@ class NextToken:
                 batch[key] = jax.ShapeDtypeStruct(shape_B, dtype, sharding=place)
         return batch
 
+    def abstract_frozen(self, config: Config, boxed) -> dict[str, Any]:
+        return {}
+
+    def initial_frozen(self, config: Config, mesh, params) -> dict[str, Any]:
+        return {}
+
     def weight_B(self, batch):
         return jnp.sum(batch["weights_BT"], axis=1)
 
@@ -129,6 +135,16 @@ def cross_entropy(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss=0.
     """
     inputs = (hidden_BTD, leaf.dense(table_DV), targets_BT, weights_BT)
     return _cross_entropy(*inputs, dtype, z_loss, loss_chunk)
+
+
+def log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk=1024):
+    """Log-probability of each target under softmax(hidden @ table) [B, T], in nats.
+
+    For losses that are no weighted sum over targets: differentiable target by target, for one more
+    vocabulary matmul than `cross_entropy`, whose arguments these are.
+    """
+    table_DV = leaf.dense(table_DV)
+    return -_negative_log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -253,3 +269,29 @@ def _backward(dtype, z_loss, loss_chunk, saved, cotangents):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _negative_log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk):
+    weights_BT = jnp.ones(targets_BT.shape)
+    return _on_mesh(
+        hidden_BTD, table_DV, targets_BT, weights_BT, dtype, 0.0, loss_chunk, with_gradient=False
+    )[1]
+
+
+def _forward_each(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk):
+    nll_BT = _negative_log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk)
+    return nll_BT, (hidden_BTD, table_DV, targets_BT)
+
+
+def _backward_each(dtype, loss_chunk, saved, g_BT):
+    """The gradient of sum(g * nll), where g are weights like any others."""
+    hidden_BTD, table_DV, targets_BT = saved
+    _, _, dhidden_BTD, dtable_DV = _on_mesh(
+        hidden_BTD, table_DV, targets_BT, g_BT, dtype, 0.0, loss_chunk, with_gradient=True
+    )
+    assert dhidden_BTD is not None and dtable_DV is not None
+    return dhidden_BTD.astype(hidden_BTD.dtype), dtable_DV.astype(table_DV.dtype), None
+
+
+_negative_log_probs.defvjp(_forward_each, _backward_each)
