@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 from ..configs import paths, schema
+from ..configs.display import Results
 from ..configs.errors import ConfigError, UserError
 from ..models.parallel import sharding
 from ..models.text.tokenizer import load_tokenizer
@@ -15,7 +16,7 @@ from ..train.data.tokenizer import with_ends
 from ..train.validation import HeldOut
 
 
-def evaluate(config: Mapping, path, quantize: str = "") -> dict:
+def evaluate(config: Mapping, path, quantize: str = "") -> Results:
     """Evaluate a run, or any model that `puna.load` reads, on `data.validation`.
 
     Args:
@@ -25,7 +26,7 @@ def evaluate(config: Mapping, path, quantize: str = "") -> dict:
       quantize: as of `puna.load`.
 
     Returns:
-      The dict that `results.json` holds.
+      The dict that `results.json` holds; a notebook shows it as a table.
 
     Raises:
       UserError: the config, the data or the checkpoint will not do, or a number is not finite.
@@ -47,11 +48,11 @@ def evaluate(config: Mapping, path, quantize: str = "") -> dict:
                 f"{path}: {name} is {number} on data.validation={c.data.validation}: the "
                 "parameters are damaged or have diverged"
             )
-    return {
-        "checkpoint": str(path),
-        "data": c.data.validation,
-        "begin_ids": list(tokenizer.begin_ids),
-        "end_ids": list(tokenizer.end_ids),
-        "parameters": count_params(model.config),
+    return Results(
+        checkpoint=str(path),
+        data=c.data.validation,
+        begin_ids=list(tokenizer.begin_ids),
+        end_ids=list(tokenizer.end_ids),
+        parameters=count_params(model.config),
         **numbers,
-    }
+    )

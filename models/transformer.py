@@ -29,6 +29,7 @@ from .moe import MoE, RouterSums, router_stats
 from .parallel import context, pipeline, sharding
 from .parallel.sharding import constrain
 from .remat import rematerialized, stage_policy
+from .summary import Summary, summarize
 from .vision import Images, VisionEncoder, no_images
 
 
@@ -119,6 +120,11 @@ class Transformer(nn.Module):
         states = self.states(tokens_BT, positions_BT, segment_ids_BT, cache, images, audio)
         logits_BTV = self.logits(states.hidden_BTD)
         return Output(states.hidden_BTD, states.cache, states.router, logits_BTV)
+
+    @nn.nowrap
+    def summary(self, mesh=None) -> Summary:
+        """Return a table of the parameters: shape, place on the mesh, count and memory."""
+        return summarize(self.config, abstract_params(self.config), mesh)
 
     def logits(self, hidden_BTD):
         """`unembed` with the parameters of this model."""

@@ -92,7 +92,7 @@ class RunLog:
         self.peak = peak_flops(config.model)
 
         self.file = self.events = self.bar = None
-        if is_first() and sys.stderr.isatty():
+        if is_first() and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             self.bar = tqdm(total=config.train.steps, initial=start, unit="step", leave=True)
         self._open(start)
 

@@ -1,0 +1,25 @@
+"""What a notebook shows of results and models: a table where it can draw one, text elsewhere."""
+
+import html
+from collections.abc import Sequence
+
+
+def html_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """Return an HTML table; a number stands at the right of its cell."""
+
+    def cell(value, tag):
+        text = f"{value:,.5g}" if isinstance(value, float) else f"{value:,}" if type(value) is int \
+            else str(value)  # fmt: skip
+        right = ' style="text-align:right"' if isinstance(value, int | float) else ""
+        return f"<{tag}{right}>{html.escape(text)}</{tag}>"
+
+    lines = ["<tr>" + "".join(cell(x, "th") for x in head) + "</tr>"] if head else []
+    lines += ["<tr>" + "".join(cell(x, "td") for x in row) + "</tr>" for row in rows]
+    return "<table>" + "".join(lines) + "</table>"
+
+
+class Results(dict):
+    """Numbers by name, as `results.json` holds them; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        return html_table(list(self.items()))
