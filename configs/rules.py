@@ -112,6 +112,8 @@ def check(c) -> None:
             )
     _multiple("train.batch_size", c.train.batch_size, "train.microbatches", c.train.microbatches)
     _multiple("train.keep_every", c.train.keep_every, "train.save_every", c.train.save_every)
+    if c.train.keep_best:
+        _check_best(c)
     if c.train.local_dir and c.train.local_every >= c.train.save_every:
         raise ConfigError(
             f"train.local_every={c.train.local_every} must be below "
@@ -121,6 +123,21 @@ def check(c) -> None:
     if sum(v == -1 for v in axes.values()) > 1:
         inferred = " and ".join(f"mesh.{k}=-1" for k, v in axes.items() if v == -1)
         raise ConfigError(f"{inferred}: at most one axis can take the devices that are left")
+
+
+def _check_best(c):
+    """What is evaluated must be saved, or the best is not there to be kept."""
+    best, evaluates, saves = c.train.keep_best, c.train.eval_every, c.train.save_every
+    if not c.data.validation:
+        raise ConfigError(
+            f"train.keep_best={best} must be 0 where data.validation is empty: there is no loss to "
+            "judge by"
+        )
+    if not evaluates or evaluates % saves:
+        raise ConfigError(
+            f"train.eval_every={evaluates} must be a multiple of train.save_every={saves} where "
+            f"train.keep_best={best}: what is evaluated must be saved"
+        )
 
 
 def _check_effects(c, section, prefix="", of_section=None):

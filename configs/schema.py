@@ -251,6 +251,9 @@ class TrainConfig:
     log_every: int = key(10, "steps between logged steps", POSITIVE)
     save_every: int = key(500, "steps between checkpoints, the last step apart", POSITIVE)
     keep: int = key(2, "newest checkpoints kept", POSITIVE)
+    keep_best: int = key(
+        0, "checkpoints of least validation loss kept beside them; 0 = none", at_least(0)
+    )
     keep_every: int = key(0, "checkpoints of steps kept for ever; 0 = none", at_least(0))
     local_dir: str = key("", "faster disk for checkpoints between those; empty = none", LOCAL)
     local_every: int = key(

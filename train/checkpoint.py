@@ -8,11 +8,13 @@ two of them `train.local_dir` can take others, on a disk that is faster and may 
 import base64
 import contextlib
 import itertools
+import math
 import pathlib
 from collections.abc import Callable
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import LatestN
 
 from ..configs import errors, paths
 from ..configs.errors import UserError
@@ -73,6 +75,8 @@ class Checkpoints:
             self.local = disk.joinpath(*workdir.absolute().parts[1:])
         # The configuration that the newest restored checkpoint was saved with.
         self.restored: Config | None = None
+        # Step -> validation loss, where it is known.
+        self.losses: dict[int, float] = {}
         self._frozen: dict[str, str] | None = None
         self._managers: dict[pathlib.Path, ocp.CheckpointManager] = {}
 
@@ -154,6 +158,8 @@ class Checkpoints:
         found = newest_whole(folders, lambda folder: self._read(folder, abstract))
         for folder in filter(None, (self.workdir, self.local)):
             self._manager(folder)  # which also removes what a killed save has left
+        step = int(found[0].step) if found else 0
+        self.losses = {known: loss for known, loss in self.losses.items() if known <= step}
         return found
 
     def _read(self, folder, abstract):
@@ -200,15 +206,31 @@ class Checkpoints:
         if folder not in self._managers:
             main = folder == self.workdir
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self.train.keep if main else 1,
-                keep_period=self.train.keep_every or None if main else None,
-                cleanup_tmp_directories=True,
+                preservation_policy=self if main else LatestN(1), cleanup_tmp_directories=True
             )
             with _explained(folder, "save"):
                 path = (folder / run.CHECKPOINTS).absolute()
                 path.mkdir(parents=True, exist_ok=True)
                 self._managers[folder] = ocp.CheckpointManager(path, options=options)
         return self._managers[folder]
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Which checkpoints stay, as Orbax asks: the newest, the best, and some for ever."""
+        del context
+        steps, t = sorted(c.step for c in checkpoints), self.train
+        kept = {*steps[-t.keep :], *self._best(steps)[: t.keep_best]}
+        if t.keep_every:
+            kept |= {step for step in steps if step % t.keep_every == 0}
+        return [c.step in kept for c in checkpoints]
+
+    def best(self) -> int | None:
+        """The step of the checkpoint with the least validation loss; None where none is known."""
+        return next(iter(self._best(self._manager(self.workdir).all_steps())), None)
+
+    def _best(self, steps) -> list[int]:
+        """Those of the steps whose validation loss is known, the best first."""
+        known = [step for step in steps if math.isfinite(self.losses.get(step, math.nan))]
+        return sorted(known, key=lambda step: (self.losses[step], step))
 
     def __enter__(self):
         return self

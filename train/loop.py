@@ -1,6 +1,7 @@
 """The training loop, to be read aloud."""
 
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -112,6 +113,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
             write_json(workdir / "config.json", schema.to_dict(c))
             print(_how_it_resumes(c, checkpoints.restored, start), flush=True)
         log = metrics.RunLog(c, workdir, start, ledger, (origin or {}).get("init_from"))
+        checkpoints.losses |= processes.gather(log.validation_losses())[0]
         watch = Watch(c, workdir, int(state.opt_state.bad))
         step_fn = make_train_step(c, model, tx, objective, places)
         if step < c.train.steps:
@@ -130,6 +132,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
                     found = evaluator(c, model, params, tokenizer, mesh)
                     numbers |= {f"{name}_{k}": v for k, v in found.items()}
             log.add(step, numbers | {EVALUATED: quarantine.count()})
+            checkpoints.losses[step] = numbers.get(metrics.LOSS, math.nan)
 
         ledger.running()
         # What was saved, and then not evaluated.
@@ -169,7 +172,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
                 evaluate(state, step)
             if ends:
                 break
-        log.finish(step)
+        log.finish(step, checkpoints.best())
         loader.close()
         with ledger.doing("save"):
             checkpoints.wait()

@@ -208,8 +208,18 @@ class RunLog:
             self.events.close()
         self._open(step)
 
-    def finish(self, step: int) -> None:
-        """Write the last record, and `results.json` and `loss.png` of a run that ends here."""
+    def validation_losses(self) -> dict[int, float]:
+        """Validation loss by step, of the records so far; a process that writes none has none."""
+        records = read(self.workdir / "metrics.jsonl") if self.file is not None else []
+        return {m["step"]: m[LOSS] for m in records if m.get(LOSS) is not None}
+
+    def finish(self, step: int, best: int | None = None) -> None:
+        """Write the last record, and `results.json` and `loss.png` of a run that ends here.
+
+        Args:
+          step: the last one.
+          best: the step of the checkpoint with the least validation loss, if one is known.
+        """
         # No step follows the last one to be timed against.
         self._flush(lambda step: {})
         if self.file is None or self.events is None:
@@ -229,6 +239,9 @@ class RunLog:
         }
         if self.init_from:
             results["init_from"] = self.init_from
+        if best is not None:
+            losses = {m["step"]: m.get(LOSS) for m in records}
+            results |= {"best_step": best, f"best_{LOSS}": losses.get(best)}
         if seconds:
             # The median: the first steps of a session load its program, and machines hesitate.
             results |= self._speed(statistics.median(seconds))
@@ -236,6 +249,7 @@ class RunLog:
         plot_losses(self.workdir)
 
 
+LOSS = "validation_loss"
 SHOWN = (
     *("loss", "bits_per_byte", "reward_accuracy", "learning_rate", "tokens_per_second"),
     *("validation_bits_per_byte", "validation_reward_accuracy"),

@@ -206,6 +206,27 @@ def test_which_are_kept(config, tmp_path):
     assert steps_in(tmp_path) == ["3", "6", "7", "8"]
 
 
+def test_the_best_are_kept(config, tmp_path):
+    """By losses that are known once a step is saved; one that is no number is nobody's best."""
+    config.data.validation = config.data.train
+    config.train.update(steps=20, save_every=1, eval_every=1, keep=2, keep_best=2)
+    here = Run(config, tmp_path)
+    state = here.save()
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: float("nan"), 5: 2.0, 6: 6.0, 7: 6.0, 8: 6.0}
+    with Checkpoints(tmp_path, here.config, TOKENIZER) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(state.replace(step=state.step * 0 + step), step, POSITION)
+            checkpoints.losses[step] = loss
+        checkpoints.wait()
+        assert checkpoints.best() == 5
+    assert steps_in(tmp_path) == ["2", "5", "7", "8"]
+    shutil.rmtree(here.folder(5))
+    with Checkpoints(tmp_path, here.config, TOKENIZER) as checkpoints:
+        assert checkpoints.best() is None
+        checkpoints.losses |= losses
+        assert checkpoints.best() == 2
+
+
 def test_local_checkpoints(config, tmp_path, capsys):
     """Between two of the workdir others are kept elsewhere, and the newest whole one counts."""
     local, workdir = tmp_path / "local", tmp_path / "run"
@@ -282,10 +303,14 @@ def test_a_path_may_be_spelt_otherwise_when_a_run_resumes(config, tmp_path, monk
     "keys,message",
     [
         ({"keep_every": 5}, "train.keep_every=5 must be a multiple of train.save_every=3"),
+        ({"keep_best": 1}, "train.keep_best=1 must be 0 where data.validation is empty"),
+        ({"keep_best": 1, "eval_every": 4}, "train.eval_every=4 must be a multiple of .*every=3"),
+        ({"keep_best": 1, "eval_every": 0}, "train.eval_every=0 must be a multiple of .*every=3"),
         ({"local_dir": "/x"}, "train.local_every=50 must be below train.save_every=3"),
     ],
 )
 def test_keys_that_contradict_each_other(config, keys, message):
+    config.data.validation = config.data.train if "eval_every" in keys else ""
     config.train.update(keys)
     with pytest.raises(UserError, match=message):
         schema.from_dict(config)

@@ -134,6 +134,24 @@ def test_a_finished_run_stays_as_it_is(whole, config, tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in before}
 
 
+def test_the_best_checkpoint_outlives_a_restart(config, tmp_path):
+    """Its loss is known to the session after the one that evaluated it."""
+    found = iter([3.0, 1.0, 2.0, 2.5, 2.0, 1.5])
+
+    def evaluate(*_):
+        return {"loss": next(found)}
+
+    config.data.validation = config.data.train
+    config.train.update(save_every=1, eval_every=1, keep=1, keep_best=1, steps=3)
+    train(config, tmp_path, {"validation": evaluate})
+    assert json.loads((tmp_path / "results.json").read_text())["best_step"] == 2
+    config.train.steps = 6
+    train(config, tmp_path, {"validation": evaluate})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "6"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["best_step"], results["best_validation_loss"]) == (2, 1.0)
+
+
 def test_a_longer_run_says_what_becomes_of_its_rate(config, tmp_path, capsys):
     """The schedule spans the new number of steps; the old one had ended."""
     train(config, tmp_path)
