@@ -61,3 +61,7 @@ class _File(logging.FileHandler):
 
     def handleError(self, record):
         pass
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()

@@ -1,6 +1,7 @@
 """What threads and libraries report goes to the run's folder while it lasts, and only then."""
 
 import logging
+import pathlib
 import sys
 import threading
 
@@ -52,6 +53,17 @@ def test_where_it_cannot_be_written_nothing_is_printed_either(tmp_path, capfd, p
     with background_log(None if path == "none" else tmp_path / "missing" / FILE):
         report()
     assert capfd.readouterr().err == "" and not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_when_the_file_is_closed_is_no_error(tmp_path):
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    before = settings()
+    (tmp_path / FILE).symlink_to("/dev/full")
+    with pytest.raises(UserError), background_log(tmp_path / FILE):
+        report()
+        raise UserError("what the run says")
+    assert settings() == before
 
 
 @pytest.mark.parametrize("fails", [None, UserError("no"), KeyboardInterrupt()])
