@@ -252,10 +252,10 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("restarts", 0, "times to start again after a failure", **text)
     if command == "convert":
         args.set_gnu_getopt(True)  # flags may follow the paths
-        flags.DEFINE_enum("to", "hf", ["hf", "puna"], "format of DST", **text)
+        flags.DEFINE_enum("to", "hf", ["hf", "puna", "gguf"], "format of DST", **text)
         flags.DEFINE_enum(
-            "dtype", None, ["bfloat16", "float16", "float32"],
-            "of all tensors of DST; by default each keeps its own", **text,
+            "dtype", None, ["bfloat16", "float16", "float32", "q8_0"],
+            "of all tensors of DST, q8_0 with --to=gguf; by default each keeps its own", **text,
         )  # fmt: skip
         flags.DEFINE_string("name", None, "of the release; DST's own by default", **text)
         flags.DEFINE_string(

@@ -74,11 +74,10 @@ def main():
         ]  # fmt: skip
         puna = [sys.executable, "-m", "puna"]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
-        subprocess.run(
-            [*puna, "eval", *(a for a in common if a.startswith("--config") and ".train." not in a),
-             "--config.train.objective=sft", f"--checkpoint={smollm2()}", f"--workdir={folder}/before"],
-            env=env, check=True,
-        )  # fmt: skip
+        read = [a for a in common if a.startswith("--config") and ".train." not in a]
+        where = [f"--checkpoint={smollm2()}", f"--workdir={folder}/before"]
+        evaluate = [*puna, "eval", *read, "--config.train.objective=sft", *where]
+        subprocess.run(evaluate, env=env, check=True)
         before = json.loads((folder / "before" / "results.json").read_text())
         facts["held_out_loss_before"] = before["loss"]
         began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""`puna convert`: weights of others into a run of ours, and any model into a Hugging Face release.
+"""`puna convert`: weights of others into a run of ours, any model into a release or a GGUF file.
 
 Everything is written into a folder beside the destination that takes its name at the end, so a
 destination is whole or absent. Tensors pass one leaf at a time and keep the dtype of their source
 unless another is asked for.
-Writing Meta's or llama.cpp's formats is left out on purpose: both have converters from this one.
+Writing Meta's format is left out on purpose.
 """
 
 import base64
@@ -33,7 +33,7 @@ from ..weights import config as hf_config
 from ..weights import huggingface, licences, placing, run, safetensors_files, vision_table
 from ..weights.load import open_weights
 from ..weights.tensors import Weights, cast, warn
-from . import card
+from . import card, gguf_release
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("bfloat16", "float16", "float32")
@@ -63,14 +63,15 @@ def convert(
 
     Args:
       src: a Hugging Face or Meta directory, a GGUF file, a run of ours or one of its checkpoints.
-      dst: a folder that does not exist or is empty.
-      to: "hf" for a Hugging Face release, "puna" for a run that `puna.load` reads in any process.
+      dst: a folder that does not exist or is empty; for "gguf" a file that does not exist.
+      to: "hf" for a Hugging Face release, "puna" for a run that `puna.load` reads in any process,
+        "gguf" for a file that llama.cpp runs.
       name: of the release, on its card; the folder's own name by default.
       base_licence: of the model that the weights come from, one of `licences.CHOICES`; by default
         what stands beside the weights.
       ignore_licence_name: write the release even if the licence does not allow its name.
       shard_bytes: largest file of weights, unless a single tensor is larger.
-      dtype: one of `DTYPES`, of all tensors; by default each keeps its own.
+      dtype: one of `DTYPES`, of all tensors, or "q8_0" for "gguf"; by default each keeps its own.
       tokenizer: where the tokenizer lies; "none" to leave it out; by default beside the weights.
 
     Raises:
@@ -78,14 +79,15 @@ def convert(
         architecture that the format cannot hold, a value that `dtype` cannot hold, a tokenizer that
         cannot be read or written. The destination is then as it was.
     """
-    if to not in ("hf", "puna"):
-        raise UserError(f"to={to!r} must be hf or puna")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if to not in ("hf", "puna", "gguf"):
+        raise UserError(f"to={to!r} must be hf, puna or gguf")
+    dtypes = tuple(gguf_release.DTYPES) if to == "gguf" else DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise UserError(f"dtype={dtype!r} must be one of {', '.join(dtypes)} with to={to}")
     licences.check_choice(base_licence)
     src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
-    model = _open(src, np.dtype(dtype) if dtype else None)
+    model = _open(src, np.dtype(dtype) if dtype and to != "gguf" else None)
     text = _tokenizer_of(model, tokenizer)
     if base_licence is not None:
         model.origin = model.origin | {"licence": base_licence}
@@ -98,6 +100,10 @@ def convert(
     else:
         if not ignore_licence_name:
             licences.check_name(name, model.origin["licence"])
+        if to == "gguf":
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            gguf_release.write(model, text, dst, name.removesuffix(".gguf"), dtype)
+            return
         with _whole(dst) as folder:
             home = src if isinstance(model, OthersModel) and not tokenizer else None
             _write_release(model, text, home, folder, name, shard_bytes)

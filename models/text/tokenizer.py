@@ -291,9 +291,15 @@ class Tokenizer:
         Raises:
           UserError: the vocabulary cannot be written so; nothing is written then.
         """
-        data = hub.tokenizer_json(self._kind, self.begin_ids, self._prompt_end)
-        written = {"tokenizer.json": data, "tokenizer_config.json": self._hub_config()}
+        written = {
+            "tokenizer.json": self.tokenizer_json(),
+            "tokenizer_config.json": self._hub_config(),
+        }
         _write(paths.local(directory, "directory"), written)
+
+    def tokenizer_json(self) -> bytes:
+        """Return the tokenizer.json that `save_for_hub` writes."""
+        return hub.tokenizer_json(self._kind, self.begin_ids, self._prompt_end)
 
     @property
     def _prompt_end(self) -> tuple[int, ...]:

@@ -39,6 +39,10 @@ LAYER = (
     Row("mlp/w_down_FD", "F D", "ffn_down.weight", "D F"),
 )
 _FREQUENCIES = "rope_freqs.weight"
+# What published Llamas have of (low, high, old context), and where a file of ours says it.
+_PUBLISHED = ((1.0, 4.0, 8192), (1.0, 1.0, 8192))
+SCALING = ("puna.rope_low_freq_factor", "puna.rope_high_freq_factor",
+           "puna.rope_original_positions")  # fmt: skip
 
 # Key under `llama.`: field.
 _SIZES = {
@@ -127,7 +131,10 @@ def _config(path, metadata, tensors: dict[str, Tensor]) -> ModelConfig:
     fields["vocab_size"] = tensors["token_embd.weight"].shape[0]
     fields["tie_embeddings"] = "output.weight" not in tensors
     if _FREQUENCIES in tensors:
-        fields |= _scaling(path, tensors[_FREQUENCIES], H, fields["rope_theta"])
+        pairs = list(_PUBLISHED)
+        if all(type(metadata.get(key)) in (int, float) for key in SCALING):
+            pairs.insert(0, tuple(_rounded(metadata[key]) for key in SCALING))
+        fields |= _scaling(path, tensors[_FREQUENCIES], H, fields["rope_theta"], pairs)
     return schema.from_dict(fields, ModelConfig, "model.")
 
 
@@ -136,11 +143,11 @@ def _rounded(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _scaling(path, tensor: Tensor, H: int, theta: float) -> dict[str, Any]:
+def _scaling(path, tensor: Tensor, H: int, theta: float, pairs) -> dict[str, Any]:
     """Llama 3.1's scaling, of which a file keeps the divisor of each frequency only.
 
-    llama.cpp writes them from factor, low 1, high 4 and old context; a published pair of
-    (low, high, old) with the largest divisor as the factor must give the same again.
+    llama.cpp writes them from factor, low 1, high 4 and old context; one of `pairs` (low, high,
+    old) with the largest divisor as the factor must give the same again. Files of ours say which.
     """
     if tuple(tensor.shape) != (H // 2,):
         raise UserError(f"{path}: tensor {_FREQUENCIES} has shape {tensor.shape}, not {(H // 2,)}")
@@ -151,7 +158,7 @@ def _scaling(path, tensor: Tensor, H: int, theta: float) -> dict[str, Any]:
     if factor == 1.0:
         return {}
     f = theta ** (-np.arange(0, H, 2) / H)
-    for low, high, old in ((1.0, 4.0, 8192), (1.0, 1.0, 8192)):
+    for low, high, old in pairs:
         wavelength = 2 * math.pi / f
         if high > low:
             smooth = np.clip((old / wavelength - low) / (high - low), 0, 1)
@@ -162,6 +169,6 @@ def _scaling(path, tensor: Tensor, H: int, theta: float) -> dict[str, Any]:
                 "rope_scaling_factor": factor,
                 "rope_low_freq_factor": low,
                 "rope_high_freq_factor": high,
-                "rope_original_positions": old,
+                "rope_original_positions": int(old),
             }
     raise UserError(f"{path}: tensor {_FREQUENCIES} is not the scaling of a published Llama 3")
