@@ -18,6 +18,37 @@ LAYERS = ("configs", "models", "train", "eval", "__main__")
 FOLDERS = LAYERS[:-1]
 MAX_LINES = 500
 MAX_KEYS, MAX_KEYS_OF_A_SECTION = 160, 40
+MAX_LINES_WITHOUT_A_TEST_FILE = 60
+# What is tested through the module that uses it, and where: parts of one thing seen from outside.
+TESTED_WITH = {
+    "configs/test_published_sizes.py": ["configs/llama4.py"],
+    "configs/test_schema.py": ["configs/rules.py"],
+    "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
+    "models/release/test_convert.py": ["models/release/card.py", "models/weights/licences.py"],
+    "models/test_vision.py": ["models/encoder.py", "models/weights/vision_table.py"],
+    "models/text/test_files.py": ["models/text/gguf.py"],
+    "models/text/test_template.py": ["models/text/sandbox.py"],
+    "models/text/test_tokenizer.py": ["models/text/bpe.py"],
+    "models/weights/test_gguf.py": ["models/weights/gguf_files.py"],
+    "models/weights/test_load.py": ["models/weights/huggingface.py", "models/weights/placing.py"],
+    "models/weights/test_meta.py": ["models/weights/torch_files.py"],
+    "models/weights/test_safetensors_files.py": ["models/weights/tensors.py"],
+    "train/data/formats/test_formats.py": [
+        "train/data/formats/compression.py", "train/data/formats/json_values.py",
+    ],
+    "train/data/test_chats.py": ["train/data/preview.py"],
+    "train/data/test_packing.py": ["train/data/examples.py"],
+    "train/data/test_python_source.py": [
+        "train/data/documents.py", "train/data/tfds_documents.py", "train/data/transforms.py",
+    ],
+    # What processes tell each other needs several of them, which `puna launch` starts.
+    "train/resilience/test_processes.py": [
+        "models/parallel/processes.py", "models/parallel/roll_call.py",
+    ],
+    # A run's folder is read as training leaves it.
+    "train/test_checkpoint.py": ["models/weights/checksum.py", "models/weights/run.py"],
+    "train/test_loop.py": ["train/data/tokenizer.py", "train/step.py"],
+}  # fmt: skip
 
 
 def source_files():
@@ -171,6 +202,24 @@ def test_no_utils_and_no_giants():
         if (lines := len(f.read_text(encoding="utf-8").splitlines())) > MAX_LINES
     }
     assert not long, f"over {MAX_LINES} lines: {long}"
+
+
+def test_tests_mirror_the_tree():
+    elsewhere = {path: test for test, paths in TESTED_WITH.items() for path in paths}
+    own, needed = set(), set()
+    for path in (p.relative_to(ROOT) for p in SOURCES.values() if p.stem[:2] != "__"):
+        if (ROOT / "tests" / path.with_name(f"test_{path.name}")).exists():
+            own.add(str(path))
+        elif len((ROOT / path).read_text(encoding="utf-8").splitlines()) > (
+            MAX_LINES_WITHOUT_A_TEST_FILE
+        ):
+            needed.add(str(path))
+    missing = needed - set(elsewhere)
+    assert not missing, f"give them tests/FOLDER/test_NAME.py, or a place in TESTED_WITH: {missing}"
+    assert not own & set(elsewhere), "these have test files of their own by now"
+    gone = [test for test in TESTED_WITH if not (ROOT / "tests" / test).exists()]
+    gone += [path for path in elsewhere if not (ROOT / path).exists()]
+    assert not gone, f"TESTED_WITH names files that do not exist: {gone}"
 
 
 def test_small_files_have_one_writer():
