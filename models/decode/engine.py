@@ -41,8 +41,8 @@ class Block(NamedTuple):
     drawn_logprobs_BT: np.ndarray
 
 
-def _empty_cache(config, batch_size, max_length):
-    """A cache that lies on the mesh as keys and values do."""
+def empty_cache(config, batch_size, max_length):
+    """An `init_cache` that lies on the mesh as keys and values do."""
     cache = init_cache(config, batch_size, max_length)
     if not sharding.split_axes():
         return cache
@@ -58,11 +58,36 @@ def _empty_cache(config, batch_size, max_length):
 def _prefill(model, max_length, kept, cache, tokens_BT, segments_BT):
     """The cache with these tokens added; the first piece makes it."""
     if cache is None:
-        cache = _empty_cache(model.config, len(tokens_BT), max_length)
+        cache = empty_cache(model.config, len(tokens_BT), max_length)
     states = model.apply(
         {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=cache, method="states"
     )
     return states.cache
+
+
+def next_ids(model, params, hidden_BTD, keys_B, sampling, vocab_size):
+    """Draw the id that follows the first token of each row.
+
+    Args:
+      hidden_BTD: `States.hidden_BTD`, T = 1.
+      sampling: `Sampling` of arrays [B]; the seed is not used.
+
+    Returns:
+      ids_B, logprobs_B and drawn_logprobs_B as in `Block`, with ids of _NAN where the model has
+      failed, and logits_BV.
+    """
+    logits_BV = model.apply({"params": params}, hidden_BTD, method="logits")[:, 0]
+    allowed_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
+    ids_B, drawn_B = sample(jnp.where(allowed_V, logits_BV, -jnp.inf), keys_B, *sampling[:4])
+    chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], -1)[:, 0]
+    logprobs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
+    ids_B = jnp.where(jnp.isnan(logits_BV).any(-1), _NAN, ids_B)
+    return ids_B, logprobs_B, drawn_B, logits_BV
+
+
+def row_keys(seeds_B, rows_B):
+    """The random key of each row; folding in t gives the key of its t-th token."""
+    return jax.vmap(lambda s, r: jax.random.fold_in(jax.random.key(s), r))(seeds_B, rows_B)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
@@ -77,8 +102,7 @@ def _decode(model, params, kept, cache, tokens_B, done_B, step, num_steps, rows_
     Returns:
       the cache, and a `Block` of _BLOCK tokens with _NONE and _NAN among them.
     """
-    row_keys_B = jax.vmap(lambda s, r: jax.random.fold_in(jax.random.key(s), r))
-    keys_B = row_keys_B(sampling.seed, rows_B)
+    keys_B = row_keys(sampling.seed, rows_B)
 
     def body(carry):
         i, cache, tokens_B, done_B, made = carry
@@ -87,15 +111,10 @@ def _decode(model, params, kept, cache, tokens_B, done_B, step, num_steps, rows_
             {"params": kept}, tokens_B[:, None], segment_ids_BT=segments_BT, cache=cache,
             method="states",
         )  # fmt: skip
-        logits_BV = model.apply({"params": params}, states.hidden_BTD, method="logits")[:, 0]
-        allowed_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
         step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, step + i)
-        new_B, drawn_B = sample(
-            jnp.where(allowed_V, logits_BV, -jnp.inf), step_keys_B, *sampling[:4]
+        new_B, logprobs_B, drawn_B, _ = next_ids(
+            model, params, states.hidden_BTD, step_keys_B, sampling, vocab_size
         )
-        chosen_B = jnp.take_along_axis(logits_BV, new_B[:, None], -1)[:, 0]
-        logprobs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-        new_B = jnp.where(jnp.isnan(logits_BV).any(-1), _NAN, new_B)
         found = (
             jnp.where(done_B, nothing, x)
             for nothing, x in ((_NONE, new_B), (jnp.nan, logprobs_B), (jnp.nan, drawn_B))
@@ -141,7 +160,7 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens, sampling
     sampling = Sampling() if sampling is None else sampling
     config = model.config
     vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-    _check_prompts(prompts)
+    check_prompts(prompts)
     most_B = np.asarray(max_tokens)
     if most_B.shape not in ((), (len(prompts),)) or most_B.min() < 1:
         raise UserError(
@@ -150,18 +169,10 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens, sampling
         )
     most_B = np.broadcast_to(most_B, len(prompts))
     check(sampling, len(prompts))
-    _check_fit(prompts, most_B, config.max_positions, vocab_size)
-    if config.moe_interval and config.router == "expert_choice":
-        raise UserError(
-            "model.router=expert_choice cannot generate: its experts choose among later tokens "
-            "too; train with sigmoid or softmax"
-        )
-    if config.capacity_factor:
-        # The room of an expert counts the tokens of one call, here a piece of a text or one token.
-        model = model.clone(config=dataclasses.replace(config, capacity_factor=0.0))
+    check_fit(prompts, most_B, config.max_positions, vocab_size, "model.max_positions")
     return _blocks(
-        model, params, prompts, most_B, sampling, first_row, stop_ids, vocab_size, finished_B,
-        min(block, _BLOCK),
+        for_decoding(model), params, prompts, most_B, sampling, first_row, stop_ids, vocab_size,
+        finished_B, min(block, _BLOCK),
     )  # fmt: skip
 
 
@@ -207,12 +218,35 @@ def _blocks(model, params, prompts, most_B, sampling, first_row, stop_ids, vocab
             sampling, ends, vocab_size,
         )  # fmt: skip
         made = Block(*(np.asarray(x_BT)[:, :steps] for x_BT in made))
-        if np.any(made.ids_BT == _NAN):
-            raise UserError("the model gives NaN: its parameters are damaged or have diverged")
+        check_ids(made.ids_BT)
         yield Block(*(x_BT[:B] for x_BT in made))
         # _NONE is one of the ends.
         done_B |= np.isin(made.ids_BT[:, -1], ends) | (step + steps >= most_B)
         last_B = np.maximum(made.ids_BT[:, -1], 0)
+
+
+def for_decoding(model):
+    """The model as generation runs it.
+
+    Raises:
+      UserError: it cannot generate.
+    """
+    config = model.config
+    if config.moe_interval and config.router == "expert_choice":
+        raise UserError(
+            "model.router=expert_choice cannot generate: its experts choose among later tokens "
+            "too; train with sigmoid or softmax"
+        )
+    if config.capacity_factor:
+        # The room of an expert counts the tokens of one call, here a piece of a text or one token.
+        model = model.clone(config=dataclasses.replace(config, capacity_factor=0.0))
+    return model
+
+
+def check_ids(ids) -> None:
+    """Raise UserError where `next_ids` has found that the model fails."""
+    if np.any(ids == _NAN):
+        raise UserError("the model gives NaN: its parameters are damaged or have diverged")
 
 
 def _round_up(length: int) -> int:
@@ -223,7 +257,12 @@ def _round_up(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-def _check_prompts(prompts):
+def check_prompts(prompts) -> None:
+    """Refuse prompts that are empty.
+
+    Raises:
+      UserError: the first that is, or that there are none.
+    """
     if not len(prompts):
         raise UserError("prompts is empty: give at least one")
     for r, prompt in enumerate(prompts):
@@ -231,13 +270,18 @@ def _check_prompts(prompts):
             raise UserError(f"prompt {r} is empty and the tokenizer has no bos: give some text")
 
 
-def _check_fit(prompts, most_B, max_positions, vocab_size):
+def check_fit(prompts, most_B, longest, vocab_size, name) -> None:
+    """Refuse ids outside the vocabulary and rows longer than `longest`, a setting called `name`.
+
+    Raises:
+      UserError: the first that is.
+    """
     for r, (prompt, most) in enumerate(zip(prompts, most_B, strict=True)):
         bad = [i for i in prompt if not 0 <= i < vocab_size]
         if bad:
             raise UserError(f"prompt {r} has id {bad[0]}, which must lie in 0..{vocab_size - 1}")
-        if len(prompt) + most > max_positions:
+        if len(prompt) + most > longest:
             raise UserError(
                 f"prompt {r} has {len(prompt)} tokens: with max_tokens={most} that is more "
-                f"than model.max_positions={max_positions}"
+                f"than {name}={longest}"
             )

@@ -29,8 +29,8 @@ class Completion(NamedTuple):
     finish_reason: str
 
 
-def _rows(tokenizer, prompts, stop):
-    """Prompts as ids and a `Row` for each."""
+def begin_rows(tokenizer, prompts, stop):
+    """Prompts as ids and a `Row` for each; arguments and errors as those of `complete`."""
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(stop):
         raise UserError("stop has an empty string: leave it out")
@@ -116,7 +116,7 @@ def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=None,
     Raises:
       UserError: see `engine.decode`.
     """
-    ids, rows = _rows(tokenizer, prompts, stop)
+    ids, rows = begin_rows(tokenizer, prompts, stop)
     sampling = sampling_for(
         tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
@@ -143,7 +143,7 @@ def generate(model, params, tokenizer, prompts, max_tokens=64, temperature=None,
 def stream(model, params, tokenizer, prompt, max_tokens=64, temperature=None, top_k=None,
            top_p=None, min_p=None, seed=0, stop=()) -> Iterator[str]:  # fmt: skip
     """Yield what `generate` would return for one prompt, each piece as soon as it is certain."""
-    ids, rows = _rows(tokenizer, [prompt], stop)
+    ids, rows = begin_rows(tokenizer, [prompt], stop)
     sampling = sampling_for(
         tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
