@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import ml_collections
 
 _FOLDER = pathlib.Path(__file__).parent
-_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "paths", "rules", "schema"}
+_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "paths", "patterns", "rules", "schema"}
 
 
 def names() -> list[str]:

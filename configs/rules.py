@@ -119,6 +119,13 @@ def check(c) -> None:
             f"train.local_every={c.train.local_every} must be below "
             f"train.save_every={c.train.save_every} where train.local_dir is given"
         )
+    if c.adapter.rank:
+        for name in ("trainable", "with_optimizer"):
+            if value := getattr(c.train, name):
+                raise ConfigError(
+                    f"train.{name}={value} must be left out where adapter.rank={c.adapter.rank}: "
+                    "new adapters train, and nothing else"
+                )
     axes = {f.name: getattr(c.mesh, f.name) for f in dataclasses.fields(c.mesh)}
     if sum(v == -1 for v in axes.values()) > 1:
         inferred = " and ".join(f"mesh.{k}=-1" for k, v in axes.items() if v == -1)

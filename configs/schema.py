@@ -82,6 +82,7 @@ def key(default, doc: str, rule: Rule | None = None, only: Only | None = None) -
 MOE = Only("model.moe_interval")
 WSD = Only("optimizer.schedule", ("wsd",))
 DECAYING = Only("optimizer.schedule", ("cosine", "linear", "wsd"))
+ADAPTED = Only("adapter.rank")
 ADAM = Only("optimizer.name", ("adamw", "muon"))  # Adafactor has decays of its own
 
 
@@ -280,6 +281,18 @@ class PreferenceConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA), which alone train; `rank=0` trains without."""
+
+    rank: int = key(0, "rank of the adapters; 0 = none", at_least(0))
+    alpha: float = key(16.0, "an adapter counts alpha / rank", more_than(0), ADAPTED)
+    rslora: bool = key(False, "it counts alpha / sqrt(rank)", None, ADAPTED)
+    targets: str = key("^(blocks|tail)/.*/w", "regular expressions of the weights that are adapted",
+                       NOT_EMPTY, ADAPTED)  # fmt: skip
+    quantize: str = key("none", "how the weights below are kept", one_of("none", "int8"), ADAPTED)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices."""
 
@@ -319,6 +332,7 @@ class Config:
     preference: PreferenceConfig = section(
         PreferenceConfig, Only("train.objective", ("preference",))
     )
+    adapter: AdapterConfig = section(AdapterConfig)
     mesh: MeshConfig = section(MeshConfig)
     eval: EvalConfig = section(EvalConfig)
     sft: SftConfig = section(SftConfig)

@@ -12,7 +12,9 @@ from flax import linen as nn
 
 from ..configs.schema import ModelConfig
 from . import bits
-from .leaf import resolve
+from .adapters import factor_names
+from .leaf import dense, resolve
+from .parallel import sharding
 from .parallel.sharding import Param, constrain
 
 
@@ -58,10 +60,19 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     gradient of `w` comes back unrounded in w's dtype.
     """
     weight = resolve(w)
-    if weight.scale is None:
+    if weight.scale is None and weight.a is None:
         return _contract(spec, x, weight.values, dtype, out_dtype)
     y = _contract(spec, x, weight.values, dtype, "float32")
-    return (y * _beside(spec, weight.scale)).astype(out_dtype or dtype)
+    if weight.scale is not None:
+        y *= _beside(spec, weight.scale)
+    if weight.a is not None and weight.b is not None:
+        terms, out = spec.split("->")
+        left, letters = terms.split(",")
+        a, b = factor_names(letters, weight.a.ndim, weight.b.ndim)
+        low = "".join(letter for letter in left if letter in out) + "r"
+        x_low = _contract(f"{left},{a}->{low}", x, weight.a, dtype, None)
+        y += _contract(f"{low},{b}->{out}", x_low, weight.b, dtype, "float32")
+    return y.astype(out_dtype or dtype)
 
 
 def _beside(spec, scale):
@@ -149,28 +160,53 @@ def look_up(table_VD, tokens_BT, dtype: str):
     """
     weight = resolve(table_VD)
     if weight.scale is None:
-        return _look_up(weight.values, tokens_BT, dtype)
-    values_VD = constrain(weight.values, "vocab", "act_embed")
-    rows_BTD = values_VD.at[tokens_BT].get(mode="fill", fill_value=0)
-    return (rows_BTD * _look_up(weight.scale, tokens_BT, "float32")).astype(dtype)
+        rows_BTD = _look_up(weight.values, tokens_BT, dtype, "embed")
+    else:
+        # One byte a number is moved, and not the table in another dtype.
+        values_VD = constrain(weight.values, "vocab", None)
+        scale_V1 = constrain(weight.scale, "vocab", None)
+        rows_BTD = values_VD.at[tokens_BT].get(mode="fill", fill_value=0)
+        rows_BTD = rows_BTD * scale_V1.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+    if weight.a is not None:
+        low_BTr = _look_up(weight.a, tokens_BT, dtype, "rank")
+        rows_BTD += _contract("BTr,rD->BTD", low_BTr, weight.b, dtype, "float32")
+    return rows_BTD.astype(dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _look_up(table_VD, tokens_BT, dtype):
+def widen(x_BTD, w_DV, dtype: str):
+    """The product with a leaf of any kind as one with an array.
+
+    Returns:
+      (x', w') such that x' w' = x w: x with what A makes of it beside it, the base with B below it,
+      and zeros up to a number of rows that splits as D does.
+    """
+    weight = resolve(w_DV)
+    base_DV = dense(w_DV.base if weight.a is not None else w_DV)
+    if weight.a is None or weight.b is None:
+        return x_BTD, base_DV
+    low_BTr = _contract("BTD,Dr->BTr", x_BTD, weight.a, dtype, None).astype(x_BTD.dtype)
+    missing = -low_BTr.shape[-1] % sharding.parts("embed")
+    low_BTr = jnp.pad(low_BTr, ((0, 0), (0, 0), (0, missing)))
+    b_rV = jnp.pad(weight.b, ((0, missing), (0, 0)))
+    return jnp.concatenate([x_BTD, low_BTr], -1), jnp.concatenate([base_DV, b_rV], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(table_VD, tokens_BT, dtype, width):
     # Gathered along D first: rows can then be looked up where the tokens are.
     rows_VD = constrain(jnp.asarray(table_VD, dtype), "vocab", "act_embed")
     return rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
 
 
-def _look_up_fwd(table_VD, tokens_BT, dtype):
-    return _look_up(table_VD, tokens_BT, dtype), (table_VD, tokens_BT)
+def _look_up_fwd(table_VD, tokens_BT, dtype, width):
+    return _look_up(table_VD, tokens_BT, dtype, width), (table_VD, tokens_BT)
 
 
-def _look_up_bwd(dtype, saved, g_BTD):
+def _look_up_bwd(dtype, width, saved, g_BTD):
     table_VD, tokens_BT = saved
     zeros_VD = constrain(jnp.zeros(table_VD.shape, jnp.float32), "vocab", "act_embed")
     d_VD = zeros_VD.at[tokens_BT].add(g_BTD.astype(jnp.float32), mode="drop")
-    return constrain(d_VD, "vocab", "embed").astype(table_VD.dtype), None
+    return constrain(d_VD, "vocab", width).astype(table_VD.dtype), None
 
 
 _look_up.defvjp(_look_up_fwd, _look_up_bwd)

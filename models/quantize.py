@@ -55,13 +55,32 @@ def quantize(x: jax.Array, names):
 def quantize_tree(params, boxed):
     """`quantize` of a tree of parameters, with the names of `transformer.abstract_params`."""
     return jax.tree.map(
-        lambda p, x: quantize(x, p.names), boxed, params, is_leaf=lambda x: isinstance(x, Param)
-    )
+        lambda p, x: x if isinstance(x, Int8) else quantize(x, p.names),
+        boxed, params, is_leaf=lambda x: isinstance(x, Param),
+    )  # fmt: skip
+
+
+def box_int8(boxed):
+    """What `quantize_tree` makes of `transformer.abstract_params`, boxed likewise."""
+
+    def one(p):
+        dims = _summed(p.names)
+        if dims is None:
+            return p
+        sizes = (1 if i in dims else size for i, size in enumerate(p.value.shape))
+        names = (None if i in dims else name for i, name in enumerate(p.names))
+        values = Param(jax.ShapeDtypeStruct(p.value.shape, jnp.int8), p.names)
+        return Int8(values, Param(jax.ShapeDtypeStruct(tuple(sizes), jnp.float32), tuple(names)))
+
+    return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, Param))
 
 
 def _summed(names):
-    small = len(sharding.own_dims(names)) < 2 or {"router", "patches"} & set(names)
-    return None if small else sharding.summed_dims(names)
+    own = sharding.own_dims(names)
+    if len(own) < 2 or {"router", "patches"} & set(names):
+        return None
+    # A table of ids is looked up, and where it is tied the product sums over its rows.
+    return tuple(own[1:]) if names[own[0]] == "vocab" else sharding.row_dims(names)
 
 
 @functools.cache

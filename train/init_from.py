@@ -125,6 +125,11 @@ def _architecture(wanted: ModelConfig, found: ModelConfig, where: str, prefix: s
 
 def _check_moments(config: Config, old: Config, path: pathlib.Path) -> None:
     """Moments are of one update rule and of the parameters that trained."""
+    if old.adapter.rank:
+        raise ConfigError(
+            f"train.with_optimizer=True: {path} has the moments of adapters (adapter.rank="
+            f"{old.adapter.rank}), which are merged where a run starts; leave it out"
+        )
     for key in ("optimizer.name", "train.trainable", "model.param_dtype"):
         section, name = key.split(".")
         mine, theirs = (getattr(getattr(c, section), name) for c in (config, old))
@@ -178,10 +183,13 @@ def initial_state(
     """
     if not config.train.init_from:
         return init_state(config, tx, mesh, objective)
-    path, _ = source(config.train.init_from)
+    path, of_run = source(config.train.init_from)
     # As they are stored, where they will be rounded: the optimizer's float32 copy is of these.
     dtype = "float32" if config.model.param_dtype == "float32" else None
-    _, params = load(path, dtype, mesh)
+    # The adapters of a run are merged first: int8 is made of the sum.
+    merges = of_run and run.read_config(path).adapter.rank
+    quantize = "int8" if config.adapter.quantize == "int8" and not merges else ""
+    _, params = load(path, dtype, mesh, quantize)
     state = state_of(config, tx, mesh, params, objective)
     if not config.train.with_optimizer:
         return state

@@ -11,8 +11,10 @@ import jax
 from ..configs import paths, schema
 from ..configs.errors import ConfigError, UserError
 from ..configs.files import write_json
+from ..models import adapters
 from ..models.parallel import processes, sharding
 from ..models.transformer import Transformer, abstract_params
+from ..models.weights.tensors import warn
 from . import metrics, objectives
 from .checkpoint import Checkpoints, prepare_to_resume
 from .data import make_train_loader
@@ -91,12 +93,15 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
         print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)
         held = sharding.bytes_per_device(places.opt_state)
         print(f"{c.optimizer.name}, {held:,} bytes per device", flush=True)
-        if c.train.trainable:
+        if c.adapter.rank and adapters.misses_experts(c.model, places.params):
+            warn(f"adapter.targets={c.adapter.targets} reaches no routed expert of the mixture")
+        if c.train.trainable or c.adapter.rank:
             trains, total = (
                 sum(x.size for x in jax.tree.leaves(tree))
                 for tree in (places.params, sharding.unbox(boxed))
             )
-            print(f"{trains:,} of {total:,} parameters train", flush=True)
+            what = "parameters of adapters on" if c.adapter.rank else "of"
+            print(f"{trains:,} {what} {total:,} parameters train", flush=True)
 
     with (
         jax.set_mesh(mesh),

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from ..configs.schema import Config
-from ..models.parallel.sharding import Param, own_dims, summed_dims
+from ..models.parallel.sharding import Param, own_dims, row_dims
 from .master_weights import with_master_weights
-from .state import split
+from .state import trained
 
 # Steps after which the usual norm of the gradient is known well enough.
 _KNOWN = 20
@@ -58,11 +58,11 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
     """The gradient transformation of a configuration.
 
     Args:
-      config: reads `optimizer`, `train`, and `model.param_dtype`: the state holds float32 master
-        weights of parameters that are less.
+      config: reads `optimizer`, `adapter`, `train`, and `model.param_dtype`: the state holds
+        float32 master weights of parameters that are less, which adapters never are.
       boxed: `transformer.abstract_params`, whose logical names tell matrices from norms.
     """
-    boxed, _ = split(boxed, config.train.trainable)
+    boxed, _ = trained(config, boxed)
     o, rate = config.optimizer, schedule(config)
     decays = _per_parameter(boxed, lambda names: len(own_dims(names)) > 1)
     match o.name:
@@ -85,7 +85,7 @@ def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
         optax.add_decayed_weights(o.weight_decay, decays),
         optax.scale_by_learning_rate(rate),
     )
-    if config.model.param_dtype != "float32":
+    if config.model.param_dtype != "float32" and not config.adapter.rank:
         chain = with_master_weights(chain)
     return guarded(chain, config.train.spike_factor)
 
@@ -152,6 +152,6 @@ def _muon_dims(names):
     own = own_dims(names)
     if len(own) < 2 or {"vocab", "patches", "router"} & set(names):
         return None
-    rows = summed_dims(names)
+    rows = row_dims(names)
     columns = tuple(i for i in own if i not in rows)
     return optax.contrib.MuonDimensionNumbers(rows, columns)

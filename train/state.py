@@ -1,8 +1,6 @@
 """What a training step carries: step count, parameters, optimizer state, each with its place."""
 
 import dataclasses
-import difflib
-import re
 
 import flax
 import jax
@@ -11,10 +9,13 @@ import optax
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from ..configs.errors import ConfigError
+from ..configs import patterns
 from ..configs.schema import Config
+from ..models import adapters, leaf
+from ..models.adapters import attach
 from ..models.parallel import sharding
 from ..models.parallel.sharding import Param
+from ..models.quantize import quantize_tree
 from ..models.transformer import abstract_params, init_params
 from .objectives import Objective
 
@@ -22,7 +23,8 @@ from .objectives import Objective
 class TrainState(flax.struct.PyTreeNode):
     """What a run is at: updates done, what trains, what does not, and the optimizer's moments.
 
-    params: the parameters that train, a part of the model's nested dict or all of it.
+    params: the parameters that train, a part of the model's nested dict or all of it, or adapters
+      at the places of their weights.
     frozen: trees that do not train, by name; "base" is the rest of the model's parameters, others
       are the objective's.
     """
@@ -47,39 +49,35 @@ def split(tree: dict, trainable: str) -> tuple[dict, dict]:
     Raises:
       ConfigError: an expression is malformed, or nothing matches it.
     """
-    patterns = []
-    for text in filter(None, (part.strip() for part in trainable.split(","))):
-        try:
-            patterns.append(re.compile(text))
-        except re.error as e:
-            raise ConfigError(
-                f"train.trainable={trainable}: {text} is no regular expression: {e}"
-            ) from None
     leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, Param))
-    paths = [sharding.path_name(path) for path, _ in leaves]
-    for pattern in patterns:
-        if not any(pattern.search(path) for path in paths):
-            close = difflib.get_close_matches(pattern.pattern, paths, 1, 0.3) or paths[:1]
-            raise ConfigError(
-                f"train.trainable={trainable}: no parameter's path has {pattern.pattern}; "
-                f"a path is like {close[0]}"
-            )
-    parts: tuple[dict, dict] = {}, {}
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
-        trains = not patterns or any(pattern.search(path) for pattern in patterns)
-        parts[0 if trains else 1][tuple(path.split("/"))] = leaf
-    trains, rest = (traverse_util.unflatten_dict(part) for part in parts)
+    flat = {sharding.path_name(path): x for path, x in leaves}
+    found = patterns.matching("train.trainable", trainable, list(flat))
+    chosen = set(found if trainable.strip(", ") else flat)
+    parts = (
+        {path: x for path, x in flat.items() if (path in chosen) == trains}
+        for trains in (True, False)
+    )
+    trains, rest = (traverse_util.unflatten_dict(part, sep="/") for part in parts)
     return trains, rest
+
+
+def trained(config: Config, boxed) -> tuple[dict, dict]:
+    """What trains and what does not, of boxed parameters, boxed likewise.
+
+    Args:
+      boxed: `transformer.abstract_params`.
+
+    Raises:
+      ConfigError: a pattern of `train.trainable` or `adapter.targets` matches nothing.
+    """
+    if config.adapter.rank:
+        return adapters.box(boxed, config.adapter), adapters.box_base(boxed, config.adapter)
+    return split(boxed, config.train.trainable)
 
 
 def join(params: dict, frozen: dict) -> dict:
     """The model's parameters, whole: those that train and those of `frozen["base"]`."""
-    return _merge(params, frozen.get("base", {}))
-
-
-def _merge(a: dict, b: dict) -> dict:
-    both = {name: _merge(a[name], b[name]) for name in a.keys() & b.keys()}
-    return {**a, **b, **both}
+    return attach(params, frozen.get("base", {}))
 
 
 def abstract_state(
@@ -90,7 +88,7 @@ def abstract_state(
     Args:
       objective: may have trees of its own beside the model's; none where left out.
     """
-    boxed, base = split(abstract_params(config.model), config.train.trainable)
+    boxed, base = trained(config, abstract_params(config.model))
     params, places = sharding.unbox(boxed), sharding.shardings(boxed, mesh)
     trees = {"base": base} if base else {}
     trees |= objective.abstract_frozen(config, boxed) if objective else {}
@@ -152,12 +150,21 @@ def state_of(
 ) -> TrainState:  # fmt: skip
     """The state before the first step.
 
+    Adapters are new ones; those that the parameters have are merged into them first.
+
     Args:
       params: all parameters of the model, in any dtype; the optimizer starts from them as they
         are, before they are rounded to `model.param_dtype`.
     """
     abstract = abstract_state(config, tx, mesh, objective)
-    params, base = split(params, config.train.trainable)
+    if config.adapter.rank:
+        boxed, base = abstract_params(config.model), leaf.merge(params, "float32")
+        if config.adapter.quantize == "int8":
+            base = quantize_tree(base, boxed)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+        params = adapters.init(adapters.box(boxed, config.adapter), key, mesh)
+    else:
+        params, base = split(leaf.merge(params, "float32"), config.train.trainable)
     frozen = {"base": base} if base else {}
     frozen |= objective.initial_frozen(config, mesh, params) if objective else {}
     # Without explicit places optax's counters would all land on one device.

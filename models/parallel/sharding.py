@@ -36,6 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "experts": ("expert",),
     "expert_embed": ("fsdp", "context"),
     "router": (),
+    "rank": (),
     "norm": (),
     "patches": (),
     "batch": ("slices", "data", "fsdp", "expert"),
@@ -235,11 +236,9 @@ def own_dims(names) -> list[int]:
     ]
 
 
-def summed_dims(names) -> tuple[int, ...]:
-    """Dims of a matrix that a product sums over; of a table with "vocab", those of a row."""
+def row_dims(names) -> tuple[int, ...]:
+    """Dims of a matrix that a product sums over; of the embedding those of the ids."""
     own = own_dims(names)
-    if "vocab" in names:
-        return tuple(i for i in own if names[i] != "vocab")
     return tuple(own[:1] if names[own[0]].endswith("embed") else own[:-1])
 
 

@@ -17,13 +17,18 @@ import stat
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from ...configs import schema
 from ...configs.errors import MACHINE, MachineError, UserError, status, system_error
+from .. import adapters
+from ..adapters import attach, is_adapted
+from ..leaf import dense
 from ..parallel import processes, sharding
+from ..quantize import Int8
 from ..transformer import Transformer, abstract_params
 from .checksum import checksums
 from .stored import Item
@@ -32,6 +37,9 @@ from .tensors import warn
 CHECKPOINTS = "checkpoints"
 # What does not train is saved once, in FROZEN/CHECKSUM/checkpoints/0/params.
 FROZEN = "frozen"
+
+# The arrays of a weight that is int8, and of an adapter, after the path of the weight.
+_ENDS = ("/values", "/scale", "/a", "/b")
 
 # What the meta of a checkpoint can hold that was saved before there were checksums.
 _UNSEALED = ({"config", "data", "tokenizer"}, {"config", "data", "tokenizer", "origin"})
@@ -224,6 +232,8 @@ def _frozen_home(folder: pathlib.Path, sums: dict[str, str]):
 class Parameters:
     """The parameters of a checkpoint by their paths, those that train and those that do not.
 
+    A weight with an adapter is read merged with it.
+
     Args:
       folder: of the checkpoint, in a run's folder.
 
@@ -232,7 +242,10 @@ class Parameters:
     """
 
     def __init__(self, folder: pathlib.Path):
-        sums = read_meta(folder).get("checksums")
+        meta = read_meta(folder)
+        sums, config = meta.get("checksums"), schema.build(meta["config"])
+        self.scale = adapters.strength(config.adapter) if config.adapter.rank else 0.0
+        self._merged = np.dtype(config.model.param_dtype)
         self.folder, self._sums = folder, sums and sums["params"]
         self._trained, self._frozen = Item(folder / "params"), None
         self._frozen_sums = (sums or {}).get("frozen", {})
@@ -256,13 +269,47 @@ class Parameters:
             raise _failed(_fault(error), self.folder, _first_line(error)) from None
 
     def shape(self, path: str) -> tuple[int, ...]:
-        return self._open(path).shape
+        return self._open(self._parts(path)[0]).shape
 
     def dtype(self, path: str) -> np.dtype:
-        return self._open(path).dtype.numpy_dtype
+        parts = self._parts(path)
+        return self._open(parts[0]).dtype.numpy_dtype if parts == [path] else self._merged
+
+    def _parts(self, path: str) -> list[str]:
+        """The arrays of a weight, the one of its shape first."""
+        sums = (self._sums or {}).keys() | {p.removeprefix("base/") for p in self._frozen_sums}
+        parts = [f"{path}{end}" for end in ("", *_ENDS) if f"{path}{end}" in sums]
+        return parts or [path]
 
     def read(self, paths: list[str]) -> dict[str, np.ndarray]:
-        """Read some parameters as they were saved, compared with their checksums."""
+        """Read some parameters, compared with their checksums.
+
+        They are as they were saved; what is int8 or has an adapter is in the dtype of the run's
+        parameters, rounded once.
+        """
+        parts = {path: self._parts(path) for path in paths}
+        found = self._read([part for several in parts.values() for part in several])
+        return {path: self._whole(path, several, found) for path, several in parts.items()}
+
+    def _whole(self, path: str, parts: list[str], found: dict[str, np.ndarray]) -> np.ndarray:
+        if parts == [path]:
+            return found[path]
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            values, scale, a, b = (jnp.asarray(found[p]) if (p := path + end) in found else None
+                                   for end in _ENDS)  # fmt: skip
+            base = found[path] if values is None else Int8(values, scale)
+            leaf = base if a is None else adapters.Adapted(base, a, b, self.scale)
+            return np.asarray(dense(leaf).astype(self._merged))
+
+    def adapter(self, path: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """A and B of a weight's adapter, if it has one; their product counts `self.scale`."""
+        parts = [f"{path}/{name}" for name in "ab"]
+        if not set(parts) <= set(self._parts(path)):
+            return None
+        found = self._read(parts)
+        return found[parts[0]], found[parts[1]]
+
+    def _read(self, paths: list[str]) -> dict[str, np.ndarray]:
         on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         found, saved = {}, {}
         for path in paths:
@@ -296,31 +343,51 @@ def load(path, dtype: str | None, mesh, step: int | None = None, each=None):
     """
     folder = find(path, step)
     meta = read_meta(folder)
-    config = schema.build(meta["config"]).model
-    boxed = abstract_params(config)
-    saved = meta.get("checksums", {})
-    base = {path.removeprefix("base/"): s for path, s in saved.get("frozen", {}).items()}
-    sums = base | saved.get("params", {})
-    places = jax.tree.leaves(sharding.shardings(boxed, mesh))
-    trains, rest = {}, {}
-    for (path, x), place in zip(
-        jax.tree.leaves_with_path(sharding.unbox(boxed)), places, strict=True
-    ):
-        name = sharding.path_name(path)
-        # Weights of others may have several dtypes; a checksum begins with that of its array.
-        stored = sums.get(name, x.dtype.name).partition("[")[0]
-        leaf = jax.ShapeDtypeStruct(x.shape, stored, sharding=place)
-        (rest if name in base else trains)[tuple(name.split("/"))] = leaf
-    found = restore(folder, "params", traverse_util.unflatten_dict(trains))
+    config = schema.build(meta["config"])
+    boxed, saved = abstract_params(config.model), meta.get("checksums", {})
+    trained, frozen = saved.get("params", {}), saved.get("frozen", {})
+    if config.adapter.rank:
+        trains = adapters.box(boxed, config.adapter)
+        rest = adapters.box_base(boxed, config.adapter)
+    else:
+        flat = traverse_util.flatten_dict(boxed, sep="/")
+        trains, rest = (
+            traverse_util.unflatten_dict(
+                {path: p for path, p in flat.items() if (f"base/{path}" in frozen) == is_frozen},
+                sep="/",
+            )
+            for is_frozen in (False, True)
+        )
+    found = restore(folder, "params", _as_stored(trains, trained, mesh))
     if rest:
-        abstract = {"base": traverse_util.unflatten_dict(rest)}
-        found = restore_frozen(folder, abstract)["base"] | {"": found}
-    flat = traverse_util.flatten_dict(found, sep="/")
+        found = attach(
+            found, restore_frozen(folder, _as_stored({"base": rest}, frozen, mesh))["base"]
+        )
+    names, flat = sharding.names(boxed), traverse_util.flatten_dict(found, sep="/")
     del found
-    flat, names = {path.lstrip("/"): x for path, x in flat.items()}, sharding.names(boxed)
     for path in flat:
         # One after another, so that there are never two whole models.
-        flat[path] = flat[path].astype(dtype or flat[path].dtype)
-        if each:
-            flat[path] = each(flat[path], names[path])
-    return Transformer(config), traverse_util.unflatten_dict(flat, sep="/")
+        flat[path] = _finished(flat[path], dtype, each, names[path])
+    return Transformer(config.model), traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _as_stored(boxed, sums: dict[str, str], mesh):
+    """What to restore, in the dtypes that it has; a checksum begins with that of its array."""
+
+    def one(path, p, place):
+        known = str(sums.get(sharding.path_name(path), p.value.dtype.name))
+        return jax.ShapeDtypeStruct(p.value.shape, known.partition("[")[0], sharding=place)
+
+    return jax.tree.map_with_path(
+        one, boxed, sharding.shardings(boxed, mesh), is_leaf=lambda x: isinstance(x, sharding.Param)
+    )
+
+
+def _finished(leaf, dtype: str | None, each, names):
+    """A leaf in `dtype`, where it holds a plain array; adapters stay in float32."""
+    if is_adapted(leaf):
+        return leaf.replace(base=_finished(leaf.base, dtype, each, names))
+    if isinstance(leaf, Int8):
+        return leaf
+    leaf = leaf.astype(dtype or leaf.dtype)
+    return each(leaf, names) if each else leaf

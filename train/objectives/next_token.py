@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from ...configs.schema import Config
-from ...models import leaf
 from ...models.audio import Audio
+from ...models.layers import widen
 from ...models.parallel import sharding
 from ...models.transformer import unembed_table
 from ...models.vision import Images
@@ -133,7 +133,8 @@ def cross_entropy(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss=0.
     Returns:
       The weighted sum with z-loss, which is differentiable, and nll_BT in nats, which is not.
     """
-    inputs = (hidden_BTD, leaf.dense(table_DV), targets_BT, weights_BT)
+    hidden_BTD, table_DV = widen(hidden_BTD, table_DV, dtype)
+    inputs = (hidden_BTD, table_DV, targets_BT, weights_BT)
     return _cross_entropy(*inputs, dtype, z_loss, loss_chunk)
 
 

@@ -1,0 +1,33 @@
+"""Regular expressions, comma separated, that pick parameters by their paths."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from .errors import ConfigError
+
+
+def matching(key: str, text: str, paths: Sequence[str]) -> list[str]:
+    """Those of `paths` in which one of the expressions is found.
+
+    Args:
+      key: the configuration key whose value is `text`, for messages.
+      paths: such as `blocks/layer_0/attention/wq_DNH`.
+
+    Raises:
+      ConfigError: an expression is malformed, or nothing matches it.
+    """
+    patterns = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            patterns.append(re.compile(part))
+        except re.error as e:
+            raise ConfigError(f"{key}={text}: {part} is no regular expression: {e}") from None
+    for pattern in patterns:
+        if not any(pattern.search(path) for path in paths):
+            close = difflib.get_close_matches(pattern.pattern, paths, 1, 0.3) or paths[:1]
+            raise ConfigError(
+                f"{key}={text}: no parameter's path has {pattern.pattern}; "
+                f"a path is like {close[0]}"
+            )
+    return [path for path in paths if any(pattern.search(path) for pattern in patterns)]

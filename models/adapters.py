@@ -1,0 +1,177 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen weight plus scale * A B.
+
+An adapter is a part of the leaf of its weight, so it works wherever a weight does: projections,
+MLPs, routed and shared experts, the embedding and the output. Dropout is left out on purpose, and
+DoRA, whose norms cost a product of whole matrices in every step.
+"""
+
+import math
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from ..configs import patterns
+from ..configs.errors import ConfigError
+from ..configs.schema import AdapterConfig, ModelConfig
+from .parallel import sharding
+from .parallel.sharding import Param
+from .quantize import Int8, box_int8
+
+
+class Adapted(flax.struct.PyTreeNode):
+    """The weight `base + scale * a b`.
+
+    base: the weight's own leaf, or None in a tree that holds adapters alone. a: the dims of the
+    weight that a product sums over (of a table with a row for each id: the ids), then the rank. b:
+    the rank, then the other dims. Dims that stack layers or experts stand first in both.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    scale: float = flax.struct.field(pytree_node=False)
+
+    @property
+    def shape(self):
+        return self.base.shape
+
+    @property
+    def T(self):
+        return Adapted(self.base.T, self.b.T, self.a.T, self.scale)
+
+
+def is_adapted(x) -> bool:
+    """Whether a leaf of a tree of parameters has an adapter."""
+    return isinstance(x, Adapted)
+
+
+def factor_names(names, ndim_a: int, ndim_b: int):
+    """The names of the dims of A and of B of a weight whose dims have `names`.
+
+    Anything with an entry for each dim will do, such as a string of letters with rank "r".
+    """
+    rank = "r" if isinstance(names, str) else ("rank",)
+    stacked = ndim_a + ndim_b - 2 - len(names)
+    return names[: ndim_a - 1] + rank, names[:stacked] + rank + names[ndim_a - 1 :]
+
+
+def strength(config: AdapterConfig) -> float:
+    """What A B is multiplied by: alpha / rank, or alpha / sqrt(rank) (arXiv 2312.03732)."""
+    return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+
+def box(boxed, config: AdapterConfig) -> dict:
+    """The adapters of `transformer.abstract_params`, boxed likewise, for the weights that have one.
+
+    Raises:
+      ConfigError: a pattern of `adapter.targets` matches no weight.
+    """
+    flat = {
+        sharding.path_name(path): param
+        for path, param in jax.tree.leaves_with_path(boxed, is_leaf=_is_param)
+    }
+    weights = [path for path, param in flat.items() if _can_adapt(param.names)]
+    targets = patterns.matching("adapter.targets", config.targets, weights)
+    made = {path: _box_one(flat[path], config) for path in targets}
+    return traverse_util.unflatten_dict(made, sep="/")
+
+
+def _is_param(x) -> bool:
+    return isinstance(x, Param)
+
+
+def _can_adapt(names) -> bool:
+    return len(sharding.own_dims(names)) > 1 and "patches" not in names
+
+
+def _box_one(param: Param, config: AdapterConfig) -> Adapted:
+    names, shape = param.names, param.value.shape
+    rows = len(sharding.row_dims(names))
+    stacked = len(names) - len(sharding.own_dims(names))
+    sizes = (
+        (*shape[: stacked + rows], config.rank),
+        (*shape[:stacked], config.rank, *shape[stacked + rows :]),
+    )
+    most = min(math.prod(shape[stacked : stacked + rows]), math.prod(shape[stacked + rows :]))
+    if config.rank > most:
+        raise ConfigError(
+            f"adapter.rank={config.rank} must be at most {most}, the smaller side of a weight of "
+            f"shape {shape}"
+        )
+    a, b = (
+        Param(jax.ShapeDtypeStruct(size, jnp.float32), found)
+        for size, found in zip(sizes, factor_names(names, *map(len, sizes)), strict=True)
+    )
+    return Adapted(None, a, b, strength(config))
+
+
+def box_base(boxed, config: AdapterConfig):
+    """The frozen parameters under the adapters, boxed, as `adapter.quantize` keeps them."""
+    return box_int8(boxed) if config.quantize == "int8" else boxed
+
+
+def targeted(adapters) -> list[str]:
+    """The paths of the weights that have an adapter."""
+    return [
+        sharding.path_name(path)
+        for path, leaf in jax.tree.leaves_with_path(adapters, is_leaf=is_adapted)
+        if is_adapted(leaf)
+    ]
+
+
+def misses_experts(config: ModelConfig, adapters) -> bool:
+    """Whether a mixture's routed experts, most of its weights, have no adapter."""
+    return bool(config.moe_interval) and not any("/moe/w_" in path for path in targeted(adapters))
+
+
+def init(adapters, key, mesh):
+    """New adapters, which change nothing yet, each created where it lies on the mesh.
+
+    A is uniform within 1 / sqrt(fan in) and B zero; of an embedding A is zero and B standard
+    normal, as in PEFT.
+
+    Args:
+      adapters: from `box`.
+    """
+
+    def draw(key):
+        made = []
+        leaves, tree = jax.tree.flatten(adapters, is_leaf=is_adapted)
+        for i, leaf in enumerate(leaves):
+            a, b = leaf.a.value, leaf.b.value
+            new = jax.random.fold_in(key, i)
+            if "vocab" in leaf.a.names:
+                first, second = jnp.zeros(a.shape), jax.random.normal(new, b.shape)
+            else:
+                bound = math.prod(a.shape[i] for i in _rows(leaf.a.names)) ** -0.5
+                first = jax.random.uniform(new, a.shape, minval=-bound, maxval=bound)
+                second = jnp.zeros(b.shape)
+            made.append(leaf.replace(a=first, b=second))
+        return jax.tree.unflatten(tree, made)
+
+    return jax.jit(draw, out_shardings=sharding.shardings(adapters, mesh))(key)
+
+
+def _rows(names):
+    return [i for i in sharding.own_dims(names) if names[i] != "rank"]
+
+
+def attach(adapters: dict, base: dict) -> dict:
+    """The parameters of a model from nested dicts of adapters, or parts of it, and of the rest."""
+    both = {}
+    for name in adapters.keys() & base.keys():
+        above, below = adapters[name], base[name]
+        both[name] = above.replace(base=below) if is_adapted(above) else attach(above, below)
+    return {**adapters, **base, **both}
+
+
+def detach(params):
+    """The base of a model alone: what it was without its adapters."""
+    return jax.tree.map(lambda x: x.base if is_adapted(x) else x, params, is_leaf=_is_leaf)
+
+
+def _is_leaf(x) -> bool:
+    return isinstance(x, Adapted | Int8)

@@ -1,0 +1,274 @@
+"""Adapters: W + scale * A B wherever a weight is used, against the sum written out in NumPy."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puna.configs.errors import ConfigError
+from puna.configs.schema import AdapterConfig, MeshConfig, ModelConfig
+from puna.models import adapters, leaf
+from puna.models.decode import engine
+from puna.models.parallel import sharding
+from puna.models.quantize import Int8, quantize_tree
+from puna.models.transformer import Transformer, abstract_params, unembed_table
+from puna.train.objectives.next_token import cross_entropy
+
+DENSE = ModelConfig(
+    vocab_size=96, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
+    mlp_dim=48, max_positions=128, rope_theta=100.0, compute_dtype="float32",
+)  # fmt: skip
+MODELS = {
+    "dense": DENSE,
+    "tied": dataclasses.replace(DENSE, tie_embeddings=True),
+    "scout": dataclasses.replace(
+        DENSE, num_layers=5, nope_interval=2, chunk_size=6, qk_norm=True, moe_interval=2,
+        num_experts=4, expert_dim=24,
+    ),
+}  # fmt: skip
+EVERY = {"dense": "^(blocks|tail)/.*/w,embed,unembed", "tied": "^blocks/.*/w,embed",
+         "scout": "^(blocks|tail)/.*/w,embed,unembed"}  # fmt: skip
+TOKENS_BT = np.random.default_rng(1).integers(0, 96, (8, 8))
+
+
+def lora(name):
+    return AdapterConfig(rank=4, alpha=6.0, targets=EVERY[name])
+
+
+def numpy_sum(path, base, adapter):
+    """The formula of each kind of weight, by its name."""
+    spec = {
+        "wq_DNH": "Dr,rNH->DNH", "wk_DKH": "Dr,rKH->DKH", "wv_DKH": "Dr,rKH->DKH",
+        "wo_NHD": "NHr,rD->NHD", "w_gate_DF": "Dr,rF->DF", "w_up_DF": "Dr,rF->DF",
+        "w_down_FD": "Fr,rD->FD", "w_gate_EDF": "EDr,ErF->EDF", "w_up_EDF": "EDr,ErF->EDF",
+        "w_down_EFD": "EFr,ErD->EFD", "table_VD": "Vr,rD->VD", "table_DV": "Dr,rV->DV",
+    }[path.split("/")[-1]]  # fmt: skip
+    if path.startswith("blocks"):
+        a, rest = spec.split(",")
+        b, w = rest.split("->")
+        spec = f"L{a},L{b}->L{w}"
+    a, b = (np.asarray(x, np.float64) for x in (adapter.a, adapter.b))
+    return np.float32(np.asarray(base, np.float64) + adapter.scale * np.einsum(spec, a, b))
+
+
+@functools.cache
+def made(name):
+    """A base, the model with adapters, and the one whose weights are the sums."""
+    config, rng = MODELS[name], np.random.default_rng(0)
+    boxed = abstract_params(config)
+
+    def draw(path, x):
+        value = rng.normal(size=x.shape)
+        if "norm" in str(path[-2]):
+            return jnp.array(1 + 0.1 * value, jnp.float32)
+        return jnp.array(config.embed_dim**-0.5 * value, jnp.float32)
+
+    base = jax.tree.map_with_path(draw, sharding.unbox(boxed))
+    box = adapters.box(boxed, lora(name))
+    trains = jax.tree.map(
+        lambda p: jnp.array(0.2 * rng.normal(size=p.value.shape), jnp.float32),
+        box, is_leaf=lambda x: isinstance(x, sharding.Param),
+    )  # fmt: skip
+    params = adapters.attach(trains, base)
+    plain = jax.tree.map_with_path(
+        lambda path, x: numpy_sum(sharding.path_name(path), x.base, x)
+        if adapters.is_adapted(x) else x,
+        params, is_leaf=adapters.is_adapted,
+    )  # fmt: skip
+    return base, params, plain
+
+
+@functools.cache
+def forward(name):
+    model = Transformer(MODELS[name])
+    return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT).logits_BTV)
+
+
+def close(found, wanted, tolerance=1e-5):
+    wanted = np.asarray(wanted)
+    np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_sums(name):
+    base, params, plain = made(name)
+    count = sum(
+        adapters.is_adapted(x) for x in jax.tree.leaves(params, is_leaf=adapters.is_adapted)
+    )
+    assert count == {"dense": 7 + 2, "tied": 7 + 1, "scout": 7 + 10 + 7 + 2}[name]
+    wanted = forward(name)(plain, TOKENS_BT)
+    close(forward(name)(params, TOKENS_BT), wanted)
+    off = forward(name)(adapters.detach(params), TOKENS_BT)
+    assert np.array_equal(off, forward(name)(base, TOKENS_BT))
+    assert np.abs(off - wanted).max() > 0.1 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_is_the_sum_and_computes_the_same(name):
+    _, params, plain = made(name)
+    merged = leaf.merge(params)
+    for (path, x), y in zip(jax.tree.leaves_with_path(merged), jax.tree.leaves(plain), strict=True):
+        assert x.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, atol=2e-6, err_msg=sharding.path_name(path))
+    close(forward(name)(merged, TOKENS_BT), forward(name)(params, TOKENS_BT))
+
+
+@pytest.mark.parametrize("name", ["dense", "scout"])
+def test_over_int8_the_base_is_the_numbers_it_stands_for(name):
+    base, params, _ = made(name)
+    int8 = quantize_tree(base, abstract_params(MODELS[name]))
+    over = jax.tree.map(
+        lambda x, y: x.replace(base=y) if adapters.is_adapted(x) else y,
+        params, int8, is_leaf=adapters.is_adapted,
+    )  # fmt: skip
+    same = jax.tree.map(leaf.dense, int8, is_leaf=lambda x: isinstance(x, Int8))
+    wanted = jax.tree.map_with_path(
+        lambda path, x, y: numpy_sum(sharding.path_name(path), y, x)
+        if adapters.is_adapted(x) else y,
+        params, same, is_leaf=adapters.is_adapted,
+    )  # fmt: skip
+    close(forward(name)(over, TOKENS_BT), forward(name)(wanted, TOKENS_BT))
+    close(forward(name)(leaf.merge(over), TOKENS_BT), forward(name)(wanted, TOKENS_BT))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_of_the_loss_are_the_chain_rule_of_the_sums(name):
+    base, params, plain = made(name)
+    config = MODELS[name]
+    model = Transformer(config)
+    targets_BT = np.roll(TOKENS_BT, -1, 1)
+    ones_BT = np.ones(targets_BT.shape, np.float32)
+
+    def loss(params):
+        states = model.apply({"params": params}, TOKENS_BT, method="states")
+        table = unembed_table(config, params)
+        return cross_entropy(states.hidden_BTD, table, targets_BT, ones_BT, "float32", 1e-3, 16)[0]
+
+    def of_adapters(trains):
+        return loss(adapters.attach(trains, base))
+
+    trains = jax.tree.map(
+        lambda x: x.replace(base=None) if adapters.is_adapted(x) else None,
+        params, is_leaf=adapters.is_adapted,
+    )  # fmt: skip
+    trains = prune(trains)
+    value, found = jax.jit(jax.value_and_grad(of_adapters))(trains)
+    wanted_value, whole = jax.jit(jax.value_and_grad(loss))(plain)
+    np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
+
+    def chain(leaf_, d):
+        """dA and dB of a weight from the gradient of the sum."""
+        sum_ = lambda a, b: leaf.dense(adapters.Adapted(jnp.zeros(d.shape), a, b, leaf_.scale))  # noqa: E731
+        return jax.vjp(sum_, leaf_.a, leaf_.b)[1](d)
+
+    flat, rest = {}, {}
+    for path, x in jax.tree.leaves_with_path(found, is_leaf=adapters.is_adapted):
+        flat[sharding.path_name(path)] = x
+    for path, x in jax.tree.leaves_with_path(whole):
+        rest[sharding.path_name(path)] = x
+    of = {
+        sharding.path_name(path): x
+        for path, x in jax.tree.leaves_with_path(params, is_leaf=adapters.is_adapted)
+    }
+    for path, d in flat.items():
+        for got, want in zip((d.a, d.b), chain(of[path], rest[path]), strict=True):
+            np.testing.assert_allclose(got, want, atol=1e-4 * max(1e-3, np.abs(want).max()),
+                                       err_msg=path)  # fmt: skip
+
+
+def prune(tree):
+    """A nested dict without its Nones."""
+    if not isinstance(tree, dict):
+        return tree
+    found = {name: prune(x) for name, x in tree.items()}
+    return {name: x for name, x in found.items() if x is not None and x != {}}
+
+
+def test_decoding_gives_the_forward_pass_s_log_probabilities():
+    _, params, _ = made("scout")
+    prompts = [[5, 65], [7, *range(30, 43)]]
+    made_ = next(engine.decode(Transformer(MODELS["scout"]), params, prompts, 8, block=8))
+    for r, prompt in enumerate(prompts):
+        row = np.array([[*prompt, *made_.ids_BT[r]]])
+        logp_TV = np.asarray(jax.nn.log_softmax(forward("scout")(params, row)))[0]
+        at = len(prompt) - 1 + np.arange(8)
+        wanted = logp_TV[at, made_.ids_BT[r]]
+        np.testing.assert_allclose(made_.logprobs_BT[r], wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2},
+                                  {"expert": 2, "fsdp": 2, "tensor": 2}])  # fmt: skip
+def test_a_mesh_gives_the_numbers_of_one_device(axes):
+    """Logits, and adapters that lie as what they adapt does."""
+    config = MODELS["scout"]
+    _, params, plain = made("scout")
+    mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | axes))
+    boxed = abstract_params(config)
+    trains = adapters.box(boxed, lora("scout"))
+    places = adapters.attach(sharding.shardings(trains, mesh), sharding.shardings(boxed, mesh))
+    spread = jax.tree.map(jax.device_put, params, places)
+    gate = spread["blocks"]["layer_1"]["moe"]["w_gate_EDF"]
+    if "expert" in axes:
+        assert gate.a.sharding.shard_shape(gate.a.shape)[1] == config.num_experts // 2
+        assert gate.b.sharding.shard_shape(gate.b.shape)[1] == config.num_experts // 2
+    assert gate.b.sharding.shard_shape(gate.b.shape)[-1] == config.expert_dim // 2
+    with jax.set_mesh(mesh):
+        found = np.asarray(forward("scout")(spread, TOKENS_BT))
+    close(found, forward("scout")(plain, TOKENS_BT))
+
+
+def test_new_adapters_change_nothing_on_any_mesh():
+    boxed = abstract_params(DENSE)
+    box = adapters.box(boxed, lora("dense"))
+    alone = adapters.init(
+        box, jax.random.key(3), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = adapters.init(box, jax.random.key(3), mesh)
+    for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        assert np.array_equal(x, y)
+    base = made("dense")[0]
+    params = adapters.attach(alone, base)
+    close(forward("dense")(params, TOKENS_BT), forward("dense")(base, TOKENS_BT), 1e-6)
+    wo = alone["blocks"]["layer_0"]["attention"]["wo_NHD"]
+    bound = (4 * 8) ** -0.5
+    assert 0.9 * bound < np.abs(wo.a).max() <= bound and not np.any(wo.b)
+    assert not np.any(alone["embed"]["table_VD"].a) and np.std(alone["embed"]["table_VD"].b) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "count", "experts"),
+    [
+        ("dense", AdapterConfig.targets, 7, False),
+        ("scout", AdapterConfig.targets, 7 + 10 + 7, False),
+        ("scout", "attention/w,shared", 3 * 4 + 3, True),
+        ("scout", "w_down_EFD", 1, False),
+        ("scout", "moe/router", 1, True),
+    ],
+)
+def test_patterns_pick_the_weights(name, targets, count, experts):
+    made_ = adapters.box(abstract_params(MODELS[name]), AdapterConfig(rank=2, targets=targets))
+    assert len(adapters.targeted(made_)) == count
+    assert adapters.misses_experts(MODELS[name], made_) == experts
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"targets": "attention,q_proj"}, "adapter.targets=.*no parameter's path has q_proj"),
+        ({"targets": "norm"}, "no parameter's path has norm"),
+        ({"targets": "("}, r"\( is no regular expression"),
+        ({"rank": 33}, "adapter.rank=33 must be at most 16"),
+    ],
+)
+def test_what_cannot_be_adapted_is_one_line(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        adapters.box(abstract_params(DENSE), AdapterConfig(**{"rank": 2} | fields))
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    assert adapters.strength(AdapterConfig(rank=16, alpha=8.0)) == 0.5
+    assert adapters.strength(AdapterConfig(rank=16, alpha=8.0, rslora=True)) == 2.0

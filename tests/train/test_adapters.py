@@ -1,0 +1,162 @@
+"""Runs of adapters: what trains, what is stored, and what such a run loads and converts as."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import puna
+from puna.configs import schema
+from puna.configs.errors import ConfigError
+from puna.models import leaf
+from puna.models.adapters import attach, detach, is_adapted
+from puna.models.parallel import sharding
+from puna.models.quantize import Int8
+from puna.models.release.convert import convert
+from puna.models.transformer import abstract_params
+from puna.models.weights import run
+from puna.train import init_from
+from puna.train.loop import train
+from puna.train.optimizer import make_optimizer
+from puna.train.state import join
+
+
+def leaves(tree):
+    return {sharding.path_name(p): np.asarray(x) for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def same(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert np.array_equal(x, b[name]), name
+
+
+@pytest.fixture
+def lora(config):
+    """Four experts, adapters on every weight, over an int8 base."""
+    config.model.update(
+        num_layers=3, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
+    )
+    config.adapter.update(rank=2, alpha=8.0, targets="/w,embed/,unembed/")
+    config.optimizer.update(learning_rate=3e-2, weight_decay=0.0)
+    config.train.update(eval_every=0)
+    return config
+
+
+def set_in(config, **keys):
+    config.update_from_flattened_dict(keys)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("quantize", "optimizer", "axes"),
+    [
+        ("none", "adamw", {"data": 8}),
+        ("int8", "muon", {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}),
+    ],
+)
+def test_only_adapters_train_and_are_stored(lora, tmp_path, quantize, optimizer, axes):
+    set_in(lora, **{"adapter.quantize": quantize, "optimizer.name": optimizer})
+    lora.mesh.update(axes)
+    state = train(lora, tmp_path / "run")
+    trained = leaves(state.params)
+    assert all(name.endswith(("/a", "/b")) for name in trained)
+    assert "blocks/layer_1/moe/w_gate_EDF/a" in trained and "embed/table_VD/b" in trained
+    # Moments are of the adapters alone.
+    moments = {x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim > 1}
+    assert moments == {x.shape for x in trained.values()}
+    # The base is what the run began with.
+    c = schema.from_dict(lora)
+    mesh = sharding.make_mesh(c.mesh)
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(c, abstract_params(c.model))
+        start = init_from.initial_state(c, tx, mesh)
+    same(start.frozen, state.frozen)
+    kinds = {type(x) for x in jax.tree.leaves(state.frozen, is_leaf=lambda x: isinstance(x, Int8))}
+    assert (Int8 in kinds) == (quantize == "int8")
+    moved = [
+        name for name, x in trained.items() if not np.array_equal(x, leaves(start.params)[name])
+    ]
+    assert len(moved) > 0.9 * len(trained)
+    # A checkpoint holds adapters; the base lies beside the checkpoints, once.
+    sums = run.read_meta(run.find(tmp_path / "run"))["checksums"]
+    assert set(sums["params"]) == set(trained)
+    assert len(list((tmp_path / "run" / run.FROZEN).iterdir())) == 1
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert losses[-1] < losses[0]
+
+    # It loads as it trained, in any process and on any mesh, and converts as the sum.
+    model, params = puna.load(tmp_path / "run")
+    same(params, join(state.params, state.frozen))
+    assert all(is_adapted(x) for x in (params["embed"]["table_VD"], params["unembed"]["table_DV"]))
+    convert(tmp_path / "run", tmp_path / "release")
+    _, merged = puna.load(tmp_path / "release")
+    wanted = leaves(leaf.merge(params))
+    for name, x in leaves(merged).items():
+        np.testing.assert_allclose(x, wanted[name], atol=1e-6, err_msg=name)
+    tokens_BT = np.arange(16)[None] % 264
+    apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).logits_BTV)
+    on, off = np.asarray(apply(params)), np.asarray(apply(detach(params)))
+    np.testing.assert_allclose(apply(merged), on, atol=1e-5 * np.abs(on).max())
+    assert np.abs(on - off).max() > 1e-2 * np.abs(on).max()
+
+
+def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path):
+    set_in(lora, **{"adapter.quantize": "int8", "model.moe_interval": 0, "model.num_experts": 0,
+                    "model.expert_dim": 0})  # fmt: skip
+    whole = train(lora, tmp_path / "whole")
+    train(lora, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
+    same(whole, train(lora, tmp_path / "cut"))
+    # A run that starts from it has the sum for its base.
+    set_in(lora, **{"train.init_from": str(tmp_path / "cut"), "train.steps": 1,
+                    "optimizer.warmup_steps": 0})  # fmt: skip
+    c = init_from.resolve(schema.build(lora), tmp_path / "next")
+    mesh = sharding.make_mesh(c.mesh)
+    with jax.set_mesh(mesh):
+        state = init_from.initial_state(c, make_optimizer(c, abstract_params(c.model)), mesh)
+    merged = leaf.merge(attach(whole.params, whole.frozen["base"]))
+    base = state.frozen["base"]["blocks"]["layer_0"]["attention"]["wq_DNH"]
+    step = np.asarray(base.scale)
+    error = np.abs(leaf.dense(base) - merged["blocks"]["layer_0"]["attention"]["wq_DNH"])
+    assert np.all(error <= 0.51 * step)
+    with pytest.raises(ConfigError, match="has the moments of adapters"):
+        set_in(lora, **{"adapter": schema.to_dict(schema.AdapterConfig()),
+                        "train.with_optimizer": True})  # fmt: skip
+        init_from.resolve(schema.build(lora), tmp_path / "next")
+
+
+def test_a_base_in_bfloat16_has_adapters_in_float32(lora, tmp_path):
+    set_in(lora, **{"model.param_dtype": "bfloat16", "model.compute_dtype": "bfloat16"})
+    lora.train.update(steps=2, save_every=2)
+    state = train(lora, tmp_path)
+    assert {x.dtype.name for x in jax.tree.leaves(state.params)} == {"float32"}
+    assert {x.dtype.name for x in jax.tree.leaves(state.frozen)} == {"bfloat16"}
+    _, params = puna.load(tmp_path, "bfloat16")
+    same(params, join(state.params, state.frozen))
+
+
+def test_a_mixture_without_adapters_on_its_experts_says_so(lora, tmp_path, capsys):
+    lora.adapter.targets = "attention"
+    lora.train.update(steps=2, save_every=2)
+    train(lora, tmp_path / "a")
+    out, err = capsys.readouterr()
+    assert "adapter.targets=attention reaches no routed expert" in err
+    assert "parameters of adapters on" in out
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"train.trainable": "norm"}, "train.trainable=norm must be left out where adapter.rank=2"),
+        ({"adapter.targets": "q_proj"}, "no parameter's path has q_proj; a path is like"),
+        ({"adapter.rank": 0}, "adapter.alpha=8.0 must be left at 16.0 where adapter.rank=0"),
+        ({"adapter.rank": 99}, "adapter.rank=99 must be at most"),
+    ],
+)
+def test_what_contradicts_adapters_is_one_line(lora, tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        train(set_in(lora, **keys), tmp_path)
