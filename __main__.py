@@ -53,7 +53,7 @@ def _eval(args):
     from .models.weights.run import is_run
 
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
-    results = evaluate(args.config, checkpoint, args.quantize)
+    results = evaluate(args.config, checkpoint, args.quantize, args.adapter)
     # Beside the checkpoints of a run of ours; nothing is written into models of others.
     beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
     if is_first():
@@ -73,7 +73,7 @@ def _generate(args):
     if args.prompt is None:  # an empty one is a prompt too
         raise errors.UserError("--prompt is needed; --help shows the flags")
     mesh = sharding.make_mesh(_mesh(args.mesh))
-    model, params = load(path, args.dtype, mesh, args.quantize)
+    model, params = load(path, args.dtype, mesh, args.quantize, args.adapter)
     tokenizer = load_tokenizer(path)
     sampling = generate.sampling_for(
         tokenizer, args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
@@ -232,6 +232,7 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     if command in ("eval", "generate"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
         flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
+        flags.DEFINE_string("adapter", "", "folder of a PEFT adapter to lay on the model", **text)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
@@ -252,7 +253,7 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("restarts", 0, "times to start again after a failure", **text)
     if command == "convert":
         args.set_gnu_getopt(True)  # flags may follow the paths
-        flags.DEFINE_enum("to", "hf", ["hf", "puna", "gguf"], "format of DST", **text)
+        flags.DEFINE_enum("to", "hf", ["hf", "puna", "gguf", "peft"], "format of DST", **text)
         flags.DEFINE_enum(
             "dtype", None, ["bfloat16", "float16", "float32", "q8_0"],
             "of all tensors of DST, q8_0 with --to=gguf; by default each keeps its own", **text,

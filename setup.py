@@ -49,7 +49,12 @@ EXTRAS = {
     # Running the notebooks.
     "notebooks": ["ipykernel>=6.29.0", "nbclient>=0.10.0", "nbformat>=5.10.0"],
     # The independent implementations that golden tests compare with: exact, since numbers are.
-    "reference": ["llama-models==0.3.0", "torch==2.13.0", "transformers==5.23.0"],
+    "reference": [
+        "llama-models==0.3.0",
+        "peft==0.21.2",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+    ],
     # Formatter and type checker are exact, since their verdict changes between releases.
     "dev": [
         "autograd>=1.7.0",  # gradients of the NumPy model that tests compare with

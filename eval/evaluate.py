@@ -16,14 +16,14 @@ from ..train.data.tokenizer import with_ends
 from ..train.validation import HeldOut
 
 
-def evaluate(config: Mapping, path, quantize: str = "") -> Results:
+def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Results:
     """Evaluate a run, or any model that `puna.load` reads, on `data.validation`.
 
     Args:
       config: a `ConfigDict`; its data, eval and mesh sections and `model.compute_dtype` count.
         The architecture is the checkpoint's own.
       path: run, checkpoint or model.
-      quantize: as of `puna.load`.
+      quantize, adapter: as of `puna.load`.
 
     Returns:
       The dict that `results.json` holds; a notebook shows it as a table.
@@ -39,7 +39,7 @@ def evaluate(config: Mapping, path, quantize: str = "") -> Results:
     # The data before the weights, which may take minutes to load.
     tokenizer = with_ends(c.data, load_tokenizer(path))
     held_out = HeldOut(c, objectives.make(c, tokenizer.token_bytes), tokenizer, mesh)
-    model, params = load(path, mesh=mesh, quantize=quantize)
+    model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
     model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
     numbers = held_out(model, params, {})
     for name, number in numbers.items():

@@ -5,7 +5,7 @@
 
 Adapters lie on attention, MLPs and experts, routed ones too; `--config.adapter.quantize=int8` keeps
 the base in half the bytes. `puna convert runs/lora DIR` writes the merged model as a Hugging Face
-release.
+release, `--to=peft` the adapters alone.
 """
 
 from puna.configs.recipes import sft

@@ -30,7 +30,7 @@ from ...configs.files import write_json
 from ..parallel import sharding
 from ..text.tokenizer import Tokenizer, load_tokenizer
 from ..weights import config as hf_config
-from ..weights import huggingface, licences, placing, run, safetensors_files, vision_table
+from ..weights import huggingface, licences, peft, placing, run, safetensors_files, vision_table
 from ..weights.load import open_weights
 from ..weights.tensors import Weights, cast, warn
 from . import card, gguf_release
@@ -64,8 +64,9 @@ def convert(
     Args:
       src: a Hugging Face or Meta directory, a GGUF file, a run of ours or one of its checkpoints.
       dst: a folder that does not exist or is empty; for "gguf" a file that does not exist.
-      to: "hf" for a Hugging Face release, "puna" for a run that `puna.load` reads in any process,
-        "gguf" for a file that llama.cpp runs.
+      to: "hf" for a Hugging Face release, into which adapters are merged, "puna" for a run that
+        `puna.load` reads in any process, "gguf" for a file that llama.cpp runs, "peft" for the
+        adapters of a run alone.
       name: of the release, on its card; the folder's own name by default.
       base_licence: of the model that the weights come from, one of `licences.CHOICES`; by default
         what stands beside the weights.
@@ -79,8 +80,8 @@ def convert(
         architecture that the format cannot hold, a value that `dtype` cannot hold, a tokenizer that
         cannot be read or written. The destination is then as it was.
     """
-    if to not in ("hf", "puna", "gguf"):
-        raise UserError(f"to={to!r} must be hf, puna or gguf")
+    if to not in ("hf", "puna", "gguf", "peft"):
+        raise UserError(f"to={to!r} must be hf, puna, gguf or peft")
     dtypes = tuple(gguf_release.DTYPES) if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} must be one of {', '.join(dtypes)} with to={to}")
@@ -97,6 +98,11 @@ def convert(
             raise UserError(f"{src}: is a run of puna already")
         with _whole(dst) as folder:
             _write_run(model, text, folder)
+    elif to == "peft":
+        if not isinstance(model, RunModel):
+            raise UserError(f"{src}: is no run of puna, so it has no adapters to write")
+        with _whole(dst) as folder:
+            model.write_adapters(folder)
     else:
         if not ignore_licence_name:
             licences.check_name(name, model.origin["licence"])
@@ -170,6 +176,10 @@ class RunModel:
                 f"its config says {leaf.shape}"
             )
         return cast(value[layer] if leaf.stacked else value, self.to, f"parameter {path}")
+
+    def write_adapters(self, folder: pathlib.Path) -> None:
+        """Write the adapters alone, in PEFT's format."""
+        peft.write(folder, hf_table(self.config)[0], self._stored, self.origin["base_model"])
 
     def _batch(self, first: str) -> list[str]:
         """A leaf and those that follow it while they are small: their checksums are one program."""

@@ -2,16 +2,24 @@
 
 import dataclasses
 
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import NamedSharding
+
 from ...configs import paths, schema
 from ...configs.errors import UserError
 from .. import quantize as quantization
+from ..adapters import Adapted, is_adapted
+from ..leaf import dense, split_names
 from ..parallel import sharding
-from ..transformer import Transformer
-from . import placing, run
+from ..quantize import Int8
+from ..transformer import Transformer, abstract_params
+from . import peft, placing, run
 from .tensors import Weights
 
 
-def load(path, dtype: str | None = "float32", mesh=None, quantize: str = ""):
+def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", adapter=None):
     """Load a model for evaluation, generation or a notebook.
 
     Args:
@@ -22,6 +30,8 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = ""):
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
       quantize: "int8" keeps matrices as int8 with a scale for each output channel, a parameter at a
         time, see `models/quantize.py`; dtype is then that of the computation and of the rest.
+      adapter: folder of a PEFT LoRA of this model, which is laid on it in float32; `leaf.merge`
+        adds it in.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens_BT).logits_BTV`;
@@ -49,7 +59,39 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = ""):
         weights.warn_of_nonfinite(path)
     if dtype is not None:
         config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
+    if adapter:
+        config, params = _lay_on(peft.read(paths.local(adapter, "adapter"), path, config), config,
+                                 params, mesh)  # fmt: skip
     return Transformer(config), params
+
+
+def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh):
+    """The architecture and parameters of a model under an adapter."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    names = sharding.names(abstract_params(adapter.config))
+
+    def put(path, leaf):
+        return jax.tree.map(
+            lambda x, n: jax.device_put(
+                x, NamedSharding(mesh, sharding.resolve(path, x.shape, n, mesh))
+            ),
+            leaf, split_names(leaf, names[path]),
+        )  # fmt: skip
+
+    if config.tie_embeddings and not adapter.config.tie_embeddings:
+        flat["unembed/table_DV"] = put("unembed/table_DV", flat["embed/table_VD"].T)
+    for path, layers in adapter.replaced.items():
+        old = flat[path]
+        new = np.array(dense(old))
+        for i, value in layers.items():
+            new[i if path.startswith("blocks/") else ...] = value
+        plain = put(path, new.astype(np.float32 if isinstance(old, Int8) else old.dtype))
+        flat[path] = quantization.quantize(plain, names[path]) if isinstance(old, Int8) else plain
+    for path, (a, b) in adapter.factors.items():
+        if is_adapted(flat[path]):
+            raise UserError(f"{path} has an adapter of the run's own; convert the run first")
+        flat[path] = put(path, Adapted(flat[path], a, b, 1.0))
+    return adapter.config, traverse_util.unflatten_dict(flat, sep="/")
 
 
 def open_weights(path) -> Weights:

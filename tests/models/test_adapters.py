@@ -15,7 +15,7 @@ from puna.models.decode import engine
 from puna.models.parallel import sharding
 from puna.models.quantize import Int8, quantize_tree
 from puna.models.transformer import Transformer, abstract_params, unembed_table
-from puna.train.objectives.next_token import cross_entropy
+from puna.train.objectives.next_token import cross_entropy, log_probs
 
 DENSE = ModelConfig(
     vocab_size=96, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -197,6 +197,14 @@ def test_decoding_gives_the_forward_pass_s_log_probabilities():
         at = len(prompt) - 1 + np.arange(8)
         wanted = logp_TV[at, made_.ids_BT[r]]
         np.testing.assert_allclose(made_.logprobs_BT[r], wanted, atol=2e-5)
+
+    model = Transformer(MODELS["scout"])
+    hidden_BTD = model.apply({"params": params}, TOKENS_BT, method="states").hidden_BTD
+    targets_BT, table = np.roll(TOKENS_BT, -1, 1), unembed_table(MODELS["scout"], params)
+    logp_BTV = np.asarray(jax.nn.log_softmax(forward("scout")(params, TOKENS_BT)))
+    wanted = np.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
+    found = log_probs(hidden_BTD, table, targets_BT, "float32", 16)
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2},

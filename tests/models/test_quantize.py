@@ -19,6 +19,7 @@ from puna.models.layers import contract, look_up
 from puna.models.parallel import sharding
 from puna.models.quantize import Int8, quantize, quantize_tree
 from puna.models.release.convert import convert
+from puna.models.text.tokenizer import byte_tokenizer
 from puna.models.transformer import Transformer, abstract_params, unembed_table
 from puna.train.objectives.next_token import cross_entropy
 
@@ -211,10 +212,12 @@ def test_the_commands_ask_for_it(monkeypatch, tmp_path, command):
     class Loaded(Exception):
         pass
 
-    def load(path, dtype="float32", mesh=None, quantize=""):
-        raise Loaded(quantize)
+    def load(path, dtype="float32", mesh=None, quantize="", adapter=""):
+        raise Loaded(f"{quantize} {adapter}")
 
     monkeypatch.setattr("puna.models.weights.load.load", load)
     monkeypatch.setattr("puna.eval.evaluate.load", load)
-    with pytest.raises(Loaded, match="int8"):
-        cli._run([*command, f"--checkpoint={tmp_path}", "--quantize=int8"])
+    monkeypatch.setattr("puna.eval.evaluate.load_tokenizer", lambda path: byte_tokenizer())
+    monkeypatch.setattr("puna.eval.evaluate.HeldOut", lambda *args: None)
+    with pytest.raises(Loaded, match="int8 an/adapter"):
+        cli._run([*command, f"--checkpoint={tmp_path}", "--quantize=int8", "--adapter=an/adapter"])

@@ -6,17 +6,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import puna
 from puna.configs import schema
-from puna.configs.errors import ConfigError
+from puna.configs.errors import ConfigError, UserError
 from puna.models import leaf
 from puna.models.adapters import attach, detach, is_adapted
 from puna.models.parallel import sharding
 from puna.models.quantize import Int8
-from puna.models.release.convert import convert
+from puna.models.release.convert import convert, hf_table
 from puna.models.transformer import abstract_params
-from puna.models.weights import run
+from puna.models.weights import huggingface, run
 from puna.train import init_from
 from puna.train.loop import train
 from puna.train.optimizer import make_optimizer
@@ -104,13 +105,39 @@ def test_only_adapters_train_and_are_stored(lora, tmp_path, quantize, optimizer,
     assert np.abs(on - off).max() > 1e-2 * np.abs(on).max()
 
 
+def hf(lora, folder):
+    """A Hugging Face directory of the base's architecture."""
+    shapes = abstract_params(schema.from_dict(lora).model)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), sharding.unbox(shapes))
+    c = schema.from_dict(lora).model
+    tensors = huggingface.from_puna(c, params)
+    (folder / "hf").mkdir()
+    save_file(tensors, folder / "hf" / "model.safetensors")
+    (folder / "hf" / "config.json").write_text(json.dumps(hf_table(c)[1]))
+    return folder / "hf"
+
+
 def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path):
     set_in(lora, **{"adapter.quantize": "int8", "model.moe_interval": 0, "model.num_experts": 0,
-                    "model.expert_dim": 0})  # fmt: skip
+                    "model.expert_dim": 0, "model.nope_interval": 0,
+                    "model.chunk_size": 0})  # fmt: skip
     whole = train(lora, tmp_path / "whole")
     train(lora, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
     same(whole, train(lora, tmp_path / "cut"))
+    # Its adapters alone, in PEFT's format, on the same base.
+    convert(tmp_path / "cut", tmp_path / "peft", to="peft")
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 2
+    with pytest.raises(UserError, match="is no run of puna, so it has no adapters"):
+        convert(first := hf(lora, tmp_path), tmp_path / "none", to="peft")
+    _, found = puna.load(first, adapter=tmp_path / "peft")
+    for name in ("wq_DNH", "wo_NHD"):
+        made, trained = (
+            tree["blocks"]["layer_0"]["attention"][name] for tree in (found, whole.params)
+        )
+        a, b = np.asarray(trained.a), np.asarray(trained.b) * trained.scale
+        np.testing.assert_allclose(made.a, a, atol=1e-7)
+        np.testing.assert_allclose(made.b, b, atol=1e-7)
     # A run that starts from it has the sum for its base.
     set_in(lora, **{"train.init_from": str(tmp_path / "cut"), "train.steps": 1,
                     "optimizer.warmup_steps": 0})  # fmt: skip

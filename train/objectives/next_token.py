@@ -144,7 +144,7 @@ def log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk=1024):
     For losses that are no weighted sum over targets: differentiable target by target, for one more
     vocabulary matmul than `cross_entropy`, whose arguments these are.
     """
-    table_DV = leaf.dense(table_DV)
+    hidden_BTD, table_DV = widen(hidden_BTD, table_DV, dtype)
     return -_negative_log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk)
 
 
