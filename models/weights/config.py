@@ -1,9 +1,9 @@
 """Hugging Face `config.json` <-> `ModelConfig`, for Llama 1-3.3 and Llama 4.
 
 Names, defaults and meaning are those of `LlamaConfig`, `Llama4TextConfig` and `Llama4Config` in
-transformers 5.23; older files are read too. Every key is mapped, or cannot change a number
-(`keys.py`), or is refused by its name. Only the text model is mapped here: the vision keys of a
-`llama4` file are left for the image encoder's own mapping.
+transformers 5.23; older files are read too, and Mistral's where no window slides. Every key is
+mapped, or cannot change a number (`keys.py`), or is refused by its name. Only the text model is
+mapped here: the vision keys of a `llama4` file are left for the image encoder's own mapping.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,15 @@ from . import keys
 
 LLAMA = "llama"
 LLAMA4 = "llama4_text"
+# Other types whose network is Llama's, and where their defaults differ from those of `LlamaConfig`.
+_NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+}
 
 # Key of config.json: field of ModelConfig.
 _BOTH = {
@@ -114,6 +123,8 @@ _MULTIMODAL = {
     "vision_config",
 }
 
+# Linear scaling is that of Llama 3.1 where each wavelength counts as long (arXiv 2306.15595).
+_EVERY_FREQUENCY = 1e9
 _LLAMA3_ROPE = {
     "factor": "rope_scaling_factor",
     "high_freq_factor": "rope_high_freq_factor",
@@ -132,7 +143,7 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """Map a Hugging Face `config.json` to keyword arguments of `ModelConfig`.
 
     Args:
-      config_json: the parsed file, of model type `llama`, `llama4_text` or `llama4`.
+      config_json: the parsed file, of model type `llama`, `llama4_text`, `llama4` or `mistral`.
 
     Returns:
       The architecture's fields; those that the file cannot know (dtypes, remat, loss weights)
@@ -146,10 +157,12 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "llama4":
         values = _text_of(config_json)
         kind = LLAMA4
+    if kind in _NEIGHBOURS:
+        values = _NEIGHBOURS[kind] | values
+        kind = LLAMA
     if kind not in _FIELDS:
-        raise UserError(
-            f"config.json: model_type={kind!r} must be one of llama, llama4_text, llama4"
-        )
+        known = ", ".join((*_FIELDS, "llama4", *_NEIGHBOURS))
+        raise UserError(f"config.json: model_type={kind!r} must be one of {known}")
     mapped = set(_FIELDS[kind]) | set(_EXPERT_FIELDS if kind == LLAMA4 else ()) | _READ[kind]
     keys.check(values, mapped)
     get = _Reader(values, _DEFAULTS[kind])
@@ -199,7 +212,9 @@ def to_hf(
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
     }
     out |= {key: getattr(config, field) for key, field in _FIELDS[kind].items()}
-    if config.rope_scaling_factor != 1.0:
+    if config.rope_scaling_factor != 1.0 and config.rope_low_freq_factor >= _EVERY_FREQUENCY:
+        out["rope_parameters"] |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
+    elif config.rope_scaling_factor != 1.0:
         out["rope_parameters"] |= {"rope_type": "llama3"} | {
             key: getattr(config, field) for key, field in _LLAMA3_ROPE.items()
         }
@@ -278,14 +293,19 @@ def _rope(values, get, max_positions):
         raise UserError(f"config.json: {name}.partial_rotary_factor must be 1")
     if kind == "linear" and rope.get("factor") == 1:
         kind = "default"
-    if kind not in ("default", "llama3"):
-        raise UserError(f"config.json: {name}.rope_type={kind!r} must be default or llama3")
-    allowed = _LLAMA3_ROPE if kind == "llama3" else {}
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"config.json: {name}.rope_type={kind!r} must be default, linear or llama3")
+    allowed = {"llama3": _LLAMA3_ROPE, "linear": {"factor": ""}}.get(kind, {})
     for key, value in rope.items():
         if key not in allowed and not keys.changes_nothing(key, value):
             raise UserError(
                 f"config.json: {name}.{key}={keys.short(value)} is not a key of rope_type={kind}"
             )
+    if kind == "linear":
+        if "factor" not in rope:
+            raise UserError(f"config.json: {name}.factor is missing, rope_type=linear needs it")
+        made["rope_scaling_factor"] = _number(f"{name}.factor", rope["factor"])
+        made["rope_low_freq_factor"] = made["rope_high_freq_factor"] = _EVERY_FREQUENCY
     if kind == "llama3":
         old_context = "original_max_position_embeddings"
         # In transformers the one outside wins.

@@ -271,7 +271,7 @@ def test_not_numbers_are_said_and_kept(files, tiny, tmp_path, capsys):
     [
         ([], "takes two paths"), (["one"], "takes two paths"), (["a", "b", "c"], "takes two paths"),
         (["nowhere", "out"], "no such file or directory"),
-        (["nowhere", "out", "--to=gguf"], "should be one of"),
+        (["nowhere", "out", "--to=onnx"], "should be one of"),
         (["nowhere", "out", "--base_licence=mit"], "base_licence='mit' must be one of llama2"),
     ],
 )  # fmt: skip

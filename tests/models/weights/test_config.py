@@ -74,6 +74,14 @@ MAPPED = {
                 "original_max_position_embeddings": 4096},
         SCALED | {"rope_original_positions": 4096},
     ),
+    "mistral": (
+        {"model_type": "mistral"}, {"sliding_window": None},
+        {"mlp_dim": 14336, "num_kv_heads": 8, "max_positions": 131072, "rope_theta": 1e4},
+    ),
+    "linear by 4": (
+        LLAMA, {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling_factor": 4.0, "rope_low_freq_factor": 1e9, "rope_high_freq_factor": 1e9},
+    ),
     "linear by 1": (
         LLAMA, {"rope_scaling": {"type": "linear", "factor": 1.0}},
         {"rope_scaling_factor": 1.0, "rope_theta": 5e5},
@@ -148,11 +156,13 @@ MAPPED = {
 
 # What the file says on top of LLAMA or LLAMA4 -> words of the one line that refuses it.
 REFUSED = {
-    "another model": ({"model_type": "mistral"}, {}, "model_type='mistral'"),
+    "another model": ({"model_type": "gemma"}, {}, "model_type='gemma'"),
+    "a window that slides": ({"model_type": "mistral"}, {}, "sliding_window=4096 must be None"),
     "no model type": ({}, {"hidden_size": 8}, "model_type=None"),
     "3.2 vision": ({"model_type": "mllama"}, {}, "model_type='mllama'"),
     "yarn": (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
-    "linear": (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear'"),
+    "linear by nothing": (LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+    "dynamic": (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
     "half a rope": (
         LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "high_freq_factor"
     ),

@@ -91,7 +91,7 @@ CONFIGS = {
     "deep": ("[" * 10**5, "is not JSON"),
     "a key twice": ('{"model_type": "llama", "model_type": "llama"}', "stands there twice"),
     "binary": (b"\xff\x00", "is not JSON"),
-    "another model": ({"model_type": "mistral"}, "model_type='mistral'"),
+    "another model": ({"model_type": "gemma"}, "model_type='gemma'"),
     "a list for the model": ({"model_type": ["llama"]}, "model_type=['llama'] must be text"),
     "a number for the layers": (
         {"model_type": "llama4", "text_config": {"no_rope_layers": 5}},
