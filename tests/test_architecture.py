@@ -25,6 +25,7 @@ TESTED_WITH = {
     "configs/test_schema.py": ["configs/rules.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": ["models/release/card.py", "models/weights/licences.py"],
+    "models/test_quantize.py": ["models/leaf.py"],
     "models/test_vision.py": ["models/encoder.py", "models/weights/vision_table.py"],
     "models/text/test_files.py": ["models/text/gguf.py"],
     "models/text/test_template.py": ["models/text/sandbox.py"],
