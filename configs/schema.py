@@ -293,6 +293,13 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Reward models from pairs of answers, `train.objective=reward`."""
+
+    center: float = key(0.0, "weight of the squared sum of a pair's rewards", at_least(0))
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; their product is the number of devices."""
 
@@ -332,6 +339,7 @@ class Config:
     preference: PreferenceConfig = section(
         PreferenceConfig, Only("train.objective", ("preference",))
     )
+    reward: RewardConfig = section(RewardConfig, Only("train.objective", ("reward",)))
     adapter: AdapterConfig = section(AdapterConfig)
     mesh: MeshConfig = section(MeshConfig)
     eval: EvalConfig = section(EvalConfig)

@@ -177,8 +177,8 @@ def compile_step(config: schema.Config, devices: list) -> jax.stages.Compiled:
 def lower_step(config: schema.Config, devices: list) -> jax.stages.Lowered:
     """The first half of `compile_step`: traced and lowered, not yet compiled."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    tx = make_optimizer(config, abstract_params(config.model))
     objective = objectives.make(config, np.ones(config.model.vocab_size, np.int32))
+    tx = make_optimizer(config, abstract_params(config.model), objective.added(config))
     state = abstract_state(config, tx, mesh, objective)
     step = make_train_step(config, Transformer(config.model), tx, objective, state)
     # Not `jax.set_mesh`: every constant made while tracing would be put on devices that are not

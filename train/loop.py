@@ -87,7 +87,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
 
     model = Transformer(c.model)
     boxed = abstract_params(c.model)
-    tx = make_optimizer(c, boxed)
+    tx = make_optimizer(c, boxed, objective.added(c))
     places = abstract_state(c, tx, mesh, objective)
     if processes.is_first():
         print(sharding.table(sharding.unbox(boxed), sharding.shardings(boxed, mesh)), flush=True)

@@ -54,15 +54,17 @@ def learning_rate(config: Config, opt_state) -> jax.Array:
     return jnp.asarray(schedule(config)(count), jnp.float32)
 
 
-def make_optimizer(config: Config, boxed) -> optax.GradientTransformation:
+def make_optimizer(config: Config, boxed, added=None) -> optax.GradientTransformation:
     """The gradient transformation of a configuration.
 
     Args:
       config: reads `optimizer`, `adapter`, `train`, and `model.param_dtype`: the state holds
         float32 master weights of parameters that are less, which adapters never are.
       boxed: `transformer.abstract_params`, whose logical names tell matrices from norms.
+      added: parameters beside them that train too, see `Objective.added`.
     """
     boxed, _ = trained(config, boxed)
+    boxed |= added or {}
     o, rate = config.optimizer, schedule(config)
     decays = _per_parameter(boxed, lambda names: len(own_dims(names)) > 1)
     match o.name:

@@ -23,8 +23,8 @@ from .objectives import Objective
 class TrainState(flax.struct.PyTreeNode):
     """What a run is at: updates done, what trains, what does not, and the optimizer's moments.
 
-    params: the parameters that train, a part of the model's nested dict or all of it, or adapters
-      at the places of their weights.
+    params: the parameters that train: the model's nested dict or a part of it, or adapters at the
+      places of their weights; and what the objective adds.
     frozen: trees that do not train, by name; "base" is the rest of the model's parameters, others
       are the objective's.
     """
@@ -86,12 +86,14 @@ def abstract_state(
     """Shape, dtype and sharding of every leaf of the state, computing nothing.
 
     Args:
-      objective: may have trees of its own beside the model's; none where left out.
+      objective: may have parameters of its own beside the model's; none where left out.
     """
     boxed, base = trained(config, abstract_params(config.model))
-    params, places = sharding.unbox(boxed), sharding.shardings(boxed, mesh)
     trees = {"base": base} if base else {}
-    trees |= objective.abstract_frozen(config, boxed) if objective else {}
+    if objective:
+        trees |= objective.abstract_frozen(config, boxed)
+        boxed |= objective.added(config)
+    params, places = sharding.unbox(boxed), sharding.shardings(boxed, mesh)
     frozen = {
         n: (sharding.unbox(tree), sharding.shardings(tree, mesh)) for n, tree in trees.items()
     }
@@ -166,7 +168,10 @@ def state_of(
     else:
         params, base = split(leaf.merge(params, "float32"), config.train.trainable)
     frozen = {"base": base} if base else {}
-    frozen |= objective.initial_frozen(config, mesh, params) if objective else {}
+    if objective:
+        frozen |= objective.initial_frozen(config, mesh, params)
+        new = {name: abstract.params[name] for name in objective.added(config)}
+        params |= jax.tree.map(lambda x: jnp.zeros(x.shape, device=x.sharding), new)
     # Without explicit places optax's counters would all land on one device.
     places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)

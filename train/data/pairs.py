@@ -22,12 +22,14 @@ class PairTransform:
     """The transform of records with `chosen` and `rejected`.
 
     The example holds the chosen text and, behind a border, the rejected one, each with its prompt.
-    Answers and what ends them weigh 1, prompts 0.
+    Answers and what ends them weigh 1, prompts 0; with `ends` a target behind each text alone, so
+    that what weighs 1 among a row's tokens is the last one of each text.
     """
 
     tokenizer: Any
     longest: int  # ids of both texts together: a row holds pairs whole
     date: str  # for chat templates that write today's
+    ends: bool = False
     fields = ("chosen", "rejected", "prompt")
 
     def parse(self, record: Record, folder: str = ""):
@@ -53,19 +55,29 @@ class PairTransform:
             texts = [encode(prompt, answer) for answer in answers]
         except UserError as error:
             raise RecordError(f"cannot be written: {error}") from None
-        lengths = [len(ids) for ids, _ in texts]
-        if sum(lengths) > self.longest:
-            raise RecordError(
-                f"has {lengths[0]} + {lengths[1]} tokens, more than data.seq_len={self.longest}; "
-                "a pair lies in one row"
-            )
-        learnt = np.zeros(sum(lengths), np.float32)
-        for start, (ids, read) in zip((0, lengths[0]), texts, strict=True):
+        for ids, read in texts:
             if max(read, 1) >= len(ids):
                 raise RecordError("has an answer of no token that could be predicted")
-            learnt[start + read : start + len(ids)] = 1.0
-        ids = np.concatenate([np.asarray(ids, np.int32) for ids, _ in texts])
-        return Example(ids, learnt, whole=True, borders=(lengths[0],))
+        return self._pair([self._weighed(*text) for text in texts])
+
+    def _weighed(self, ids: list[int], read: int) -> tuple[list[int], list[float]]:
+        """The ids of a text whose first `read` are the prompt's, and their weights."""
+        if self.ends:
+            # A target behind the text is what its last token answers to.
+            return [*ids, ids[-1]], [0.0] * len(ids) + [1.0]
+        return ids, [0.0] * read + [1.0] * (len(ids) - read)
+
+    def _pair(self, texts: list[tuple[list[int], list[float]]]) -> Example:
+        (chosen, _), (rejected, _) = texts
+        if len(chosen) + len(rejected) > self.longest:
+            raise RecordError(
+                f"has {len(chosen)} + {len(rejected)} tokens, more than data.seq_len="
+                f"{self.longest}; a pair lies in one row"
+            )
+        ids, weights = (np.concatenate(parts) for parts in zip(*texts, strict=True))
+        return Example(
+            ids.astype(np.int32), weights.astype(np.float32), whole=True, borders=(len(chosen),)
+        )
 
     def _text(self, prompt: str, answer: str) -> tuple[list[int], int]:
         """The ids of a prompt and an answer, and how many are the prompt's alone."""

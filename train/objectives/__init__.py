@@ -33,7 +33,10 @@ class Loss(NamedTuple):
 
 
 class Objective(Protocol):
-    """A loss: a frozen dataclass of settings, compared by identity, whose methods are pure."""
+    """A loss: a frozen dataclass of settings, compared by identity, whose methods are pure.
+
+    Objectives inherit from it what most of them lack: parameters of their own.
+    """
 
     def transform(self, config: Config, tokenizer) -> Transform:
         """How a record of the data becomes an example."""
@@ -43,20 +46,24 @@ class Objective(Protocol):
         """Shapes, dtypes and places of a training batch."""
         ...
 
+    def added(self, config: Config) -> dict[str, Any]:
+        """Parameters beside the model's own, boxed; they start as zeros, and all of them train."""
+        return {}
+
     def abstract_frozen(self, config: Config, boxed) -> dict[str, Any]:
         """Trees beside the model's own that do not train, by name: a reference, a teacher.
 
         Args:
-          boxed: the parameters that train, with the logical names of their dims.
+          boxed: the parameters of the model that train, with the logical names of their dims.
 
         Returns:
           Trees that are boxed likewise.
         """
-        ...
+        return {}
 
     def initial_frozen(self, config: Config, mesh, params) -> dict[str, Any]:
-        """Those trees as a run starts, from the parameters that train."""
-        ...
+        """Those trees as a run starts, from the parameters of the model that train."""
+        return {}
 
     def weight_B(self, batch) -> jax.Array:
         """What each row weighs in the mean over a batch [B]; known from the batch alone."""

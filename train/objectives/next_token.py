@@ -22,11 +22,11 @@ from ...models.transformer import unembed_table
 from ...models.vision import Images
 from ..data import packing, transforms
 from ..data.examples import Transform
-from . import Loss
+from . import Loss, Objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NextToken:
+class NextToken(Objective):
     """Mean cross-entropy of the targets that weigh something.
 
     Attributes:
@@ -60,12 +60,6 @@ class NextToken:
                 shape_B = (config.train.batch_size, *dims)
                 batch[key] = jax.ShapeDtypeStruct(shape_B, dtype, sharding=place)
         return batch
-
-    def abstract_frozen(self, config: Config, boxed) -> dict[str, Any]:
-        return {}
-
-    def initial_frozen(self, config: Config, mesh, params) -> dict[str, Any]:
-        return {}
 
     def weight_B(self, batch):
         return jnp.sum(batch["weights_BT"], axis=1)

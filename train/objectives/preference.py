@@ -28,7 +28,7 @@ from ...models.parallel import sharding
 from ...models.transformer import unembed_table
 from ..data.pairs import PairTransform
 from ..state import join
-from . import Loss
+from . import Loss, Objective
 from .next_token import log_probs
 
 _PER_TOKEN = ("sigmoid_norm", "ipo", "simpo", "orpo")
@@ -43,7 +43,7 @@ class Pairs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Preference:
+class Preference(Objective):
     """Mean loss of pairs.
 
     Attributes:
@@ -58,12 +58,7 @@ class Preference:
         return PairTransform(tokenizer, config.data.seq_len, config.sft.date)
 
     def abstract_batch(self, config: Config, mesh) -> dict[str, Any]:
-        """Shapes, dtypes and places of a batch of text."""
-        shape = (config.train.batch_size, config.data.seq_len)
-        place = sharding.batch_sharding(mesh)
-        names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
-        batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
-        return batch | {"weights_BT": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+        return abstract_pairs(config, mesh)
 
     def abstract_frozen(self, config: Config, boxed) -> dict[str, Any]:
         return {} if self.settings.loss in _WITHOUT_REFERENCE else {"reference": boxed}
@@ -74,8 +69,7 @@ class Preference:
         return {"reference": jax.tree.map(jnp.copy, params)}
 
     def weight_B(self, batch):
-        """How many pairs each row has; a text of one, the second is the rejected."""
-        return (jnp.max(batch["segment_ids_BT"], axis=1) // 2).astype(jnp.float32)
+        return pairs_of_rows(batch)
 
     def loss(self, model, params, frozen, batch) -> Loss:
         """Summed loss of the pairs of a batch.
@@ -141,13 +135,11 @@ class Preference:
         there is no reference), a token if the loss has them so; `log_prob_*`, summed over answers;
         and in what share of pairs the chosen answer has more reward.
         """
-        least = 1e-30  # of a batch without a pair; the numbers are then 0
-        pairs = sums["pairs"] + least
-        return {name: x / pairs for name, x in sums.items() if name != "pairs"}
+        return means(sums)
 
     def report(self, sums):
         """The same, and how many `pairs` there were."""
-        return {**self.summary(sums), "pairs": sums["pairs"]} if sums["pairs"] else {}
+        return {**means(sums), "pairs": sums["pairs"]} if sums["pairs"] else {}
 
 
 def make(config: Config, token_bytes_V) -> Preference:
@@ -183,6 +175,26 @@ def _log_odds(logp):
     """log(p / (1 - p)); what is as good as certain is held below it, where it would be infinite."""
     logp = jnp.minimum(logp, -1e-6)
     return logp - jnp.log(-jnp.expm1(logp))
+
+
+def abstract_pairs(config: Config, mesh) -> dict[str, Any]:
+    """Shapes, dtypes and places of a batch of pairs of text."""
+    shape = (config.train.batch_size, config.data.seq_len)
+    place = sharding.batch_sharding(mesh)
+    names = ("tokens_BT", "targets_BT", "positions_BT", "segment_ids_BT")
+    batch = dict.fromkeys(names, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
+    return batch | {"weights_BT": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)}
+
+
+def pairs_of_rows(batch):
+    """How many pairs each row has [B]; every second text is a rejected one."""
+    return (jnp.max(batch["segment_ids_BT"], axis=1) // 2).astype(jnp.float32)
+
+
+def means(sums):
+    """Means over pairs; zeros of a batch without any."""
+    pairs = sums["pairs"] + 1e-30
+    return {name: x / pairs for name, x in sums.items() if name != "pairs"}
 
 
 def per_text(x_BT, batch) -> Pairs:

@@ -284,17 +284,20 @@ def test_a_recipe_learns_and_resumes_bit_for_bit(config, tmp_path):
         train(dpo, tmp_path / "other")
 
 
-def test_the_reference_of_a_part_that_trains_is_that_part(config, tmp_path):
+@pytest.mark.parametrize("part", [{"train.trainable": "mlp"}, {"adapter.rank": 2}], ids=str)
+def test_the_reference_of_a_part_that_trains_is_that_part(config, tmp_path, part):
     dpo = recipe(config, tmp_path)
     dpo.model.update(config.model)
-    dpo.train.update(trainable="mlp", steps=2, microbatches=1, eval_every=0)
+    dpo.train.update(steps=2, microbatches=1, eval_every=0)
+    dpo.update_from_flattened_dict(part)
     state = train(dpo, tmp_path / "run")
     assert set(state.frozen) == {"base", "reference"}
     assert jax.tree.structure(state.frozen["reference"]) == jax.tree.structure(state.params)
-    model, params = puna.load(tmp_path / "run")
-    assert len(jax.tree.leaves(params)) == len(
-        jax.tree.leaves((state.params, state.frozen["base"]))
-    )
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["reward_margin"] == 0.0 and first["loss"] == pytest.approx(np.log(2))
+    _, params = puna.load(tmp_path / "run")
+    whole = jax.tree.leaves((state.params, state.frozen["base"]))
+    assert len(jax.tree.leaves(params)) == len(whole)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,129 @@
+"""The loss of reward models against NumPy in float64, and a run that is resumed and loaded."""
+
+import json
+import shutil
+
+import autograd
+import autograd.numpy as anp
+import jax
+import numpy as np
+import pytest
+
+import puna
+from puna.configs.errors import UserError
+from puna.models.transformer import Transformer
+from puna.train.data.packing import Cursor, Room, pack_row, to_batch
+from puna.train.data.pairs import PairTransform
+from puna.train.loop import train
+from puna.train.objectives import reward
+
+PAIRS = [([5, 9], [7, 3, 2], [11, 2]), ([4], [6, 2], [8, 13, 9, 2]), ([3, 3, 8], [10, 2], [12, 2])]
+CENTER = 0.1
+
+
+class Ids:
+    """A tokenizer of texts that are ids already."""
+
+    begin_ids, eos_id = (), None
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def spans(self, ids, text):
+        return np.array([[i, i + 1] for i in range(len(ids))])
+
+
+def batch(pairs, length):
+    """Rows of pairs, made of texts of one character an id."""
+    transform = PairTransform(Ids(), length + 1, "", ends=True)
+    examples = [transform.encode(tuple("".join(map(chr, x)) for x in pair)) for pair in pairs]
+    cursor = Cursor(examples.__getitem__, 0, stop=len(examples))
+    rows = [pack_row(cursor, Room(length + 1)) for _ in range(3)]
+    return to_batch({key: np.stack([row[key] for row in rows]) for key in rows[0]})
+
+
+@pytest.mark.parametrize("length", [20, 24])  # the first row ends with the last token of a text
+def test_loss_and_gradients_are_those_of_bradley_and_terry(tiny, oracle, length):
+    model = tiny("llama3_2")
+    head = np.random.default_rng(0).standard_normal(model.config.embed_dim) * 0.3
+
+    def value(weights, head, ids):
+        # The value is the logit of a vocabulary of one.
+        named = {name: weights[name] for name in model.weights}
+        named["lm_head.weight"] = anp.reshape(head, (1, -1))
+        json = model.json | {"tie_word_embeddings": False}
+        logits = oracle.forward(json, named, [ids])[0]
+        return logits[-1][0]
+
+    def mean(weights, head):
+        total = 0.0
+        for prompt, *answers in PAIRS:
+            c, r = (value(weights, head, [*prompt, *answer]) for answer in answers)
+            total += anp.log(1 + anp.exp(r - c)) + CENTER * (c + r) ** 2
+        return total / len(PAIRS)
+
+    wanted, wanted_head = autograd.value_and_grad(mean, 1)(model.weights, head)
+    wanted_gradient = autograd.grad(mean, 0)(model.weights, head)
+    objective = reward.Reward(CENTER)
+    rows = batch(PAIRS, length)
+    assert objective.weight_B(rows).sum() == 3
+    assert (length == 20) == (rows["weights_BT"][0, -1] == 1)
+
+    def ours(params):
+        found = objective.loss(Transformer(model.config), params, {}, rows)
+        return found.total / 3, found.rows_B
+
+    params = model.params(model.weights) | {"reward": {"head_D": np.float32(head)}}
+    (loss, sums), gradient = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+
+    def close(found, wanted):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.max(np.abs(wanted)))
+
+    close(loss, wanted)
+    close(gradient.pop("reward")["head_D"], wanted_head)
+    gradient = model.by_name(jax.tree.map(np.asarray, gradient))
+    for name, w in wanted_gradient.items():
+        close(gradient[name], w)
+    pairs = [[value(model.weights, head, [*p, *a]) for a in answers] for p, *answers in PAIRS]
+    close(sums["reward_chosen"].sum(), sum(c for c, _ in pairs))
+    close(sums["reward_rejected"].sum(), sum(r for _, r in pairs))
+    assert sums["reward_accuracy"].sum() == sum(c > r for c, r in pairs)
+
+
+def write(path, count, first=0):
+    records = []
+    for i in range(first, first + count):
+        good, bad = ("grass", "stones") if i % 2 else ("leaves", "nails")
+        records.append({"prompt": f"{i % 5} llamas eat ", "chosen": good, "rejected": bad})
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return str(path)
+
+
+def test_a_recipe_learns_resumes_and_is_loaded(config, tmp_path):
+    found = puna.get_config("reward")
+    found.model.update(config.model)
+    found.data.update(train=write(tmp_path / "a.jsonl", 40),
+                      validation=write(tmp_path / "b.jsonl", 10, 40), seq_len=64)  # fmt: skip
+    found.optimizer.update(learning_rate=3e-3, warmup_steps=1)
+    found.train.update(steps=12, batch_size=16, microbatches=2, save_every=6, eval_every=6,
+                       trainable="blocks")  # fmt: skip
+    whole = train(found, tmp_path / "whole")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2)) and metrics[0]["reward_accuracy"] == 0
+    assert metrics[-1]["validation_reward_accuracy"] > 0.8 and metrics[-1]["loss"] < 0.5
+    assert set(whole.params) == {"blocks", "reward"}
+    train(found, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "12")
+    resumed = train(found, tmp_path / "cut")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    model, params = reward.load(tmp_path / "whole")
+    assert np.array_equal(params["reward"]["head_D"], whole.params["reward"]["head_D"])
+    assert "reward" not in puna.load(tmp_path / "whole")[1]
+    with pytest.raises(UserError, match="these weights have none"):
+        puna.evaluate(found, tmp_path / "whole")
+    config.train.update(steps=2, save_every=2, eval_every=0)
+    train(config, tmp_path / "base")
+    with pytest.raises(UserError, match="is no reward model: train.objective=next_token"):
+        reward.load(tmp_path / "base")
