@@ -16,10 +16,10 @@ from .configs import errors, files, find, get_config, names, paths, schema
 from .train.resilience.background import background_log
 
 COMMANDS = {
-    "train": "train a model; the same command goes on after an interruption",
+    "train": "train a model; the same command resumes after an interruption",
     "eval": "loss, perplexity and bits per byte on held-out text",
     "generate": "continue a prompt",
-    "data": "what the model will see of the training data, and what of it is learnt",
+    "data": "training examples as the model sees them, and which tokens bear loss",
     "launch": "-n N -- COMMAND --flags: run a command in several processes on this machine",
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
@@ -208,22 +208,29 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     if command in ("train", "eval", "generate"):
         flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
         flags.DEFINE_string(
-            "coordinator", "", "HOST:PORT of the first of several processes; clusters tell", **text
+            "coordinator",
+            "",
+            "HOST:PORT of the first of several processes; clusters set it",
+            **text,
         )
-        flags.DEFINE_integer("num_processes", 0, "how many; 1 = alone, whatever is around", **text)
-        flags.DEFINE_integer("process_id", -1, "which of them this is, from 0", **text)
+        flags.DEFINE_integer(
+            "num_processes", 0, "how many; 1 = alone, even inside a cluster", **text
+        )
+        flags.DEFINE_integer("process_id", -1, "number of this process, from 0", **text)
         flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", **text)
         flags.DEFINE_integer(
             "heartbeat", 100, "seconds of silence after which a process counts as dead", **text
         )
     if command == "train":
-        flags.DEFINE_bool("resume", True, "go on from the newest checkpoint in --workdir", **text)
+        flags.DEFINE_bool("resume", True, "resume from the newest checkpoint in --workdir", **text)
         flags.DEFINE_string(
             "init_from", None, "weights to start from: a model, a run or RUN@STEP; the same as "
             "--config.train.init_from", **text,
         )  # fmt: skip
         flags.DEFINE_bool("with_optimizer", False, "keep the moments of that run, too", **text)
-        flags.DEFINE_bool("fresh", False, "start anew; refuses a --workdir that has any", **text)
+        flags.DEFINE_bool(
+            "fresh", False, "start a new run; refuses a --workdir with checkpoints", **text
+        )
     if command == "data":
         flags.DEFINE_string("init_from", None, "weights whose tokenizer is used", **text)
         flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)

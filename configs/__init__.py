@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     import ml_collections
 
 _FOLDER = pathlib.Path(__file__).parent
-_NOT_EXPERIMENTS = {"__init__", "base", "errors", "files", "paths", "patterns", "rules", "schema"}
+_NOT_EXPERIMENTS = {
+    "__init__",
+    "base",
+    "display",
+    "errors",
+    "files",
+    "paths",
+    "patterns",
+    "rules",
+    "schema",
+}
 
 
 def names() -> list[str]:

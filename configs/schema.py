@@ -203,7 +203,7 @@ class DataConfig:
     tokenizer_vocab: int = key(8192, "vocabulary of a BPE trained here", POSITIVE)
     data_dir: str = key("", "where TFDS keeps its data sets; empty = its default", LOCAL)
     workers: int = key(0, "reader processes; 0 = a thread", between(0, 128))
-    shuffle: bool = key(True, "shuffle the training documents, anew each epoch")
+    shuffle: bool = key(True, "shuffle the training documents, differently each epoch")
     bad_records: str = key("skip", "malformed records: skip and note them, or refuse the first",
                            one_of("skip", "refuse"))  # fmt: skip
     max_document_bytes: int = key(64 << 20, "a longer document is a bad record", POSITIVE)
@@ -246,7 +246,9 @@ class TrainConfig:
     loss_chunk: int = key(1024, "tokens whose logits exist at one time, a device", POSITIVE)
     bad_step: str = key("skip", "what to do where the gradient is not finite or spikes",
                         one_of("skip", "rewind", "stop"))  # fmt: skip
-    spike_factor: float = key(0.0, "a spike is so many times the usual norm; 0 = none", at_least(0))
+    spike_factor: float = key(
+        0.0, "a norm of this many times the usual is a spike; 0 = off", at_least(0)
+    )
     check_replicas_every: int = key(0, "steps between comparisons of replicas; 0 = never",
                                     at_least(0))  # fmt: skip
     log_every: int = key(10, "steps between logged steps", POSITIVE)
@@ -255,7 +257,7 @@ class TrainConfig:
     keep_best: int = key(
         0, "checkpoints of least validation loss kept beside them; 0 = none", at_least(0)
     )
-    keep_every: int = key(0, "checkpoints of steps kept for ever; 0 = none", at_least(0))
+    keep_every: int = key(0, "multiples of it are kept for ever; 0 = none", at_least(0))
     local_dir: str = key("", "faster disk for checkpoints between those; empty = none", LOCAL)
     local_every: int = key(
         50, "steps between checkpoints in local_dir", POSITIVE, Only("train.local_dir")
@@ -271,12 +273,12 @@ class PreferenceConfig:
         "sigmoid", "loss of a pair: sigmoid is DPO",
         one_of("sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo"),
     )  # fmt: skip
-    beta: float = key(0.1, "what a nat of difference counts", more_than(0))
+    beta: float = key(0.1, "weight of the difference of log-probabilities", more_than(0))
     label_smoothing: float = key(
         0.0, "share of pairs that are labelled the wrong way round", BELOW_HALF,
         Only("preference.loss", ("sigmoid", "sigmoid_norm", "robust", "simpo")),
     )  # fmt: skip
-    margin: float = key(0.5, "gamma of SimPO, by which a chosen answer is to win", at_least(0),
+    margin: float = key(0.5, "gamma of SimPO: how far a chosen answer must win", at_least(0),
                         Only("preference.loss", ("simpo",)))  # fmt: skip
 
 
@@ -285,11 +287,13 @@ class AdapterConfig:
     """Low-rank adapters (LoRA), which alone train; `rank=0` trains without."""
 
     rank: int = key(0, "rank of the adapters; 0 = none", at_least(0))
-    alpha: float = key(16.0, "an adapter counts alpha / rank", more_than(0), ADAPTED)
-    rslora: bool = key(False, "it counts alpha / sqrt(rank)", None, ADAPTED)
+    alpha: float = key(16.0, "adapters are scaled by alpha / rank", more_than(0), ADAPTED)
+    rslora: bool = key(False, "scale by alpha / sqrt(rank) instead", None, ADAPTED)
     targets: str = key("^(blocks|tail)/.*/w", "regular expressions of the weights that are adapted",
                        NOT_EMPTY, ADAPTED)  # fmt: skip
-    quantize: str = key("none", "how the weights below are kept", one_of("none", "int8"), ADAPTED)
+    quantize: str = key(
+        "none", "how the frozen weights are stored", one_of("none", "int8"), ADAPTED
+    )
 
 
 @dataclasses.dataclass(frozen=True)

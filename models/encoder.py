@@ -130,7 +130,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, angles_1TJ, valid_BT):
-        # At equal positions nobody is later than anybody.
+        # All positions are equal, so the causal mask hides nothing.
         tokens = Tokens(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT.astype(jnp.int32))
         x_BTD = LayerNorm(self.config, name="norm_in")(x_BTD)
         x_BTD = constrain(x_BTD, "batch", None, "act_embed")

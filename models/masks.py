@@ -1,4 +1,4 @@
-"""Who sees whom: one rule for causal, chunked, packed and cached attention."""
+"""Which query sees which key: one rule for causal, chunked, packed and cached attention."""
 
 import flax
 import jax
@@ -14,7 +14,7 @@ class Tokens(flax.struct.PyTreeNode):
     positions_BT: jax.Array
     segments_BT: jax.Array
     # Whether the tokens of a row are in zig-zag order, see `context`.
-    dealt: bool = flax.struct.field(pytree_node=False, default=False)
+    zigzag: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 def visible(q: Tokens, k: Tokens, chunk_size: int):

@@ -114,18 +114,18 @@ def capacity(config: ModelConfig, row_length: int, factor: float) -> int:
     return max(1, min(row_length, math.ceil(factor * even)))
 
 
-def drop_overflow(choice: Choice, num_experts: int, limit: int, dealt: bool = False) -> Choice:
+def drop_overflow(choice: Choice, num_experts: int, limit: int, zigzag: bool = False) -> Choice:
     """Mark as unused the pairs beyond the first `limit` of each expert in each row.
 
     Args:
-      dealt: tokens are in zig-zag order, but the first to come are those in the natural one.
+      zigzag: tokens are in zig-zag order, but the first to come are those in the natural one.
     """
-    expert_BM = context.undeal(choice.expert_BM) if dealt else choice.expert_BM
+    expert_BM = context.from_zigzag(choice.expert_BM) if zigzag else choice.expert_BM
     expert_BM = constrain(expert_BM, "batch", None)  # counting needs the whole row
     chosen_BME = jax.nn.one_hot(expert_BM, num_experts, dtype=jnp.int32)
     place_BM = jnp.sum(jnp.cumsum(chosen_BME, axis=1) * chosen_BME, axis=-1)
     kept_BM = jnp.where(place_BM <= limit, expert_BM, num_experts)
-    return choice._replace(expert_BM=context.deal(kept_BM) if dealt else kept_BM)
+    return choice._replace(expert_BM=context.to_zigzag(kept_BM) if zigzag else kept_BM)
 
 
 def router_sums(logits_BTE, chosen_BM, kept_BM, valid_BT) -> RouterSums:
@@ -199,7 +199,7 @@ class MoE(nn.Module):
             limit = None
             if c.capacity_factor:
                 limit = capacity(c, x_BTD.shape[1], c.capacity_factor)
-                kept = drop_overflow(choice, E, limit, tokens.dealt)
+                kept = drop_overflow(choice, E, limit, tokens.zigzag)
         sums = router_sums(logits_BTE, choice.expert_BM, kept.expert_BM, valid_BT)
         weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
         y_BTD = apply_experts(x_BTD, kept, weights, limit, pairs, c.compute_dtype)
@@ -236,7 +236,7 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
         if split:
             weights = jax.tree.map(_gathered, weights, stored)
         token_BM, expert_BM = choice.token_BM, choice.expert_BM
-        if rows[1]:  # the row goes on on other devices
+        if rows[1]:  # the row continues on other devices
             token_BM = token_BM - T * jax.lax.axis_index(context.AXIS)
             here_BM = (token_BM >= 0) & (token_BM < T)
             token_BM = jnp.where(here_BM, token_BM, 0)

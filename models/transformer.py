@@ -169,9 +169,9 @@ class Transformer(nn.Module):
                 x_BTD = fuse(x_BTD, tokens_BT, token_id, features)
         if cache is None:
             # Attention to a cache looks tokens up by position; without one, order is of use.
-            x_BTD = context.deal(x_BTD)
-            tokens = jax.tree.map(context.deal, tokens).replace(
-                dealt=context.devices(x_BTD.shape[1]) > 1
+            x_BTD = context.to_zigzag(x_BTD)
+            tokens = jax.tree.map(context.to_zigzag, tokens).replace(
+                zigzag=context.devices(x_BTD.shape[1]) > 1
             )
         x_BTD = constrain(x_BTD, "batch", "residual_length", "act_embed")
         blocks, rest = divmod(c.num_layers, c.period)
@@ -198,8 +198,8 @@ class Transformer(nn.Module):
             tail = Block(c, rest, name="tail")
             (x_BTD, new["tail"]), router["tail"] = tail((x_BTD, caches.get("tail")), None, tokens)
 
-        if tokens.dealt:
-            x_BTD = context.undeal(x_BTD)
+        if tokens.zigzag:
+            x_BTD = context.from_zigzag(x_BTD)
         hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)

@@ -174,7 +174,7 @@ def test_a_full_disk(experiment, tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_started_again(experiment, tmp_path):
-    """SIGKILL in the middle; the same command goes on and every loss is bit-identical."""
+    """SIGKILL in the middle; the same command resumes and every loss is bit-identical."""
     arguments = ("train", f"--config={experiment}", "--config.train.steps=40")
     assert run(*arguments, f"--workdir={tmp_path}/whole")[0] == 0
 

@@ -1,6 +1,6 @@
 """Writing and restoring checkpoints with Orbax: asynchronous, atomic, checksummed, the newest kept.
 
-One holds all that the run needs to go on bit for bit: parameters, optimizer, data position, the
+One holds all that the run needs to resume bit for bit: parameters, optimizer, data position, the
 resolved config and the tokenizer. `models/weights/run.py` has the layout and the checksums. Between
 two of them `train.local_dir` can take others, on a disk that is faster and may be lost.
 """
@@ -27,9 +27,9 @@ from . import init_from
 from .data import sources
 from .state import TrainState
 
-# What may differ between the run that saved and the run that goes on: where numbers are computed
+# What may differ between the run that saved and the run that resumes: where numbers are computed
 # and what is kept of them meanwhile, what is reported, looked for and kept, what follows where
-# something is wrong, and how long to go on.
+# something is wrong, and how long to train.
 _FREE = (
     *("mesh.", "eval.", "data.workers", "data.data_dir", "data.validation", "train.steps"),
     *("train.log_every", "train.save_every", "train.eval_every", "train.keep", "train.local_"),
@@ -88,7 +88,7 @@ class Checkpoints:
         return step == self.train.steps or not step % self.train.save_every
 
     def save(self, state: TrainState, step: int, data_position: dict) -> None:
-        """Start saving; the step goes on while files are written.
+        """Start saving; training continues while files are written.
 
         Raises:
           UserError: this or the save before it could not be written.
@@ -195,7 +195,7 @@ class Checkpoints:
     def _leave_another_run(self, local):
         """Set aside local checkpoints whose workdir was removed: this run is a new one."""
         stale = bool(run.steps(local)) and not (self.workdir / "config.json").exists()
-        # All have looked before the first one renames, and go on after it has.
+        # All have looked before the first one renames, and continue after it has.
         if any(processes.gather(stale)):
             if processes.is_first():
                 kept = _set_aside(local / run.CHECKPOINTS, "old")
@@ -254,7 +254,7 @@ def prepare_to_resume(workdir: pathlib.Path) -> None:
     """Make the newest checkpoint of a run one that says what it is, if there is such a one.
 
     Raises:
-      UserError: all are damaged, or the newest whole one is no state of a training run.
+      UserError: all are damaged, or the newest whole one is not the state of a training run.
     """
     folders = [run.find(workdir, step) for step in reversed(run.steps(workdir))]
     meta = newest_whole(folders, run.read_meta)

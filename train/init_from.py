@@ -40,7 +40,7 @@ def resolve(config: schema.Config, workdir: pathlib.Path) -> Config:
     Args:
       config: from `schema.build`, unchecked: rules may hold for the completed one only.
       workdir: the run's folder, whose checkpoints say what the weights were if there are any: a run
-        resumes where they are gone.
+        resumes without them.
 
     Raises:
       ConfigError: the configuration contradicts itself, or the weights.
@@ -53,7 +53,7 @@ def resolve(config: schema.Config, workdir: pathlib.Path) -> Config:
         schema.check(config)
         return config
     if run.steps(workdir):
-        # The weights may be gone by now, or a run that has trained on.
+        # The weights may have been deleted by now, or be a run that has trained on.
         old = run.read_config(run.find(workdir))
         config = _completed(config, old.model, old.data.tokenizer)
         schema.check(config)
@@ -92,7 +92,7 @@ def source(where: str) -> tuple[pathlib.Path, bool]:
     if run.is_run(path):
         return run.find(path, step), True
     if step is not None:
-        raise UserError(f"train.init_from={where}: {path} is no run of puna, so it has no steps")
+        raise UserError(f"train.init_from={where}: {path} is not a run of puna, so it has no steps")
     return path, False
 
 

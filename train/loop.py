@@ -40,7 +40,7 @@ EVALUATED = "data_bad_records"  # a number that the record of every evaluated st
 def train(
     config: Mapping, workdir, evaluators: Mapping[str, Evaluator] | None = None
 ) -> TrainState:
-    """Train, going on from the newest checkpoint in `workdir` if there is one.
+    """Train, resuming from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config: a `ConfigDict`, as from `puna.get_config`.
@@ -183,7 +183,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
             checkpoints.wait()
         ledger.write(finished=step >= c.train.steps)
     if step < c.train.steps:
-        raise Interrupted(f"{workdir}: ended after step {step}; the same command goes on from it")
+        raise Interrupted(f"{workdir}: ended after step {step}; the same command resumes from it")
     return state
 
 
@@ -194,7 +194,7 @@ def _evaluates(c: schema.Config, step: int) -> bool:
 
 
 def _how_it_resumes(c: schema.Config, before: schema.Config | None, step: int) -> str:
-    """What a run begins with: its step, and what becomes of the rate where its length changed.
+    """The step a run starts at, and its new learning rate if `train.steps` has changed.
 
     Args:
       before: the configuration of the checkpoint that it resumes from, if there is one.

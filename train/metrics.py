@@ -70,7 +70,7 @@ class RunLog:
       config: of the run.
       workdir: the run's folder.
       start: steps already done; later records of an interrupted run are cut off, since the run
-        that goes on from the checkpoint writes them again.
+        that resumes from the checkpoint writes them again.
       ledger: told of the waits for input, and brought up to date with every record.
       init_from: where the run started from (see `init_from.lineage`), for `results.json`.
     """

@@ -1,7 +1,7 @@
 """Continuous batching: requests come and go while others are answered.
 
 A fixed number of slots share one cache. A prompt is read in pieces of few sizes, one piece between
-two tokens of the others, so a long prompt delays nobody for long and no request compiles anything
+two tokens of the others, so a long prompt delays the others little and no request compiles anything
 new. What a request gives does not depend on the requests beside it, beyond the rounding of matmuls
 of another size; greedy ids are those of `generate`.
 

@@ -35,7 +35,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
     positions.
     """
     whole = isinstance(start, int) and start == 0 and q_BTNH.shape[1] == k_BSKH.shape[1]
-    # The kernels round float32 operands, which whoever asks for float32 does not want.
+    # The kernels round float32 operands, which a caller that asks for float32 does not want.
     if whole and q_BTNH.dtype == jnp.bfloat16:
         platform = sharding.platform()
         if platform == "tpu" and _fits_splash(q_BTNH):

@@ -51,7 +51,7 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
 
 
 def _pad(x, block):
-    """Fill dim 1 up to a multiple of the block; zero is the segment that nobody sees."""
+    """Fill dim 1 up to a multiple of the block; zero is the segment of padding."""
     extra = -x.shape[1] % block
     return jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2)) if extra else x
 

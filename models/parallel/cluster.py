@@ -1,4 +1,4 @@
-"""Where a process stands among others, as Slurm, Open MPI and TPU machines say.
+"""The place of a process among others, as Slurm, Open MPI and TPU machines give it.
 
 JAX reads the same inside `jax.distributed.initialize`, but gives it to no one, and the roll call
 needs it before: so it is read here, from what those programs document.

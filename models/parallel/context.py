@@ -1,6 +1,6 @@
 """Context parallelism: the tokens of a row on several devices.
 
-Under a causal mask late tokens have more to look at than early ones, so a row is cut into twice
+Under a causal mask late tokens attend to more keys than early ones, so a row is cut into twice
 as many blocks as there are devices, and device i holds blocks i and 2n - 1 - i ("zig-zag": arXiv
 2407.21783, section 3.3.2). Everything but attention works token by token and does not notice;
 attention gathers the keys and values of the row, which grouped queries make a small part of it.
@@ -22,14 +22,14 @@ def devices(length: int) -> int:
     return 1 if length % (2 * n) else n
 
 
-def deal(x):
+def to_zigzag(x):
     """Bring rows [B, T, ...] from their natural order into zig-zag order."""
-    return _permute(x, _deal)
+    return _permute(x, _to_zigzag)
 
 
-def undeal(x):
+def from_zigzag(x):
     """Bring rows [B, T, ...] back from zig-zag order."""
-    return _permute(x, _undeal)
+    return _permute(x, _from_zigzag)
 
 
 def _permute(x, permute):
@@ -46,7 +46,7 @@ def _routes(n: int, odd: int) -> list[tuple[int, int]]:
     return [(i, min(2 * i + odd, 2 * n - 1 - 2 * i - odd)) for i in range(n)]
 
 
-def _deal(n, x):
+def _to_zigzag(n, x):
     even, odd = (
         jax.lax.ppermute(half, AXIS, _routes(n, b)) for b, half in enumerate(jnp.split(x, 2, 1))
     )
@@ -54,7 +54,7 @@ def _deal(n, x):
     return jnp.concatenate([jnp.where(first, even, odd), jnp.where(first, odd, even)], 1)
 
 
-def _undeal(n, x):
+def _from_zigzag(n, x):
     low, high = jnp.split(x, 2, 1)
     first = jax.lax.axis_index(AXIS) % 2 == 0
     halves = jnp.where(first, low, high), jnp.where(first, high, low)

@@ -1,7 +1,7 @@
 """The processes of a run meet before JAX joins them, and watch each other while it runs.
 
 Each process tells the first who and what it is, and hears "go" or why not. The connections stay:
-one that closes, or is silent for too long, tells who is gone, and all end with that message.
+one that closes, or is silent for too long, names the lost process, and all end with that message.
 
 JAX's coordination service cannot do this (seen with jax 0.10): where a process is missing or dies
 it ends all others with SIGABRT from C++, which no Python code can catch to save or to say more; its
@@ -40,7 +40,7 @@ class Peers:
         """Start to watch them, in a thread.
 
         Args:
-          heartbeat: seconds of silence after which a process counts as gone.
+          heartbeat: seconds of silence after which a process counts as lost.
           end: called with the reason once one is; by default it is printed and this process ends.
         """
         target = threading.Thread(target=self._watch, args=(heartbeat, end or _end), daemon=True)
@@ -81,7 +81,7 @@ class Peers:
         except OSError:
             data = b""
         if not data:
-            self._gone(number, "is gone", end)
+            self._gone(number, "was lost", end)
             return
         self._heard[number] = time.monotonic()
         *messages, self._said[number] = (self._said[number] + data).split(b"\n")
@@ -103,7 +103,7 @@ class Peers:
 
     def _gone(self, number, how, end):
         self._done.add(number)
-        reason = f"{self._name(number)} {how}; the run goes on from its last checkpoint when all "
+        reason = f"{self._name(number)} {how}; the run resumes from its last checkpoint when all "
         reason += "processes are started again"
         self._tell({"gone": reason})
         end(reason)
@@ -129,7 +129,7 @@ def _readable(lines: dict[int, socket.socket], timeout: float) -> list[int]:
 def _end(reason: str) -> None:
     print(f"puna: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # Threads and JAX's own way out would wait for the one that is gone.
+    # Threads and JAX's own way out would wait for the one that was lost.
     os._exit(LOST)
 
 

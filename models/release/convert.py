@@ -100,7 +100,7 @@ def convert(
             _write_run(model, text, folder)
     elif to == "peft":
         if not isinstance(model, RunModel):
-            raise UserError(f"{src}: is no run of puna, so it has no adapters to write")
+            raise UserError(f"{src}: is not a run of puna, so it has no adapters to write")
         with _whole(dst) as folder:
             model.write_adapters(folder)
     else:
@@ -115,8 +115,8 @@ def convert(
             _write_release(model, text, home, folder, name, shard_bytes)
         if model.origin["licence"] in licences.LICENCES and not model.origin["files"]:
             warn(
-                f"{dst}: the licence of the base model ({model.origin['licence']}) asks for a copy "
-                "of itself beside the weights, and none stood in the source: add it as LICENSE"
+                f"{dst}: the licence of the base model ({model.origin['licence']}) must be "
+                "copied beside the weights, and the source has no copy: add it as LICENSE"
             )
 
 

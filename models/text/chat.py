@@ -183,7 +183,7 @@ def _llama3(messages: list[dict], tools: list) -> list[str]:
         for name, arguments in m["tool_calls"]:
             own_call = _own_call(name, arguments)
             if own_call is not None:
-                # It is the program that goes on from here, not the user: end of message.
+                # The program continues here, not the user: end of message.
                 content, end = [*content, Control("<|python_tag|>"), own_call], "<|eom_id|>"
             else:
                 call = {"type": "function", "name": name, "parameters": arguments}

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def beside(directory: Path) -> dict[str, dict]:
-    """The JSON objects that stand around a tokenizer, by file name; empty where there is none."""
+    """The JSON files that lie beside a tokenizer, by file name; empty where there is none."""
     names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
              "config.json", "added_tokens.json")  # fmt: skip
     paths = {name: directory / name for name in names}

@@ -34,7 +34,7 @@ def tokenizer_json(kind, begin: Iterable[int], end: Iterable[int]) -> bytes:
     """Return the `tokenizer.json` of a vocabulary of any kind.
 
     Args:
-      begin, end: ids that stand around every text. A file that has just these is returned as it is.
+      begin, end: ids that begin and end every text. A file that has just these is not changed.
 
     Raises:
       UserError: `tokenizers` gives other ids than the kind, for some of `PROBES`.

@@ -136,7 +136,7 @@ class Tokenizer:
         return {key: getattr(self, key) for key in _SETTINGS}
 
     def with_ends(self, bos: bool | None, eos: bool | None) -> "Tokenizer":
-        """Return this tokenizer with another rule of what stands around a text.
+        """Return this tokenizer with another rule for the ids that begin and end a text.
 
         Args:
           bos, eos: whether texts begin with `bos_id` and end with `eos_id`; None leaves the rule.
@@ -376,7 +376,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     `puna_tokenizer.json` (written by `save`), `tokenizer.json`, `tokenizer.model`, a single
     `.gguf`. What a file is follows from its content. tokenizer_config.json, added_tokens.json,
     special_tokens_map.json, generation_config.json, config.json and chat_template.jinja beside it
-    name control tokens, what stands around a text, stops, sampling and the chat template.
+    name control tokens, what begins and ends a text, stops, sampling and the chat template.
 
     Raises:
       UserError: missing, empty, huge, corrupt or of another kind; the line names the file.

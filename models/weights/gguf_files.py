@@ -124,7 +124,7 @@ def read_header(path: pathlib.Path) -> tuple[File, dict, list]:
     for _ in range(key_count):
         key = cursor.text()
         if key in metadata:
-            raise UserError(f"{path}: key {key[:60]} stands there twice")
+            raise UserError(f"{path}: key {key[:60]} appears twice")
         metadata[key] = cursor.value(cursor.number("I"))
     described = []
     for _ in range(tensor_count):
@@ -155,7 +155,7 @@ def open_tensors(path: pathlib.Path, file: File, described: list) -> dict[str, M
     tensors: dict[str, Mapped | Quantised] = {}
     for name, shape, kind, offset in described:
         if name in tensors:
-            raise UserError(f"{path}: tensor {name} stands there twice")
+            raise UserError(f"{path}: tensor {name} appears twice")
         if kind in _PLAIN:
             tensor = Mapped(file, offset, shape, _PLAIN[kind])
             size = math.prod(shape) * tensor.dtype.itemsize

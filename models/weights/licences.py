@@ -64,7 +64,7 @@ def check_name(name: str, licence: str) -> None:
     """Refuse a name that the base model's licence does not allow.
 
     Raises:
-      UserError: says which rule, and how to go on.
+      UserError: names the rule and what to do.
     """
     if licence not in LICENCES:
         return

@@ -140,7 +140,7 @@ def _rename(tensors):
         if match := re.fullmatch(r"(layers\.\d+\.)(.*)", name):
             name = match[1] + _RENAMED.get(match[2], match[2])
         if name in renamed:
-            raise UserError(f"tensor {name} stands there twice, under two names")
+            raise UserError(f"tensor {name} appears twice, under two names")
         renamed[name] = tensor
     return renamed
 

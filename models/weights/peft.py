@@ -103,7 +103,7 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
     one of the two.
 
     Raises:
-      UserError: it is no adapter, not of this base, or does what puna does not.
+      UserError: it is not an adapter, is of another base, or needs what puna lacks.
     """
     values = read_json(path / CONFIG)
     _check_config(path / CONFIG, values)
@@ -132,7 +132,7 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
     known = {s.name for leaf in table.values() for s in leaf.sources}
     modules = {name.removesuffix(".weight") for name in known}
     for name in sorted({*pairs} - modules | {*whole} - known):
-        raise UserError(f"{path / WEIGHTS}: {name} is no weight of the model at {base}")
+        raise UserError(f"{path / WEIGHTS}: {name} is not a weight of the model at {base}")
     return Adapter(factors, replaced, config)
 
 

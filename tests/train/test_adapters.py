@@ -128,7 +128,7 @@ def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path):
     # Its adapters alone, in PEFT's format, on the same base.
     convert(tmp_path / "cut", tmp_path / "peft", to="peft")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 2
-    with pytest.raises(UserError, match="is no run of puna, so it has no adapters"):
+    with pytest.raises(UserError, match="is not a run of puna, so it has no adapters"):
         convert(first := hf(lora, tmp_path), tmp_path / "none", to="peft")
     _, found = puna.load(first, adapter=tmp_path / "peft")
     for name in ("wq_DNH", "wo_NHD"):

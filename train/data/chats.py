@@ -114,7 +114,7 @@ def _messages(value, key: str) -> list[dict]:
     made = []
     for i, message in enumerate(value):
         if not isinstance(message, Mapping):
-            raise RecordError(f"{key}[{i}] is no message but a JSON {json_type(message)}")
+            raise RecordError(f"{key}[{i}] must be a message, not a JSON {json_type(message)}")
         role = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(role, str):
@@ -137,7 +137,7 @@ def _call(value, where: str) -> dict:
         call = json.loads(value) if isinstance(value, str) else value
         return {"function": {"name": call["name"], "arguments": call.get("arguments", {})}}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise RecordError(f"{where} is no tool call with a name and arguments") from None
+        raise RecordError(f"{where} is not a tool call with a name and arguments") from None
 
 
 def _tools(value) -> list | None:

@@ -21,7 +21,7 @@ KEPT_BYTES = 256 << 20
 class HeldOutRows:
     """Packed rows of one pass over the sources, part after part, not shuffled; read once.
 
-    Where a document goes on in the next row, that row begins with the last token of the one before:
+    Where a document continues in the next row, that row begins with the last token of the previous:
     so each token of a document but its first is a target exactly once, whatever `seq_len` is, and
     sums over targets are sums over the text. The last row ends in padding, segment 0.
 

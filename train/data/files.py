@@ -148,7 +148,7 @@ class FileRecords(Sequence[Record]):
         return os.path.dirname(self._find(index)[0].path)
 
     def bad(self, index: int, reason: str) -> BadRecord:
-        """The error that a record is no document, which says where it is."""
+        """The error for a record that is not a document; it says where the record is."""
         file, record = self._find(index)
         blanks = file.entry.blanks() if file.entry else file.blanks
         number = record + 1 + bisect.bisect_right(blanks, record)
@@ -172,7 +172,9 @@ def _open(path: str) -> _File:
     with _explain(path):
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
-            raise UserError(f"{path} is no file that can be read at random: copy it to one")
+            raise UserError(
+                f"{path} is not a regular file, which random access needs: copy it to one"
+            )
         size, state = status.st_size, (status.st_size, status.st_mtime_ns)
         with _open_same(path, state) as opened:
             head = opened.read(formats.HEAD_BYTES)

@@ -3,7 +3,7 @@
 Row r of a batch of B rows reads documents r, r + B, r + 2B, ... of the stream and nothing else. So
 a row depends on the configuration, the seed and r, never on how rows are spread over processes,
 and where it has got to is (document, offset). Every packed row carries the place behind it; a
-loader that starts there, with whichever rows, goes on with the exact next batch at the cost of
+loader that starts there, with whichever rows, continues with the exact next batch at the cost of
 reading one document a row.
 """
 
@@ -113,7 +113,7 @@ class TrainLoader(Iterator[Batch]):
         try:
             groups = [next(self._reader) for _ in range(self._workers or 1)]
         except BaseException:
-            # An interrupt may come between two groups: whoever goes on reads this batch again.
+            # An interrupt may come between two groups: a resumed run reads this batch again.
             self.close()
             raise
         rows = {key: _interleave([group[key] for group in groups]) for key in groups[0]}
@@ -121,7 +121,7 @@ class TrainLoader(Iterator[Batch]):
         return to_batch(rows)
 
     def get_state(self) -> dict[str, dict[str, int]]:
-        """Return where each row goes on after the last batch, keyed by its number in the batch.
+        """Return where each row continues after the last batch, keyed by its number in the batch.
 
         The states of all processes together, as one dict, are the state of the global batch.
         """
@@ -142,8 +142,8 @@ class TrainLoader(Iterator[Batch]):
             if place is None or place["stride"] != self._batch_size:
                 saved = len(state) if place is None else place["stride"]
                 raise UserError(
-                    f"train.batch_size={self._batch_size}, but the data position that was saved is "
-                    f"of {saved} rows: rows can only go on in a batch of the same size"
+                    f"train.batch_size={self._batch_size}, but the saved data position is of "
+                    f"{saved} rows: data can be resumed only with the same batch size"
                 )
             places.append((place["document"], place["offset"]))
         self.close()

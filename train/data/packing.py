@@ -1,6 +1,6 @@
 """Documents -> rows of a fixed length: concatenate, then split.
 
-A row is filled from one document after another; what does not fit goes on in the next row, as a
+A row is filled from one document after another; what does not fit continues in the next row, as a
 piece of its own. Pieces, and the texts of an example with `borders`, are numbered 1, 2, ... in a
 row (`segment_ids`) and count their positions from 0, so that attention can keep to one; 0 marks
 padding. Where a row has got to is just
@@ -72,7 +72,7 @@ class Cursor:
 
     Args:
         read: returns the example of an index; one without ids is skipped.
-        document: the index of the document to go on with.
+        document: the index of the document to continue with.
         offset: how many of its ids are already read.
         stride: how much later the next document is.
         stop: the index at which the documents end; None if they never do.
@@ -169,7 +169,7 @@ class Cursor:
                 return example
             self.document += self._stride
         raise UserError(
-            f"there is no text in {PATIENCE} documents one after another; check the data and "
+            f"there is no text in {PATIENCE} consecutive documents; check the data and "
             "data.text_key"
         )
 

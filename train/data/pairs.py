@@ -72,7 +72,7 @@ class PairTransform:
         if len(chosen) + len(rejected) > self.longest:
             raise RecordError(
                 f"has {len(chosen)} + {len(rejected)} tokens, more than data.seq_len="
-                f"{self.longest}; a pair lies in one row"
+                f"{self.longest}; a pair must fit in one row"
             )
         ids, weights = (np.concatenate(parts) for parts in zip(*texts, strict=True))
         return Example(

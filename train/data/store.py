@@ -68,7 +68,7 @@ class Entry:
 
 
 class Maker:
-    """What an entry is made with: its files, written in a folder that nobody else sees."""
+    """What an entry is made with: its files, written in a folder that no other process sees."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
@@ -272,7 +272,7 @@ def _written(root: pathlib.Path, what: str = "what is known of data files") -> I
 
 
 def _sweep(root: pathlib.Path) -> None:
-    """Remove what nobody opened for long: entries, locks, and what a killed process left."""
+    """Remove what has not been opened for long: entries, locks, and what a killed process left."""
     oldest = time.time() - _KEPT_SECONDS
     for path in root.iterdir():
         with contextlib.suppress(OSError):

@@ -96,7 +96,7 @@ class TfdsRecords(Sequence[Record]):
         return ""
 
     def bad(self, index: int, reason: str, text: bytes = b"") -> BadRecord:
-        """The error that an example is no document, which says where it is."""
+        """The error for an example that is not a document; it says where the example is."""
         source = f"tfds:{self._name}:{self._split}"
         beginning = text[: 4 * SHOWN_CHARACTERS]
         return BadRecord(f"{source} example {index}", reason, source, index, None, beginning)
@@ -139,7 +139,7 @@ def _find_builder(name: str, data_dir: str | None):
     if builder.data_path.exists():
         if builder.is_prepared():
             return builder
-        raise UserError(f"tfds:{name}: {builder.data_dir} is no complete data set; delete it")
+        raise UserError(f"tfds:{name}: {builder.data_dir} is not a complete data set; delete it")
     if not isinstance(builder, python_source.PythonSource):
         where = f"--data_dir={data_dir} " if data_dir else ""
         raise UserError(

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite or spikes: noticed, written down, and what follows.
+"""Steps whose gradient is not finite or spikes: found, recorded, and skipped or rewound.
 
 The optimizer has already left such a step without effect (`optimizer.guarded`). Each goes to
 bad_steps.jsonl with where its rows stand in the data, so that they can be looked at.
@@ -60,7 +60,7 @@ class Watch:
         if self._rewinds[step] > _MOST_REWINDS:
             raise UserError(
                 f"train.bad_step=rewind: {_MOST_REWINDS} rewinds to step {step} met a bad step "
-                f"each; {self._path} lists them; go on with train.bad_step=skip, or start another "
+                f"each; {self._path} lists them; resume with train.bad_step=skip, or start another "
                 "--workdir with a lower learning rate"
             )
 
@@ -81,6 +81,7 @@ class Watch:
         if self._policy == "stop":
             raise UserError(
                 f"train.bad_step=stop: step {step} has a gradient norm of {norm:.4g} and a loss of "
-                f"{loss:.4g}; {self._path} says which data; train.bad_step=skip or rewind goes on"
+                f"{loss:.4g}; {self._path} says which data; resume with train.bad_step=skip "
+                "or rewind"
             )
         return self._policy == "rewind"

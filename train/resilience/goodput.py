@@ -28,7 +28,7 @@ class Ledger:
     """Charges the time between calls to what the run is doing; that is `step` unless told.
 
     Args:
-      workdir: the run's folder; what earlier sessions wrote there is gone on with.
+      workdir: the run's folder; what earlier sessions wrote there is continued.
       now: seconds since the epoch.
       started: when this session began, if that was before now.
     """

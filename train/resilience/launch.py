@@ -32,7 +32,7 @@ def launch(
       num_processes: how many.
       devices: of each: simulated devices on CPU, else so many of the GPUs; 0 = JAX's own choice
         on CPU and one GPU each.
-      restarts: how often to start all of them again; `puna train` goes on from its checkpoint. A
+      restarts: how often to start all of them again; `puna train` resumes from its checkpoint. A
         user's mistake and a run that was told to end are not tried again.
 
     Returns:

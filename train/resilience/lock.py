@@ -2,7 +2,7 @@
 
 The file `run.lock` says who holds it: the host, the process, when that process started, and a beat
 that a thread of it renews. Network disks differ in what flock means, so this asks of them only that
-one of several can create a file. A lock is stale where its process is gone, if that ran on this
+one of several can create a file. A lock is stale where its process has ended, if that ran on this
 machine; else where its beat stands still while a newcomer watches it. A stale one is removed under
 a lock of its own, named after its content: without that, a newcomer that was slow could remove the
 new lock of a faster one.

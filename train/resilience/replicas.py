@@ -65,6 +65,6 @@ def check_replicas(params, step: int) -> None:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise UserError(
             f"step {step}: silent corruption: copies of the same parameters differ on "
-            f"{', '.join(found[:3])}{more}; take the device out and start again: the run goes on "
+            f"{', '.join(found[:3])}{more}; take the device out and start again: the run resumes "
             "from its last checkpoint"
         )

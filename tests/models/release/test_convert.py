@@ -374,12 +374,12 @@ def test_the_duties_of_a_llama_go_along(model, tmp_path, capsys):
     convert(model, tmp_path / "b", ignore_licence_name=True)
     convert(model, tmp_path / "c", base_licence="none")
     assert not (tmp_path / "c/NOTICE").exists()
-    assert "asks for a copy" not in capsys.readouterr().err
+    assert "must be copied" not in capsys.readouterr().err
 
 
 def test_a_licence_without_its_text_is_said(model, tmp_path, capsys):
     arguments = ["--base_licence=llama3", "--name=Llama-3-x"]
     cli._run(["convert", str(model), str(tmp_path / "x"), *arguments])
-    assert "asks for a copy of itself" in capsys.readouterr().err
+    assert "must be copied beside the weights" in capsys.readouterr().err
     assert "**Built with Meta Llama 3**" in (tmp_path / "x/README.md").read_text()
     assert SHARD_BYTES == 5 * 10**9

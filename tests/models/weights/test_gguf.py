@@ -242,7 +242,7 @@ HOSTILE = {
     "arrays in arrays": (
         container(keys=text("k") + struct.pack("<IIQ", 9, 9, 1) * 9, num_keys=1), "unknown type 9"
     ),
-    "a key twice": (container(keys=ARCHITECTURE * 2, num_keys=2), "stands there twice"),
+    "a key twice": (container(keys=ARCHITECTURE * 2, num_keys=2), "appears twice"),
     "alignment": (
         container(keys=text("general.alignment") + struct.pack("<II", 4, 0), num_keys=1),
         "must be a power of two",
@@ -260,7 +260,7 @@ HOSTILE = {
     "type 9999": (one(kind=9999), "has type 9999"),
     "blocks": (one(kind=8, shape=(33, 2)), "not made of blocks of 32"),
     "twice": (container(described() [:-64] + described(), ARCHITECTURE, 2, 1),
-              "tensor x stands there twice"),
+              "tensor x appears twice"),
     "no sizes": (one(), "llama.block_count is missing"),
 }  # fmt: skip
 

@@ -206,10 +206,10 @@ def test_what_is_not_honoured_is_refused_in_one_line(dense, tmp_path, values, me
         (lambda t, k: t | {k + "A.weight": t[k + "A.weight"][:, :5]}, "is of another base"),
         (lambda t, k: {k + "A.weight": t[k + "A.weight"]}, "has lora_A or lora_B alone"),
         (lambda t, k: {n.replace("layers.0", "layers.9"): x for n, x in t.items()},
-         "model.layers.9.self_attn.k_proj is no weight of the model"),
+         "model.layers.9.self_attn.k_proj is not a weight of the model"),
         (lambda t, k: {n.removeprefix(PREFIX): x for n, x in t.items()}, "must begin with base"),
         (lambda t, k: t | {PREFIX + "lm_head.weight": zeros(5, 32)}, "of another base"),
-        (lambda t, k: t | {PREFIX + "model.rotary.weight": zeros(3)}, "is no weight"),
+        (lambda t, k: t | {PREFIX + "model.rotary.weight": zeros(3)}, "is not a weight"),
     ],
 )  # fmt: skip
 def test_an_adapter_of_another_base_is_one_line(dense, tmp_path, change, message):

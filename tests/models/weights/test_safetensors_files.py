@@ -89,7 +89,7 @@ CONFIGS = {
     "empty": ("", "is not JSON"),
     "a list": ("[1]", "must hold a JSON object"),
     "deep": ("[" * 10**5, "is not JSON"),
-    "a key twice": ('{"model_type": "llama", "model_type": "llama"}', "stands there twice"),
+    "a key twice": ('{"model_type": "llama", "model_type": "llama"}', "appears twice"),
     "binary": (b"\xff\x00", "is not JSON"),
     "another model": ({"model_type": "gemma"}, "model_type='gemma'"),
     "a list for the model": ({"model_type": ["llama"]}, "model_type=['llama'] must be text"),

@@ -107,7 +107,7 @@ def test_a_long_conversation_ends_after_the_last_turn_that_fits():
         ({"messages": [USER, {"role": "robot", "content": "x"}]}, "the role 'robot'"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "turn without text"),
         ({"messages": [USER, {"role": "assistant"}]}, r"messages\[1\] has no content"),
-        ({"messages": [USER, "x"]}, r"messages\[1\] is no message but a JSON string"),
+        ({"messages": [USER, "x"]}, r"messages\[1\] must be a message, not a JSON string"),
         ({"messages": [USER, {"content": "x"}]}, r"messages\[1\] has no role"),
         ({"messages": [USER, ASSISTANT], "tools": "{"}, "tools that are not JSON"),
         ({"instruction": "a"}, "no key 'output'"),

@@ -192,7 +192,7 @@ def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, name, change):
 def test_a_pipe_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     os.mkfifo(path)
-    assert "no file that can be read at random" in refusal(path)
+    assert "not a regular file, which random access needs" in refusal(path)
 
 
 def test_find_files(tmp_path):

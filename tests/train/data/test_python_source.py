@@ -147,7 +147,7 @@ def test_a_data_set_stored_as_tfrecord_is_refused(data_dir, tmp_path):
 
 def test_a_broken_or_forbidden_folder_is_named(tmp_path):
     (tmp_path / "python_source" / VERSION).mkdir(parents=True)
-    with pytest.raises(UserError, match="is no complete data set; delete it"):
+    with pytest.raises(UserError, match="is not a complete data set; delete it"):
         open_source("tfds:python_source", data_dir=str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written .*; set data.data_dir"):

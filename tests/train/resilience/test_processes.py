@@ -205,7 +205,7 @@ def test_who_is_gone_is_said_by_all_others(gone, left):
     said = hear({i: peers[i] for i in left})
     peers[gone].close()  # as the system does for a process that is killed
     for i in left:
-        assert said[i].get(timeout=10).startswith(f"process {gone} on h{gone} is gone; the run")
+        assert said[i].get(timeout=10).startswith(f"process {gone} on h{gone} was lost; the run")
 
 
 def test_a_watcher_with_many_open_files(request):
@@ -222,7 +222,7 @@ def test_a_watcher_with_many_open_files(request):
         said = hear({i: peers[i] for i in (0, 1)})
         peers[2].close()
         for i in (0, 1):
-            assert said[i].get(timeout=10).startswith("process 2 on h2 is gone")
+            assert said[i].get(timeout=10).startswith("process 2 on h2 was lost")
         for peer in peers[:2]:
             peer.close()
 
@@ -326,9 +326,9 @@ def test_a_users_mistake_ends_all_processes(corpus, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number,how", [(signal.SIGKILL, "is gone"), (signal.SIGSTOP, "silent")])
+@pytest.mark.parametrize("number,how", [(signal.SIGKILL, "was lost"), (signal.SIGSTOP, "silent")])
 def test_a_process_that_is_killed_or_stuck_is_named(corpus, tmp_path, number, how):
-    """And the launcher, told to, starts the run again, which goes on from its checkpoint."""
+    """And the launcher, told to, starts the run again, which resumes from its checkpoint."""
     config = tmp_path / "experiment.py"
     config.write_text(CONFIG.format(folder=corpus))
     run = tmp_path / "run"

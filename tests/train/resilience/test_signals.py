@@ -1,4 +1,4 @@
-"""A run that is told to end saves first, and goes on as if nothing had been."""
+"""A run that is told to end saves first, and resumes as if it had not been interrupted."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_a_signal_saves_and_ends(config, tmp_path, number):
     def untold(*_):
         return {"seen": 1.0}
 
-    with pytest.raises(Interrupted, match="ended after step 4; the same command goes on"):
+    with pytest.raises(Interrupted, match="ended after step 4; the same command resumes"):
         train(config, tmp_path / "cut", {"v": told})
     assert signal.getsignal(number) is before
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["4"]

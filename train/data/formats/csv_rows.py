@@ -25,7 +25,7 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
         rows = csv.reader(itertools.chain([first], text), delimiter=delimiter)
         header = next(rows, [])
         if len(set(header)) < len(header):
-            raise ValueError("its first row is no header: two columns have one name")
+            raise ValueError("its first row is not a header: two columns have the same name")
         for row in rows:
             if row:
                 record = dict(zip(header, row, strict=True)) if len(row) == len(header) else row

@@ -2,7 +2,7 @@
 
 _UNPACK = "unpack it, and name the files that were in it"
 _TO_LINES = "write its records as JSON lines or Parquet"
-_RECODE = "write it anew as UTF-8, e.g. with iconv"
+_RECODE = "save it again as UTF-8, e.g. with iconv"
 _TFDS = "name its TFDS data set: tfds:NAME or tfds:FOLDER"
 
 _MAGIC = (
@@ -17,7 +17,7 @@ _MAGIC = (
     (b"SQLite format 3\0", "an SQLite database", _TO_LINES),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _TO_LINES),
     (b"Obj\x01", "an Avro file", _TO_LINES),
-    (b"FEA1", "a Feather file of version 1", "write it anew with pyarrow, as version 2"),
+    (b"FEA1", "a Feather file of version 1", "save it again with pyarrow, as version 2"),
     (b"\x93NUMPY", "a NumPy array", _TO_LINES),
     (b"MMIDIDX\0", "a Megatron index of tokens", "name the text it was made from"),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office document", "save it as text or CSV"),

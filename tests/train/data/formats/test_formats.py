@@ -191,7 +191,7 @@ def test_rows_of_csv_that_are_none(tmp_path, monkeypatch):
     assert records[3]["text"] == "\udcff"  # which is found bad by whoever takes the text
     monkeypatch.setattr(csv_rows, "_LONGEST_FIELD", 3000)
     for data, reason in (
-        (b"a,b,a\n1,2,3\n", "two columns have one name"),
+        (b"a,b,a\n1,2,3\n", "two columns have the same name"),
         (b'a,b\n"' + b"x" * 4000, "field larger than field limit"),
     ):
         assert reason in refusal(write(tmp_path, "a.csv", data))
