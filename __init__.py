@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .models.text.tokenizer import load_tokenizer as load_tokenizer
     from .models.weights.load import load as load
     from .train.loop import train as train
+    from .train.plan import plan as plan
 
 __version__ = "0.1.0.dev0"
 
@@ -22,6 +23,7 @@ _HOME = {
     "get_config": ".configs",
     "load": ".models.weights.load",
     "load_tokenizer": ".models.text.tokenizer",
+    "plan": ".train.plan",
     "train": ".train.loop",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "get_config",
     "load",
     "load_tokenizer",
+    "plan",
     "train",
 ]
 

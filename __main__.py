@@ -19,12 +19,16 @@ COMMANDS = {
     "train": "train a model; the same command resumes after an interruption",
     "eval": "loss, perplexity and bits per byte on held-out text",
     "generate": "continue a prompt",
+    "plan": "memory, time, energy and cost of training or generating, on hardware that is not here",
     "data": "training examples as the model sees them, and which tokens bear loss",
     "launch": "-n N -- COMMAND --flags: run a command in several processes on this machine",
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
 _SETTINGS = ("max_tokens", "stop", "dtype")
+_PLAN_SETTINGS = (
+    *("tokens", "mfu", "country", "power_mw", "context", "batch", "quantize", "facts"),
+)
 
 
 def _train(args):
@@ -97,6 +101,30 @@ def _generate(args):
         settings = {name: getattr(args, name) for name in _SETTINGS} | sampling._asdict()
         results = {"checkpoint": path, "prompt": args.prompt, "text": text, **settings}
         _write_results(pathlib.Path(args.workdir), results)
+
+
+def _plan(args):
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what compilers say of missing hardware
+    import jax
+
+    from .train.plan import plan
+
+    topology = _required(args, "topology")
+    jax.config.update("jax_platforms", "cpu")  # whatever is here is not what is asked about
+    if not args.no_compile:
+        # A program for other hardware is of no use to any run here.
+        jax.config.update("jax_enable_compilation_cache", False)
+    settings = {name: args[name].value for name in _PLAN_SETTINGS if args[name].present}
+    found = plan(args.config, topology, compile=not args.no_compile, **settings)
+    if args.workdir:
+        workdir = pathlib.Path(args.workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        files.write_json(workdir / "plan.json", found.to_dict())
+    if found.fits is False:
+        raise errors.UserError(found.verdict)
+    print(found)
+    if args.workdir:
+        print(f"plan.json is in {args.workdir}")
 
 
 def _data(args):
@@ -198,15 +226,16 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
     args = flags.FlagValues()
     text = {"flag_values": args}
     flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
-    if command in ("train", "eval", "data"):
+    if command in ("train", "eval", "data", "plan"):
         from ml_collections import config_flags
 
         config_flags.DEFINE_config_file(
             "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT",
             sys_argv=arguments, **text,
         )  # fmt: skip
-    if command in ("train", "eval", "generate"):
+    if command in ("train", "eval", "generate", "plan"):
         flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
+    if command in ("train", "eval", "generate"):
         flags.DEFINE_string(
             "coordinator",
             "",
@@ -231,6 +260,24 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_bool(
             "fresh", False, "start a new run; refuses a --workdir with checkpoints", **text
         )
+    if command == "plan":
+        flags.DEFINE_string(
+            "topology",
+            None,
+            "what to plan for, such as v5p-256, 2xv5e-256, h100-8 or cpu-8",
+            **text,
+        )
+        flags.DEFINE_bool("no_compile", False, "arithmetic alone, in seconds", **text)
+        flags.DEFINE_float("tokens", 0.0, "of a run: its time, energy, carbon and cost", **text)
+        flags.DEFINE_float("mfu", 0.4, "share of the peak FLOP/s that such a run reaches", **text)
+        flags.DEFINE_string("country", "us", "whose electricity it uses", **text)
+        flags.DEFINE_float("power_mw", 0.0, "of a site: how many devices that is", **text)
+        flags.DEFINE_integer("context", 0, "tokens of a row; plans generation instead", **text)
+        flags.DEFINE_integer("batch", 1, "rows that are generated at one time", **text)
+        flags.DEFINE_enum(
+            "quantize", "none", ["none", "int8", "int4"], "weights of generation", **text
+        )
+        flags.DEFINE_string("facts", None, "published numbers, edited: a TOML file", **text)
     if command == "data":
         flags.DEFINE_string("init_from", None, "weights whose tokenizer is used", **text)
         flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)
@@ -342,16 +389,17 @@ def _run(argv: list[str]) -> None:
         return
     if left:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
-    for name in ("workdir", "checkpoint"):
+    for name in ("workdir", "checkpoint", "facts"):
         if name in args and args[name].value:
             args[name].value = str(paths.local(args[name].value, f"--{name}"))
     if "config" in args:
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration
             schema.from_dict(args.config)
-    if command != "data":
+    if command not in ("data", "plan"):
         _join(args, command)
-    {"train": _train, "eval": _eval, "generate": _generate, "data": _data}[command](args)
+    commands = {"train": _train, "eval": _eval, "generate": _generate, "plan": _plan}
+    (commands | {"data": _data})[command](args)
 
 
 # A run has a file for what threads report; what concerns a command comes back to it as an error.

@@ -114,7 +114,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"puna": "."},
     packages=packages(),
-    package_data={"puna": ["py.typed"]},
+    package_data={"puna": ["py.typed", "train/plan/facts.toml"]},
     include_package_data=False,
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -109,6 +109,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
     expected = {"puna/__init__.py", "puna/__main__.py", "puna/py.typed"}
+    expected.add("puna/train/plan/facts.toml")
     for folder in FOLDERS:
         expected |= {f"puna/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     assert names == expected

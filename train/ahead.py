@@ -27,8 +27,8 @@ from ..models.parallel import sharding
 from ..models.transformer import Transformer, abstract_params
 from . import objectives
 from .optimizer import make_optimizer
-from .state import abstract_state
-from .step import make_train_step
+from .state import TrainState, abstract_state
+from .step import check_batch, make_train_step
 
 # libtpu looks for a TPU machine around it, and for other processes that hold its chips, when it is
 # loaded; a compiler needs neither.
@@ -45,36 +45,81 @@ def devices(topology: str) -> list:
 
     Args:
       topology: a slice as Google names it ("v5p-256", "v6e-64"), several of them over the
-        data-centre network ("2xv5p-256"), or GPUs in nodes of eight ("h100-8").
+        data-centre network ("2xv5p-256"), GPUs in nodes of eight ("h100-8"), or this machine's CPU
+        as simulated devices ("cpu-8").
 
     Raises:
       UserError: no such topology, or its compiler is not installed.
     """
-    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)-([1-9]\d*)", topology)
-    slices, kind, count = found.groups() if found else ("", "", "")
-    slices, count = int(slices or 1), int(count or 0)
-    chips = hardware.compilable()
-    if kind in chips and isinstance(chips[kind].compiler, TpuCompiler):
-        return _tpus(topology, chips[kind].compiler, slices, count)
-    if kind in chips and slices == 1:
-        return _gpus(topology, chips[kind], count)
-    raise UserError(
-        f"--topology={topology} must be one of {', '.join(chips)} with a number, "
-        "such as v5p-256, 2xv5p-256 or h100-8"
-    )
+    slices, kind, _ = parse(topology)
+    number = count(topology)
+    if kind == "cpu":
+        return _cpus(topology, number)
+    chip = hardware.compilable()[kind]
+    if isinstance(chip.compiler, TpuCompiler):
+        return _tpus(topology, chip.compiler, slices, number // slices)
+    return _gpus(topology, chip, number)
 
 
-def _tpus(topology, tpu: TpuCompiler, slices, cores):
-    chips, odd = divmod(cores, tpu.cores_per_chip)
-    power = chips.bit_length() - 1
-    if odd or chips != 2**power or not 4 <= chips <= tpu.most_chips:
+def count(topology: str) -> int:
+    """How many devices a topology has; asks no compiler.
+
+    Raises:
+      UserError: there is none of that kind and size.
+    """
+    slices, kind, number = parse(topology)
+    chip = hardware.compilable().get(kind)
+    if chip is None:
+        return number
+    if not isinstance(tpu := chip.compiler, TpuCompiler):
+        if number > 8 and number % 8:
+            raise UserError(f"--topology={topology} must have at most 8 GPUs or a multiple of 8")
+        return number
+    chips, odd = divmod(number, tpu.cores_per_chip)
+    if odd or chips.bit_count() != 1 or not 4 <= chips <= tpu.most_chips:
         most = tpu.most_chips * tpu.cores_per_chip
         raise UserError(
             f"--topology={topology} must count a power of two from {4 * tpu.cores_per_chip} "
             f"to {most}"
         )
+    return slices * chips
+
+
+def parse(topology: str) -> tuple[int, str, int]:
+    """The slices, the kind of device and the number in the name of a topology.
+
+    Raises:
+      UserError: there is no such kind.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*)-([1-9]\d*)", topology)
+    slices, kind, count = found.groups() if found else ("", "", "")
+    slices, count = int(slices or 1), int(count or 0)
+    chips = hardware.compilable()
+    several = kind in chips and isinstance(chips[kind].compiler, TpuCompiler)
+    if kind in (*chips, "cpu") and (slices == 1 or several):
+        return slices, kind, count
+    raise UserError(
+        f"--topology={topology} must be one of {', '.join((*chips, 'cpu'))} with a number, "
+        "such as v5p-256, 2xv5p-256, h100-8 or cpu-8"
+    )
+
+
+def _cpus(topology, count):
+    """Devices that run, too: as many as are asked for if JAX has not begun, else what is there."""
+    with contextlib.suppress(RuntimeError):  # it has begun
+        jax.config.update("jax_num_cpu_devices", count)
+    found = jax.devices("cpu")
+    if len(found) < count:
+        raise UserError(
+            f"--topology={topology} must not be more than the {len(found)} CPU devices of this "
+            f"process; set XLA_FLAGS=--xla_force_host_platform_device_count={count} before it"
+        )
+    return found[:count]
+
+
+def _tpus(topology, tpu: TpuCompiler, slices, chips):
     _require("libtpu", topology, "tpu")
-    dims = tpu.torus_dims
+    dims, power = tpu.torus_dims, chips.bit_length() - 1
     sides = [2 ** ((power + i) // dims) for i in range(dims)]
     if chips == 4 and dims == 3:
         sides = [2, 2, 1]
@@ -100,8 +145,6 @@ def _environment(**variables: str):
 
 
 def _gpus(topology, chip: Chip, count):
-    if count > 8 and count % 8:
-        raise UserError(f"--topology={topology} must have at most 8 GPUs or a multiple of 8")
     _require("jax_cuda12_plugin", topology, "cuda")
     nodes, each = (1, count) if count <= 8 else (count // 8, 8)
     found = topologies.get_topology_desc(
@@ -155,11 +198,13 @@ def _require(module, topology, extra):
 
 
 def memory_limit(topology: str) -> int:
-    """Bytes that one device of a topology has.
+    """Bytes that one device of a topology has; of simulated ones, their share of this machine's.
 
     JAX takes three quarters of a GPU's, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
     """
-    kind = topology.split("-")[0].split("x")[-1]
+    _, kind, count = parse(topology)
+    if kind == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
     return hardware.CHIPS[kind].memory_bytes
 
 
@@ -177,14 +222,30 @@ def compile_step(config: schema.Config, devices: list) -> jax.stages.Compiled:
 def lower_step(config: schema.Config, devices: list) -> jax.stages.Lowered:
     """The first half of `compile_step`: traced and lowered, not yet compiled."""
     mesh = sharding.make_mesh(config.mesh, devices)
-    objective = objectives.make(config, np.ones(config.model.vocab_size, np.int32))
-    tx = make_optimizer(config, abstract_params(config.model), objective.added(config))
-    state = abstract_state(config, tx, mesh, objective)
+    tx, objective = _parts(config)
+    state, batch = abstract_inputs(config, mesh)
     step = make_train_step(config, Transformer(config.model), tx, objective, state)
     # Not `jax.set_mesh`: every constant made while tracing would be put on devices that are not
     # there. The default device tells kernels which hardware they are for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_device(devices[0]):
-        return step.lower(state, objective.abstract_batch(config, mesh))
+        return step.lower(state, batch)
+
+
+def abstract_inputs(config: schema.Config, mesh) -> tuple[TrainState, dict]:
+    """The state and the batch of the step: shapes, dtypes and places, on any kind of mesh.
+
+    Raises:
+      ConfigError: the batch does not divide.
+    """
+    check_batch(config, mesh)
+    tx, objective = _parts(config)
+    return abstract_state(config, tx, mesh, objective), objective.abstract_batch(config, mesh)
+
+
+def _parts(config):
+    objective = objectives.make(config, np.ones(config.model.vocab_size, np.int32))
+    tx = make_optimizer(config, abstract_params(config.model), objective.added(config))
+    return tx, objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +253,8 @@ class Memory:
     """Bytes of one device: what a compiled step takes, gives, and needs in between.
 
     The state is an argument and an output in the same place, hence `aliased`. `peak` is the most
-    at any one time, arguments included, where the compiler says; else the sum.
+    at any one time, arguments included, where the compiler says; else the sum. (That of CPUs says
+    it without the temporaries, which a CPU has all at once.)
     """
 
     arguments: int
@@ -211,7 +273,9 @@ def memory(compiled: jax.stages.Compiled) -> Memory:
         m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
         + m.temp_size_in_bytes + m.generated_code_size_in_bytes
     )  # fmt: skip
+    place = jax.tree.leaves(compiled.input_shardings)[0]
+    told = 0 if next(iter(place.device_set)).platform == "cpu" else m.peak_memory_in_bytes
     return Memory(
         m.argument_size_in_bytes, m.output_size_in_bytes, m.alias_size_in_bytes,
-        m.temp_size_in_bytes, m.generated_code_size_in_bytes, m.peak_memory_in_bytes or total,
+        m.temp_size_in_bytes, m.generated_code_size_in_bytes, told or total,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from ..configs import paths, schema
-from ..configs.errors import ConfigError, UserError
+from ..configs.errors import UserError
 from ..configs.files import write_json
 from ..models import adapters
 from ..models.parallel import processes, sharding
@@ -30,7 +30,7 @@ from .resilience.goodput import Ledger, process_start
 from .resilience.replicas import check_replicas
 from .resilience.signals import Interrupted, Signals
 from .state import TrainState, abstract_state, join
-from .step import make_train_step
+from .step import check_batch, make_train_step
 from .validation import HeldOut
 
 Evaluator = Callable[..., dict[str, float]]
@@ -70,7 +70,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
     ledger = Ledger(workdir, started=process_start())
     _keep_programs()
     mesh = sharding.make_mesh(c.mesh)
-    _check_batch(c, mesh)
+    check_batch(c, mesh)
     origin = lineage(c, workdir)
     rows = sharding.local_rows(mesh, c.train.batch_size)
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
@@ -226,26 +226,3 @@ def _writable(workdir: pathlib.Path) -> pathlib.Path:
     if not os.access(workdir, os.W_OK | os.X_OK):
         raise UserError(f"--workdir={workdir} cannot be written to; name another folder")
     return workdir
-
-
-def _check_batch(c: schema.Config, mesh) -> None:
-    """Every microbatch must split evenly over the devices, and every row too."""
-    rows, axes = c.train.batch_size // c.train.microbatches, sharding.product("batch", mesh)
-    if rows % (parts := sharding.parts("batch", mesh)):
-        raise ConfigError(
-            f"train.batch_size={c.train.batch_size} / train.microbatches={c.train.microbatches} = "
-            f"{rows} must be a multiple of {axes}"
-        )
-    stages = sharding.parts("layers", mesh)
-    turns = c.model.pipeline_microbatches or stages
-    if stages > 1 and rows // parts % turns:
-        raise ConfigError(
-            f"train.batch_size={c.train.batch_size} / train.microbatches={c.train.microbatches} = "
-            f"{rows} must be a multiple of {turns} microbatches in the pipeline times {axes}"
-        )
-    devices = sharding.parts("length", mesh)
-    if devices > 1 and c.data.seq_len % (2 * devices):
-        raise ConfigError(
-            f"data.seq_len={c.data.seq_len} must be a multiple of 2 * "
-            f"{sharding.product('length', mesh)}: each device has two blocks of a row"
-        )

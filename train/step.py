@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..configs.errors import ConfigError
 from ..configs.schema import Config
 from ..models.moe import RouterStats
+from ..models.parallel import sharding
 from ..models.transformer import Transformer
 from .master_weights import apply_updates
 from .objectives import Objective
@@ -73,6 +75,29 @@ def make_train_step(config: Config, model: Transformer, tx, objective: Objective
     # Metrics are whole everywhere: every process of several can read them.
     whole = NamedSharding(out.step.mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(out, whole))
+
+
+def check_batch(c: Config, mesh) -> None:
+    """Every microbatch must split evenly over the devices, and every row too."""
+    rows, axes = c.train.batch_size // c.train.microbatches, sharding.product("batch", mesh)
+    if rows % (parts := sharding.parts("batch", mesh)):
+        raise ConfigError(
+            f"train.batch_size={c.train.batch_size} / train.microbatches={c.train.microbatches} = "
+            f"{rows} must be a multiple of {axes}"
+        )
+    stages = sharding.parts("layers", mesh)
+    turns = c.model.pipeline_microbatches or stages
+    if stages > 1 and rows // parts % turns:
+        raise ConfigError(
+            f"train.batch_size={c.train.batch_size} / train.microbatches={c.train.microbatches} = "
+            f"{rows} must be a multiple of {turns} microbatches in the pipeline times {axes}"
+        )
+    devices = sharding.parts("length", mesh)
+    if devices > 1 and c.data.seq_len % (2 * devices):
+        raise ConfigError(
+            f"data.seq_len={c.data.seq_len} must be a multiple of 2 * "
+            f"{sharding.product('length', mesh)}: each device has two blocks of a row"
+        )
 
 
 def split(batch, parts: int):

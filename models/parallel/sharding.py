@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ...configs.errors import ConfigError
 from ...configs.schema import MeshConfig
@@ -91,24 +91,39 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       ConfigError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    shape = _sizes(config, len(devices))
+    return Mesh(_arrange(shape, devices), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh of so many devices that are nowhere: what lies where, and how much of it.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    return AbstractMesh(_sizes(config, count), AXES, (AxisType.Auto,) * len(AXES))
+
+
+def _sizes(config, count) -> tuple[int, ...]:
+    """Devices along each axis."""
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(v for v in sizes.values() if v != -1)
     product = " * ".join(f"mesh.{k}={v}" for k, v in sizes.items() if v not in (1, -1)) or "1"
     for axis, size in sizes.items():
         if size == -1:
-            if len(devices) % fixed:
+            if count % fixed:
                 raise ConfigError(
-                    f"{product} = {fixed} does not divide the {len(devices)} devices, "
+                    f"{product} = {fixed} does not divide the {count} devices, "
                     f"so mesh.{axis}=-1 cannot be filled in"
                 )
-            sizes[axis] = len(devices) // fixed
-            fixed = len(devices)
-    if fixed != len(devices):
+            sizes[axis] = count // fixed
+            fixed = count
+    if fixed != count:
         raise ConfigError(
-            f"{product} = {fixed} must equal the {len(devices)} devices here; "
+            f"{product} = {fixed} must equal the {count} devices here; "
             "set one axis to -1 to take what is left"
         )
-    return Mesh(_arrange(tuple(sizes.values()), devices), AXES, (AxisType.Auto,) * len(AXES))
+    return tuple(sizes.values())
 
 
 def _arrange(shape, devices) -> np.ndarray:

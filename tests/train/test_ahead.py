@@ -34,8 +34,8 @@ for_gpu = wheel("jax_cuda12_plugin", CUDA.is_dir(), "make .cache/cuda, or pip in
 @pytest.mark.parametrize(
     ("topology", "message"),
     [
-        ("v9-8", "one of v5e, v5p, v6e, a100, h100, h200 with a number"),
-        ("v5p", "such as v5p-256, 2xv5p-256 or h100-8"),
+        ("v9-8", "one of v5e, v5p, v6e, a100, h100, h200, cpu with a number"),
+        ("v5p", "such as v5p-256, 2xv5p-256, h100-8 or cpu-8"),
         ("2xh100-8", "must be one of"),
         ("v5p-24", "must count a power of two from 8 to 8192"),
         ("v5e-512", "must count a power of two from 4 to 256"),

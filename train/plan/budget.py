@@ -1,0 +1,175 @@
+"""Time, failures, energy, carbon and money of a run, from what others have published.
+
+`facts.toml` holds every number that is not puna's own, with its source and date. Market-based
+carbon accounts, embodied carbon and the network between devices are left out on purpose.
+"""
+
+import math
+import pathlib
+import tomllib
+from collections.abc import Mapping
+
+from ...configs.errors import UserError
+from .figures import Figure
+
+FACTS = pathlib.Path(__file__).with_name("facts.toml")
+
+
+def read_facts(path: pathlib.Path = FACTS) -> dict:
+    """The published numbers.
+
+    Raises:
+      UserError: the file is not there, no TOML, or lacks a section of `facts.toml`.
+    """
+    try:
+        facts = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise UserError(f"--facts={path} cannot be read as TOML: {e}") from e
+    wanted = {"power", "pue", "price", "failures", "recovery", "grid"}
+    if missing := sorted(wanted - facts.keys()):
+        raise UserError(f"--facts={path} must have the sections of {FACTS}; no {missing[0]} there")
+    return facts
+
+
+def footprint(device_hours: float, watts: float, pue: float, kg_per_kwh: float):
+    """Energy in kWh and carbon in kg CO2e, as Meta's model cards have it (arXiv 2204.05149).
+
+    Args:
+      device_hours: of all devices together.
+      watts: the most that one device takes.
+      pue: energy of the data centre / energy of its computers.
+      kg_per_kwh: of the grid.
+    """
+    kwh = device_hours * watts / 1000 * pue
+    return kwh, kwh * kg_per_kwh
+
+
+def mean_time_between_failures(devices: int, failures: Mapping) -> float:
+    """Seconds between interruptions of a run, in inverse proportion to its devices."""
+    device_seconds = failures["days"] * 86400 * failures["devices"]
+    return device_seconds / failures["interruptions"] / devices
+
+
+def checkpoint_interval(save: float, mtbf: float) -> float:
+    """Seconds of steps between checkpoints that lose the least time (Daly 2006, equation 37).
+
+    Its first term is Young's sqrt(2 * save * mtbf).
+
+    Args:
+      save: seconds that a checkpoint stops the run.
+      mtbf: mean seconds between failures.
+    """
+    if save >= 2 * mtbf:
+        return mtbf
+    x = save / (2 * mtbf)
+    return math.sqrt(2 * save * mtbf) * (1 + math.sqrt(x) / 3 + x / 9) - save
+
+
+def goodput(interval: float, save: float, restart: float, mtbf: float) -> float:
+    """Share of the time that goes into steps which count (Daly 2006, equation 20).
+
+    Failures come as a Poisson process, during saves and restarts too.
+    """
+    try:
+        wall = mtbf * math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf)
+    except OverflowError:  # a failure comes before anything is done
+        return 0.0
+    return interval / wall
+
+
+def training(flops_per_token, tokens, mfu, peak, devices, kind, country, facts) -> dict:
+    """What training on so many tokens takes.
+
+    Args:
+      flops_per_token: model FLOPs.
+      tokens: to train on.
+      mfu: share of the peak that the steps reach.
+      peak: FLOP/s of one device.
+      devices: how many.
+      kind: of device, as in `hardware.CHIPS`.
+      country: a name of the section `grid` of `facts`.
+
+    Returns:
+      Figures by name; without energy, carbon or cost where the facts lack the device.
+
+    Raises:
+      UserError: a value that cannot be.
+    """
+    if not 0 < tokens < math.inf:
+        raise UserError(f"--tokens={tokens:g} must be more than 0")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu:g} must be more than 0 and at most 1")
+    recovery = facts["recovery"]
+    save, restart = recovery["checkpoint_seconds"], recovery["restart_seconds"]
+    total = tokens * flops_per_token
+    seconds = total / (mfu * peak * devices)
+    mtbf = mean_time_between_failures(devices, facts["failures"])
+    interval = checkpoint_interval(save, mtbf)
+    useful = goodput(interval, save, restart, mtbf)
+    found = {
+        "tokens": Figure(tokens, "", "given"),
+        "utilisation": Figure(mfu, "", "given", "model FLOPs / peak"),
+        "model_flops": Figure(total, "FLOPs", "modelled", "tokens * model FLOPs a token"),
+        "time_of_steps": Figure(seconds / 86400, "days", "modelled", "FLOPs / (mfu * peak)"),
+        "time_between_failures": Figure(
+            mtbf, "s", "modelled", f"a device's mean / {devices}: {facts['failures']['source']}"
+        ),
+        "checkpoint_pause": Figure(save, "s", "assumed"),
+        "restart": Figure(restart, "s", "assumed"),
+        "best_checkpoint_interval": Figure(interval, "s", "modelled", "Daly 2006, equation 37"),
+        "goodput": Figure(useful, "", "modelled", "Daly 2006, equation 20"),
+    }
+    if not useful:
+        return found
+    hours = seconds * devices / useful / 3600
+    found["time"] = Figure(seconds / useful / 86400, "days", "modelled", "steps / goodput")
+    found["device_hours"] = Figure(hours, "h", "modelled", "time * devices")
+    if kind in facts["power"]:
+        power, pue = facts["power"][kind], facts["pue"]["value"]
+        grid = intensity(country, facts)
+        kwh, kg = footprint(hours, power["watts"], pue, grid)
+        found["device_power"] = Figure(power["watts"] / 1000, "kW", "published", power["source"])
+        found["energy"] = Figure(kwh, "kWh", "modelled", f"device hours * power * PUE {pue}")
+        found["carbon"] = Figure(kg, "kg", "modelled", f"energy * {grid} kg/kWh of {country}")
+    if kind in facts["price"]:
+        price = facts["price"][kind]
+        note = f"{price['source']}, {price['date']}"
+        found["price"] = Figure(price["dollars_per_hour"], "dollars/h", "published", note)
+        cost = hours * price["dollars_per_hour"]
+        found["cost"] = Figure(cost, "dollars", "modelled", "device hours * price")
+    return found
+
+
+def intensity(country: str, facts: Mapping) -> float:
+    """Kilograms of CO2e a kWh.
+
+    Raises:
+      UserError: the facts do not have the country.
+    """
+    known = [name for name, value in facts["grid"].items() if isinstance(value, float)]
+    if country not in known:
+        raise UserError(f"--country={country} must be one of {', '.join(known)}")
+    return facts["grid"][country]
+
+
+def site(megawatts: float, kind: str, facts: Mapping) -> dict:
+    """How many devices so much power of a whole site feeds, of `kind` and of H100.
+
+    Raises:
+      UserError: the power is none.
+    """
+    if not 0 < megawatts < math.inf:
+        raise UserError(f"--power_mw={megawatts:g} must be more than 0")
+    found = {"power": Figure(megawatts, "MW", "given")}
+    for name in dict.fromkeys([kind, "h100"]):
+        if power := facts["power"].get(name):
+            watts = megawatts * 1e6 / facts["pue"]["value"]
+            found[f"{name}_in_servers"] = Figure(
+                watts // power["server_watts"], "devices", "modelled",
+                f"power / PUE / {power['server_watts']} W of server a device",
+            )  # fmt: skip
+            found[f"{name}_alone"] = Figure(
+                watts // power["watts"], "devices", "modelled",
+                f"power / PUE / {power['watts']} W; nothing for the servers around them",
+            )  # fmt: skip
+    return found
