@@ -22,7 +22,7 @@ MINOR := import sys; print(sys.version_info.minor)
 # 1 to 2 GB. WORKERS=0 runs in one process, for a debugger.
 WORKERS ?= 2
 # What the slow tests compare with and read, beyond [dev].
-SLOW_EXTRAS ?= reference,llama,gguf,images,notebooks,tpu
+SLOW_EXTRAS ?= reference,llama,gguf,harness,images,notebooks,tpu
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 

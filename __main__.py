@@ -17,7 +17,7 @@ from .train.resilience.background import background_log
 
 COMMANDS = {
     "train": "train a model; the same command resumes after an interruption",
-    "eval": "loss, perplexity and bits per byte on held-out text",
+    "eval": "loss, perplexity and bits per byte on held-out text, or tasks of lm-eval",
     "generate": "continue a prompt",
     "plan": "memory, time, energy and cost of training or generating, on hardware that is not here",
     "data": "training examples as the model sees them, and which tokens bear loss",
@@ -57,12 +57,35 @@ def _eval(args):
     from .models.weights.run import is_run
 
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
-    results = evaluate(args.config, checkpoint, args.quantize, args.adapter)
     # Beside the checkpoints of a run of ours; nothing is written into models of others.
     beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
+    workdir = pathlib.Path(args.workdir or beside)
+    if _is_harness(args):
+        _harness(args, checkpoint, workdir)
+        return
+    results = evaluate(args.config, checkpoint, args.quantize, args.adapter)
     if is_first():
         _summary(results)
-        _write_results(pathlib.Path(args.workdir or beside), results)
+        _write_results(workdir, results)
+
+
+def _harness(args, checkpoint, workdir):
+    from .eval.harness import evaluate_harness, table
+    from .models.parallel.processes import is_first
+
+    settings = {}
+    if args.config is not None:
+        config = schema.from_dict(args.config)
+        settings = {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
+    results = evaluate_harness(
+        checkpoint, [name for name in args.harness.split(",") if name], workdir,
+        quantize=args.quantize, adapter=args.adapter, include_path=args.include_path,
+        batch_size=args.batch_size, max_length=args.max_length, limit=args.limit,
+        num_fewshot=args.num_fewshot, apply_chat_template=args.apply_chat_template, **settings,
+    )  # fmt: skip
+    if is_first():
+        print(table(results))
+        print(f"harness.json and requests.jsonl are in {workdir}")
 
 
 def _generate(args):
@@ -182,7 +205,7 @@ def _join(args, command):
     from .models.parallel import processes
 
     facts = {"command": command}
-    if "config" in args:
+    if "config" in args and args.config is not None:
         facts["config"] = schema.to_dict(schema.build(args.config))
     processes.join(
         args.coordinator, args.num_processes, args.process_id, facts, args.join_timeout,
@@ -206,6 +229,11 @@ def _write_results(workdir: pathlib.Path, results: dict) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     files.write_json(workdir / "results.json", results)
     print(f"results.json is in {workdir}")
+
+
+def _is_harness(args) -> bool:
+    """Whether this is the form of `puna eval` that needs no configuration."""
+    return "harness" in args and args.harness is not None
 
 
 def _required(args, name: str):
@@ -287,6 +315,17 @@ def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
         flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
         flags.DEFINE_string("adapter", "", "folder of a PEFT adapter to lay on the model", **text)
+    if command == "eval":
+        flags.DEFINE_string(
+            "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "
+            "--config then gives the mesh and the compute_dtype and may be left out", **text,
+        )  # fmt: skip
+        flags.DEFINE_string("include_path", None, "--harness: folder with more tasks", **text)
+        flags.DEFINE_integer("limit", None, "--harness: documents of each task", **text)
+        flags.DEFINE_integer("num_fewshot", None, "--harness: examples in a prompt", **text)
+        flags.DEFINE_integer("batch_size", 8, "--harness: rows at a time", **text)
+        flags.DEFINE_integer("max_length", None, "--harness: longest context, tokens", **text)
+        flags.DEFINE_bool("apply_chat_template", False, "--harness: ask in a chat", **text)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
@@ -392,7 +431,7 @@ def _run(argv: list[str]) -> None:
     for name in ("workdir", "checkpoint", "facts"):
         if name in args and args[name].value:
             args[name].value = str(paths.local(args[name].value, f"--{name}"))
-    if "config" in args:
+    if "config" in args and (args.config is not None or not _is_harness(args)):
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration
             schema.from_dict(args.config)

@@ -46,6 +46,8 @@ EXTRAS = {
     "parquet": ["pyarrow>=17.0.0", "zstandard>=0.23.0"],
     # Data behind gs:// and s3://; other schemes name the package that they need.
     "remote": ["fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
+    # The field's own tasks, asked in this process: `puna eval --harness`. Brings no torch.
+    "harness": ["lm-eval>=0.4.13"],
     # Running the notebooks.
     "notebooks": ["ipykernel>=6.29.0", "nbclient>=0.10.0", "nbformat>=5.10.0"],
     # The independent implementations that golden tests compare with: exact, since numbers are.

@@ -23,6 +23,7 @@ MAX_LINES_WITHOUT_A_TEST_FILE = 60
 TESTED_WITH = {
     "configs/test_published_sizes.py": ["configs/llama4.py"],
     "configs/test_schema.py": ["configs/rules.py"],
+    "eval/test_harness.py": ["eval/harness_model.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": ["models/release/card.py", "models/weights/licences.py"],
     "models/test_quantize.py": ["models/leaf.py"],

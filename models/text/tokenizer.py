@@ -8,6 +8,7 @@ neither. All give the same `Tokenizer`. Text is data: nothing in it becomes a co
 
 import codecs
 import hashlib
+import json
 import logging
 import os
 import re
@@ -131,6 +132,12 @@ class Tokenizer:
 
     def __reduce__(self):
         return _rebuild, (type(self._kind), self._kind.data, self._settings())
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that tokenizers share which have the same vocabulary and settings."""
+        settings = json.dumps(self._settings(), sort_keys=True)
+        return hashlib.sha256(self._kind.data + settings.encode()).hexdigest()[:32]
 
     def _settings(self) -> dict:
         return {key: getattr(self, key) for key in _SETTINGS}

@@ -1,0 +1,85 @@
+"""Log-probabilities of continuations: those of the whole forward pass, for any batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from puna.configs import schema
+from puna.configs.errors import UserError
+from puna.eval import scoring
+from puna.models.parallel import sharding
+from puna.models.transformer import Transformer, init_params
+
+CONFIG = schema.ModelConfig(
+    vocab_size=64, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16
+)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Of several lengths; twelve differ in their last token only, one pair in its border only."""
+    rng = np.random.default_rng(0)
+    made = [
+        (rng.integers(0, 64, m).tolist(), rng.integers(0, 64, n).tolist())
+        for m, n in [(1, 1), (3, 4), (20, 2), (12, 3), (1, 9)]
+    ]
+    made += [(made[1][0], made[1][1][:-1] + [last]) for last in range(12)]
+    return [*made, (made[3][0] + made[3][1][:1], made[3][1][1:])]
+
+
+@pytest.fixture(scope="module")
+def params():
+    params = init_params(CONFIG, jax.random.key(0), sharding.make_mesh(schema.MeshConfig()))
+    return jax.tree.map(lambda x: 3 * x, params)
+
+
+def scores(mesh_config, devices, params, texts, batch_size):
+    mesh = sharding.make_mesh(mesh_config, devices)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+        return dict(scoring.score(Transformer(CONFIG), params, texts, batch_size))
+
+
+def test_they_are_those_of_the_whole_pass_on_one_device_and_on_eight(params, texts):
+    one = schema.MeshConfig(fsdp=1)
+    alone = scores(one, jax.devices()[:1], params, texts, 1)
+    assert sorted(alone) == list(range(len(texts)))
+    mesh = sharding.make_mesh(one, jax.devices()[:1])
+    params = jax.device_put(params, sharding.replicated(mesh))
+    apply = jax.jit(Transformer(CONFIG).apply)
+    greedy = 0
+    for number, (context, continuation) in enumerate(texts):
+        ids = [*context, *continuation]
+        row = np.zeros((1, 32), np.int32)
+        row[0, : len(ids)] = ids
+        logits = np.asarray(apply({"params": params}, row).logits_BTV, np.float64)[0]
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        places = range(len(context) - 1, len(ids) - 1)
+        wanted = sum(logprobs[t, ids[t + 1]] for t in places)
+        assert abs(alone[number].logprob - wanted) < 1e-4
+        wanted = all(logprobs[t].argmax() == ids[t + 1] for t in places)
+        assert alone[number].greedy == wanted
+        greedy += wanted
+    # The likeliest of all ids comes after one of the contexts: a flag that is always off is found.
+    best = [(texts[0][0], [i]) for i in range(64)]
+    assert sum(s.greedy for s in scores(one, jax.devices()[:1], params, best, 1).values()) == 1
+    eight = scores(schema.MeshConfig(fsdp=4, tensor=2), None, params, texts, 8)
+    for number, found in alone.items():
+        assert abs(eight[number].logprob - found.logprob) < 1e-4
+        assert eight[number].greedy == found.greedy
+
+
+def test_what_cannot_be_scored(params):
+    one = schema.MeshConfig(fsdp=1)
+    with pytest.raises(UserError, match=r"gives id 64 and the model has ids 0\.\.63"):
+        scores(one, jax.devices()[:1], params, [([1], [64])], 1)
+    damaged = jax.tree.map(lambda x: x * jnp.nan, params)
+    with pytest.raises(UserError, match="log-probability of nan"):
+        scores(one, jax.devices()[:1], damaged, [([1], [2])], 1)
+
+
+def test_few_lengths():
+    lengths = [scoring.padded(n) for n in range(1, 4097)]
+    assert all(0 < p - n <= max(16, p // 3) or p == n for n, p in enumerate(lengths, 1))
+    assert len(set(lengths)) == 17
