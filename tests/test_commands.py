@@ -28,7 +28,7 @@ DOCSTRINGS = [
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
 STARTS = ("puna", "python", "pytest", "make", "pip", "bash")
-STARTERS = ("_join", "_train", "_eval", "_generate", "_data", "_launch", "_convert")
+STARTERS = ("_join", "_train", "_eval", "_generate", "_data", "_plan", "_launch", "_convert")
 
 
 def blocks(text, language=""):
@@ -105,7 +105,9 @@ def test_puna(words, nothing_starts):
     if not arguments:
         assert name == "--help" or name in cli.COMMANDS
         return
-    if name in ("train", "eval", "data") and not any(a.startswith("--config=") for a in arguments):
+    if name in ("train", "eval", "data", "plan") and not any(
+        a.startswith("--config=") for a in arguments
+    ):
         arguments.append("--config=tiny")
     with contextlib.redirect_stdout(None):
         cli._run([name, *arguments])
