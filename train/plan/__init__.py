@@ -56,7 +56,7 @@ class Plan:
             lines.append(section.replace("_", " "))
             for name, figure in figures.items():
                 note = f"  {figure.note}" if figure.note else ""
-                lines.append(f"  {name.replace('_', ' '):<26}{str(figure):<26}{note}".rstrip())
+                lines.append(f"  {name.replace('_', ' '):<26}{str(figure):<30}{note}".rstrip())
         return "\n".join(lines)
 
 
@@ -105,6 +105,9 @@ def plan(
         memory, fits, verdict = _training(c, devices, mesh, limit)
         if kind == "cpu":
             memory["limit"] = memory["limit"]._replace(origin="given", note="this machine's share")
+        elif isinstance(hardware.CHIPS[kind].compiler, hardware.GpuCompiler):
+            note = "JAX takes 3/4 of it, or as XLA_PYTHON_CLIENT_MEM_FRACTION says"
+            memory["limit"] = memory["limit"]._replace(note=note)
         sections["memory_of_a_device"] = memory
         held = sum(memory[k].value for k in ("parameters", "optimizer_state"))
         sections["step"] = step.speed(c, kind, mesh, int(held))
