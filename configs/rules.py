@@ -1,12 +1,38 @@
-"""Rules that join keys: what a single value cannot say of itself.
+"""Rules of single values, and rules that join keys: what a value cannot say of itself.
 
-A rule here is one line when it is broken: the key, its value, what it must be and why.
+Each is one line when it is broken: the key, its value, what it must be and why.
 """
 
 import dataclasses
 import operator
+from collections.abc import Callable
+from typing import Any
 
 from .errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a single value must satisfy: `text` completes the sentence "key=value must ..."."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low) -> Rule:
+    return Rule(f"be at least {low}", lambda v: v >= low)
+
+
+def more_than(low) -> Rule:
+    return Rule(f"be more than {low}", lambda v: v > low)
+
+
+def between(low, high) -> Rule:
+    return Rule(f"lie between {low} and {high}", lambda v: low <= v <= high)
+
+
+def one_of(*names: str) -> Rule:
+    return Rule("be one of " + ", ".join(names), lambda v: v in names)
 
 
 def _multiple(name_a, a, name_b, b):

@@ -9,37 +9,12 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import paths
 from .errors import ConfigError
-from .rules import check, check_model
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a single value must satisfy: `text` completes the sentence "key=value must ..."."""
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(low) -> Rule:
-    return Rule(f"be at least {low}", lambda v: v >= low)
-
-
-def more_than(low) -> Rule:
-    return Rule(f"be more than {low}", lambda v: v > low)
-
-
-def between(low, high) -> Rule:
-    return Rule(f"lie between {low} and {high}", lambda v: low <= v <= high)
-
-
-def one_of(*names: str) -> Rule:
-    return Rule("be one of " + ", ".join(names), lambda v: v in names)
-
+from .rules import Rule, at_least, between, check, check_model, more_than, one_of
 
 POSITIVE = at_least(1)
 EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
@@ -297,6 +272,20 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Learning from a teacher's distribution, `train.objective=distill`."""
+
+    teacher: str = key("", "model or run with the vocabulary of the student", LOCAL)
+    records: str = key("text", "what is read", one_of("text", "conversations"))
+    beta: float = key(0.0, "divergence: 0 = forward KL, 1 = reverse KL, between = Jensen-Shannon",
+                      between(0, 1))  # fmt: skip
+    temperature: float = key(1.0, "what logits of both are divided by", more_than(0))
+    top_k: int = key(0, "ids of the teacher, the others being one; 0 = all", at_least(0))
+    hard: float = key(0.0, "weight of the cross-entropy; the rest is the divergence's",
+                      between(0, 1))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """Reward models from pairs of answers, `train.objective=reward`."""
 
@@ -343,6 +332,7 @@ class Config:
     preference: PreferenceConfig = section(
         PreferenceConfig, Only("train.objective", ("preference",))
     )
+    distill: DistillConfig = section(DistillConfig, Only("train.objective", ("distill",)))
     reward: RewardConfig = section(RewardConfig, Only("train.objective", ("reward",)))
     adapter: AdapterConfig = section(AdapterConfig)
     mesh: MeshConfig = section(MeshConfig)

@@ -7,7 +7,8 @@ the vocabulary matmul runs three times a step (logits, d hidden, d table), as it
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -144,49 +145,108 @@ def log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk=1024):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk):
-    inputs = (hidden_BTD, table_DV, targets_BT, weights_BT)
-    return _on_mesh(*inputs, dtype, z_loss, loss_chunk, with_gradient=False)[:2]
+    found = over_logits(
+        _of_targets(z_loss), hidden_BTD, table_DV, (targets_BT, weights_BT), (), dtype, loss_chunk,
+        with_gradient=False,
+    )  # fmt: skip
+    return found.total, found.each[0]
 
 
-def _on_mesh(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk,
-             with_gradient):  # fmt: skip
-    """Total, nll_BT, d hidden and d table; each device works on its tokens and its vocabulary.
+class Vocabulary(NamedTuple):
+    """The part of the vocabulary that a device has: `size` ids from `first` on."""
+
+    axis: str | None  # mesh axis that the vocabulary is split over
+    first: Any
+    size: int
+
+    def add_up(self, x):
+        return jax.lax.psum(x, self.axis) if self.axis else x
+
+    def log_sum_exp(self, logits):
+        """Of all logits of each token [B, t, V] -> [B, t]."""
+        top = jnp.max(logits, axis=-1)
+        top = jax.lax.pmax(top, self.axis) if self.axis else top
+        return top + jnp.log(self.add_up(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)))
+
+    def hits(self, y):
+        """Where the ids y [B, t] are, [B, t, V]."""
+        return jnp.arange(self.size) + self.first == y[..., None]
+
+
+class OverLogits(NamedTuple):
+    """total: of all tokens. each: numbers of each token [B, T]. And the gradient of the total."""
+
+    total: jax.Array
+    each: tuple
+    dhidden_BTD: Any
+    dtable_DV: Any
+
+
+# (logits_BtV in float32, arrays of the tokens, tables, product of them, vocabulary) ->
+# (the loss of each token [B, t], weighed; numbers of each; the gradient of the loss by logits).
+OfLogits = Callable[..., tuple[jax.Array, tuple, jax.Array]]
+
+
+def _of_targets(z_loss) -> OfLogits:
+    """Weighted cross-entropy of targets, and of each token nll."""
+
+    def of_logits(logits, tokens, tables, dot, vocabulary):
+        y, w = tokens
+        lse = vocabulary.log_sum_exp(logits)
+        hit = vocabulary.hits(y)
+        nll = lse - vocabulary.add_up(jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
+        p = jnp.exp(logits - lse[..., None]) * (1.0 + 2.0 * z_loss * lse)[..., None]
+        return w * (nll + z_loss * lse**2), (nll,), (p - hit) * w[..., None]
+
+    return of_logits
+
+
+def over_logits(of_logits: OfLogits, hidden_BTD, table_DV, tokens, tables, dtype, loss_chunk,
+                with_gradient: bool) -> OverLogits:  # fmt: skip
+    """A loss of logits, and its gradient; each device works on its tokens and its vocabulary.
 
     The gradient of the table is added up over devices once, not slice by slice, and straight into
     the parts in which the table itself lies.
+
+    Args:
+      tokens: arrays [B, T] or [B, T, D] that belong to tokens. Positions that are added to fill up
+        the last slice have zeros, among them a weight of 0.
+      tables: arrays [D, V] beside `table_DV` that are not differentiated.
     """
     split = sharding.split_axes()
     run = functools.partial(
-        _scan, dtype=dtype, z_loss=z_loss, loss_chunk=loss_chunk, with_gradient=with_gradient
+        _scan, of_logits, dtype=dtype, loss_chunk=loss_chunk, with_gradient=with_gradient
     )
     if not split:
-        return run(hidden_BTD, table_DV, targets_BT, weights_BT)
-    rows = sharding.activation(hidden_BTD.shape, ("batch", "loss_length", None))
-    tokens = sharding.activation(targets_BT.shape, ("batch", "loss_length"))
+        return run(hidden_BTD, table_DV, tokens, tables)
+
+    def of_tokens(x):
+        return sharding.activation(x.shape, ("batch", "loss_length", None)[: x.ndim])
+
+    rows, each = of_tokens(hidden_BTD), of_tokens(hidden_BTD[..., 0])
     table = sharding.activation(table_DV.shape, (None, "act_vocab"))
-    token_axes = _axes(tokens)
+    token_axes = _axes(each)
     stored = sharding.activation(table_DV.shape, ("embed", "vocab"))
     scattered = tuple(a for a in _axes(stored[:1]) if a in token_axes)
     added = tuple(a for a in token_axes if a not in scattered)
 
-    def local(hidden_BTD, table_DV, targets_BT, weights_BT):
-        total, nll_BT, dhidden_BTD, dtable_DV = run(
-            hidden_BTD, table_DV, targets_BT, weights_BT, vocab_axis=table[1]
-        )
-        total = jax.lax.psum(total, token_axes)
+    def local(hidden_BTD, table_DV, tokens, tables):
+        found = run(hidden_BTD, table_DV, tokens, tables, vocab_axis=table[1])
+        dtable_DV = found.dtable_DV
         if dtable_DV is not None:
             if scattered:
                 dtable_DV = jax.lax.psum_scatter(
                     dtable_DV, scattered, scatter_dimension=0, tiled=True
                 )
             dtable_DV = jax.lax.psum(dtable_DV, added)
-        return total, nll_BT, dhidden_BTD, dtable_DV
+        return found._replace(total=jax.lax.psum(found.total, token_axes), dtable_DV=dtable_DV)
 
-    out = (PartitionSpec(), tokens, rows, PartitionSpec(scattered or None, table[1]))
+    out = OverLogits(PartitionSpec(), each, rows, PartitionSpec(scattered or None, table[1]))
     if not with_gradient:
-        out = (*out[:2], None, None)
-    return sharding.per_device(local, (rows, table, tokens, tokens), out)(
-        hidden_BTD, table_DV.astype(dtype), targets_BT, weights_BT
+        out = out._replace(dhidden_BTD=None, dtable_DV=None)
+    places = (rows, table, jax.tree.map(of_tokens, tokens), table)
+    return sharding.per_device(local, places, out)(
+        hidden_BTD, table_DV.astype(dtype), tokens, tuple(x.astype(dtype) for x in tables)
     )
 
 
@@ -195,8 +255,8 @@ def _axes(spec) -> tuple[str, ...]:
     return tuple(a for dim in spec if dim for a in ((dim,) if isinstance(dim, str) else dim))
 
 
-def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, *, dtype, z_loss, loss_chunk,
-          with_gradient, vocab_axis=None):  # fmt: skip
+def _scan(of_logits, hidden_BTD, table_DV, tokens, tables, *, dtype, loss_chunk, with_gradient,
+          vocab_axis=None):  # fmt: skip
     """The same on one device.
 
     Args:
@@ -205,14 +265,12 @@ def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, *, dtype, z_loss, loss_c
     B, T, D = hidden_BTD.shape
     t = max(1, min(T, loss_chunk // B))
     slices = math.ceil(T / t)
-    table = table_DV.astype(dtype)
+    table, tables = table_DV.astype(dtype), tuple(x.astype(dtype) for x in tables)
     V = table.shape[1]
     first = jax.lax.axis_index(vocab_axis) * V if vocab_axis else 0
+    vocabulary = Vocabulary(vocab_axis, first, V)
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     dot = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-
-    def add_up(x):
-        return jax.lax.psum(x, vocab_axis) if vocab_axis else x
 
     def cut(x):
         """[B, T, ...] -> [slices, B, t, ...]; the positions added at the end weigh nothing."""
@@ -224,37 +282,33 @@ def _scan(hidden_BTD, table_DV, targets_BT, weights_BT, *, dtype, z_loss, loss_c
 
     def one(carry, slice_):
         total, dtable_DV = carry
-        h, y, w = slice_
+        h, rest = slice_
         h = h.astype(dtype)
         logits = dot("BtD,DV->BtV", h, table)
-        top = jnp.max(logits, axis=-1)
-        top = jax.lax.pmax(top, vocab_axis) if vocab_axis else top
-        lse = top + jnp.log(add_up(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)))
-        hit = jnp.arange(V) + first == y[..., None]
-        nll = lse - add_up(jnp.sum(jnp.where(hit, logits, 0.0), axis=-1))
-        total += jnp.sum(w * (nll + z_loss * lse**2))
+        losses, each, dlogits = of_logits(logits, rest, tables, dot, vocabulary)
+        total += jnp.sum(losses)
         if not with_gradient:
-            return (total, dtable_DV), (nll, None)
-        p = jnp.exp(logits - lse[..., None]) * (1.0 + 2.0 * z_loss * lse)[..., None]
-        dlogits = ((p - hit) * w[..., None]).astype(dtype)
+            return (total, dtable_DV), (each, None)
+        dlogits = dlogits.astype(dtype)
         dtable_DV += dot("BtD,BtV->DV", h, dlogits)
-        dh = add_up(dot("BtV,DV->BtD", dlogits, table))
-        return (total, dtable_DV), (nll, dh.astype(dtype))
+        dh = vocabulary.add_up(dot("BtV,DV->BtD", dlogits, table))
+        return (total, dtable_DV), (each, dh.astype(dtype))
 
     start = (jnp.zeros(()), jnp.zeros(table_DV.shape) if with_gradient else None)
-    parts = (cut(hidden_BTD), cut(targets_BT), cut(weights_BT))
-    (total, dtable_DV), (nll, dhidden) = jax.lax.scan(one, start, parts)
-    return total, join(nll), None if dhidden is None else join(dhidden), dtable_DV
+    parts = (cut(hidden_BTD), jax.tree.map(cut, tokens))
+    (total, dtable_DV), (each, dhidden) = jax.lax.scan(one, start, parts)
+    each = jax.tree.map(join, each)
+    return OverLogits(total, each, None if dhidden is None else join(dhidden), dtable_DV)
 
 
 def _forward(hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk):
-    total, nll_BT, dhidden_BTD, dtable_DV = _on_mesh(
-        hidden_BTD, table_DV, targets_BT, weights_BT, dtype, z_loss, loss_chunk, with_gradient=True
-    )
-    assert dhidden_BTD is not None and dtable_DV is not None
+    found = over_logits(
+        _of_targets(z_loss), hidden_BTD, table_DV, (targets_BT, weights_BT), (), dtype, loss_chunk,
+        with_gradient=True,
+    )  # fmt: skip
     # Carried in the dtypes their cotangents need.
-    saved = dhidden_BTD.astype(hidden_BTD.dtype), dtable_DV.astype(table_DV.dtype)
-    return (total, nll_BT), saved
+    saved = found.dhidden_BTD.astype(hidden_BTD.dtype), found.dtable_DV.astype(table_DV.dtype)
+    return (found.total, found.each[0]), saved
 
 
 def _backward(dtype, z_loss, loss_chunk, saved, cotangents):
@@ -269,9 +323,10 @@ _cross_entropy.defvjp(_forward, _backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _negative_log_probs(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk):
     weights_BT = jnp.ones(targets_BT.shape)
-    return _on_mesh(
-        hidden_BTD, table_DV, targets_BT, weights_BT, dtype, 0.0, loss_chunk, with_gradient=False
-    )[1]
+    return over_logits(
+        _of_targets(0.0), hidden_BTD, table_DV, (targets_BT, weights_BT), (), dtype, loss_chunk,
+        with_gradient=False,
+    ).each[0]  # fmt: skip
 
 
 def _forward_each(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk):
@@ -282,10 +337,11 @@ def _forward_each(hidden_BTD, table_DV, targets_BT, dtype, loss_chunk):
 def _backward_each(dtype, loss_chunk, saved, g_BT):
     """The gradient of sum(g * nll), where g are weights like any others."""
     hidden_BTD, table_DV, targets_BT = saved
-    _, _, dhidden_BTD, dtable_DV = _on_mesh(
-        hidden_BTD, table_DV, targets_BT, g_BT, dtype, 0.0, loss_chunk, with_gradient=True
-    )
-    assert dhidden_BTD is not None and dtable_DV is not None
+    found = over_logits(
+        _of_targets(0.0), hidden_BTD, table_DV, (targets_BT, g_BT), (), dtype, loss_chunk,
+        with_gradient=True,
+    )  # fmt: skip
+    dhidden_BTD, dtable_DV = found.dhidden_BTD, found.dtable_DV
     return dhidden_BTD.astype(hidden_BTD.dtype), dtable_DV.astype(table_DV.dtype), None
 
 
