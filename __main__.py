@@ -12,13 +12,15 @@ import traceback
 
 from absl import flags
 
-from .configs import errors, files, find, get_config, names, paths, schema
+from .configs import command_line, errors, files, paths, schema
 from .train.resilience.background import background_log
 
 COMMANDS = {
     "train": "train a model; the same command resumes after an interruption",
     "eval": "loss, perplexity and bits per byte on held-out text, or tasks of lm-eval",
     "generate": "continue a prompt",
+    "chat": "talk with a model in the terminal, or a message a line from a pipe",
+    "serve": "answer requests in the form of OpenAI's API over HTTP",
     "plan": "memory, time, energy and cost of training or generating, on hardware that is not here",
     "data": "training examples as the model sees them, and which tokens bear loss",
     "launch": "-n N -- COMMAND --flags: run a command in several processes on this machine",
@@ -92,20 +94,15 @@ def _generate(args):
     import jax
 
     from .models.decode import generate
-    from .models.parallel import processes, sharding
-    from .models.text.tokenizer import load_tokenizer
+    from .models.parallel import processes
     from .models.weights.load import load
 
     path = _required(args, "checkpoint")
     if args.prompt is None:  # an empty one is a prompt too
         raise errors.UserError("--prompt is needed; --help shows the flags")
-    mesh = sharding.make_mesh(_mesh(args.mesh))
+    tokenizer, mesh = _open_tokenizer(args)
+    sampling = _sampling(args, tokenizer)
     model, params = load(path, args.dtype, mesh, args.quantize, args.adapter)
-    tokenizer = load_tokenizer(path)
-    sampling = generate.sampling_for(
-        tokenizer, args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-        min_p=args.min_p,
-    )  # fmt: skip
     pieces = generate.stream(
         model, params, tokenizer, args.prompt, max_tokens=args.max_tokens,
         stop=tuple(args.stop), **sampling._asdict(),
@@ -148,6 +145,61 @@ def _plan(args):
     print(found)
     if args.workdir:
         print(f"plan.json is in {args.workdir}")
+
+
+def _chat(args):
+    import jax
+
+    from .models.decode import chat
+
+    tokenizer, mesh = _open_tokenizer(args)
+    # Before the weights are read: a model that cannot chat says so at once.
+    tokenizer.chat([{"role": "user", "content": "?"}])
+    sampling = _sampling(args, tokenizer)
+    engine = _open_engine(args, tokenizer, mesh, num_slots=1)
+    with jax.set_mesh(mesh):
+        chat.run(chat.Chat(engine, sampling, args.system, args.max_tokens))
+
+
+def _serve(args):
+    try:
+        from .models.decode.server import app
+    except ModuleNotFoundError as error:
+        raise errors.UserError(
+            f"puna serve needs the package {error.name}: pip install 'puna[serve]'"
+        ) from None
+    tokenizer, mesh = _open_tokenizer(args)
+    with app.listen(args.host, args.port) as socket:
+        engine = _open_engine(args, tokenizer, mesh, args.slots)
+        name = args.name or pathlib.Path(args.checkpoint).resolve().name
+        key = args.api_key or os.environ.get("PUNA_API_KEY", "")
+        app.serve(engine, socket, mesh, name, key, args.max_waiting)
+
+
+def _open_tokenizer(args):
+    from .models.parallel import sharding
+    from .models.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(_required(args, "checkpoint"))
+    return tokenizer, sharding.make_mesh(_mesh(args.mesh))
+
+
+def _open_engine(args, tokenizer, mesh, num_slots):
+    import jax
+
+    from .models.decode.slots import Engine
+    from .models.weights.load import load
+
+    model, params = load(args.checkpoint, args.dtype, mesh, args.quantize, args.adapter)
+    with jax.set_mesh(mesh):
+        return Engine(model, params, tokenizer, num_slots, args.max_length)
+
+
+def _sampling(args, tokenizer):
+    from .models.decode.generate import sampling_for
+
+    told = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    return sampling_for(tokenizer, args.seed, **told)
 
 
 def _data(args):
@@ -249,148 +301,6 @@ def _summary(results: dict) -> None:
         print(f"  {name:<{width}}  {f'{value:,.5g}' if isinstance(value, float) else value}")
 
 
-def _flags(command: str, arguments: list[str]) -> flags.FlagValues:
-    """The flags of a command; `arguments` say which keys --config.KEY=VALUE are there."""
-    args = flags.FlagValues()
-    text = {"flag_values": args}
-    flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
-    if command in ("train", "eval", "data", "plan"):
-        from ml_collections import config_flags
-
-        config_flags.DEFINE_config_file(
-            "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT",
-            sys_argv=arguments, **text,
-        )  # fmt: skip
-    if command in ("train", "eval", "generate", "plan"):
-        flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
-    if command in ("train", "eval", "generate"):
-        flags.DEFINE_string(
-            "coordinator",
-            "",
-            "HOST:PORT of the first of several processes; clusters set it",
-            **text,
-        )
-        flags.DEFINE_integer(
-            "num_processes", 0, "how many; 1 = alone, even inside a cluster", **text
-        )
-        flags.DEFINE_integer("process_id", -1, "number of this process, from 0", **text)
-        flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", **text)
-        flags.DEFINE_integer(
-            "heartbeat", 100, "seconds of silence after which a process counts as dead", **text
-        )
-    if command == "train":
-        flags.DEFINE_bool("resume", True, "resume from the newest checkpoint in --workdir", **text)
-        flags.DEFINE_string(
-            "init_from", None, "weights to start from: a model, a run or RUN@STEP; the same as "
-            "--config.train.init_from", **text,
-        )  # fmt: skip
-        flags.DEFINE_bool("with_optimizer", False, "keep the moments of that run, too", **text)
-        flags.DEFINE_bool(
-            "fresh", False, "start a new run; refuses a --workdir with checkpoints", **text
-        )
-    if command == "plan":
-        flags.DEFINE_string(
-            "topology",
-            None,
-            "what to plan for, such as v5p-256, 2xv5e-256, h100-8 or cpu-8",
-            **text,
-        )
-        flags.DEFINE_bool("no_compile", False, "arithmetic alone, in seconds", **text)
-        flags.DEFINE_float("tokens", 0.0, "of a run: its time, energy, carbon and cost", **text)
-        flags.DEFINE_float("mfu", 0.4, "share of the peak FLOP/s that such a run reaches", **text)
-        flags.DEFINE_string("country", "us", "whose electricity it uses", **text)
-        flags.DEFINE_float("power_mw", 0.0, "of a site: how many devices that is", **text)
-        flags.DEFINE_integer("context", 0, "tokens of a row; plans generation instead", **text)
-        flags.DEFINE_integer("batch", 1, "rows that are generated at one time", **text)
-        flags.DEFINE_enum(
-            "quantize", "none", ["none", "int8", "int4"], "weights of generation", **text
-        )
-        flags.DEFINE_string("facts", None, "published numbers, edited: a TOML file", **text)
-    if command == "data":
-        flags.DEFINE_string("init_from", None, "weights whose tokenizer is used", **text)
-        flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)
-        flags.DEFINE_integer("limit", 1000, "examples that the summary is of", **text)
-        flags.DEFINE_bool("json", False, 'print {"ids", "weights"} a line, nothing else', **text)
-    if command in ("eval", "generate"):
-        flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
-        flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
-        flags.DEFINE_string("adapter", "", "folder of a PEFT adapter to lay on the model", **text)
-    if command == "eval":
-        flags.DEFINE_string(
-            "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "
-            "--config then gives the mesh and the compute_dtype and may be left out", **text,
-        )  # fmt: skip
-        flags.DEFINE_string("include_path", None, "--harness: folder with more tasks", **text)
-        flags.DEFINE_integer("limit", None, "--harness: documents of each task", **text)
-        flags.DEFINE_integer("num_fewshot", None, "--harness: examples in a prompt", **text)
-        flags.DEFINE_integer("batch_size", 8, "--harness: rows at a time", **text)
-        flags.DEFINE_integer("max_length", None, "--harness: longest context, tokens", **text)
-        flags.DEFINE_bool("apply_chat_template", False, "--harness: ask in a chat", **text)
-    if command == "generate":
-        flags.DEFINE_string("prompt", None, "text to continue", **text)
-        flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
-        flags.DEFINE_float(
-            "temperature", None, "0 = always the likeliest token; unless told, this and the next "
-            "three are as the model's generation_config.json says, else 0", **text,
-        )  # fmt: skip
-        flags.DEFINE_integer("top_k", None, "sample from the k likeliest; 0 = all", **text)
-        flags.DEFINE_float("top_p", None, "sample from the likeliest of this mass", **text)
-        flags.DEFINE_float("min_p", None, "least probability / the largest", **text)
-        flags.DEFINE_integer("seed", 0, "of the sampling", **text)
-        flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
-        flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
-        flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
-    if command == "launch":
-        flags.DEFINE_integer("n", 2, "processes", **text)
-        flags.DEFINE_integer("devices", 0, "of each process: GPUs, or simulated on CPU", **text)
-        flags.DEFINE_integer("restarts", 0, "times to start again after a failure", **text)
-    if command == "convert":
-        args.set_gnu_getopt(True)  # flags may follow the paths
-        flags.DEFINE_enum("to", "hf", ["hf", "puna", "gguf", "peft"], "format of DST", **text)
-        flags.DEFINE_enum(
-            "dtype", None, ["bfloat16", "float16", "float32", "q8_0"],
-            "of all tensors of DST, q8_0 with --to=gguf; by default each keeps its own", **text,
-        )  # fmt: skip
-        flags.DEFINE_string("name", None, "of the release; DST's own by default", **text)
-        flags.DEFINE_string(
-            "base_licence", None, "llama2, llama3, llama3.1, llama3.2, llama3.3, llama4 or none: "
-            "of the model that SRC comes from; by default what stands beside its weights", **text,
-        )  # fmt: skip
-        flags.DEFINE_string(
-            "tokenizer", None, "where the tokenizer lies, or none; by default beside the weights",
-            **text,
-        )  # fmt: skip
-        flags.DEFINE_bool(
-            "ignore_licence_name", False, "write a name that the base licence forbids", **text
-        )
-    return args
-
-
-def _prepare(arguments: list[str]) -> list[str]:
-    """Check --config.KEY=VALUE against the schema and turn --config=NAME into a file.
-
-    `config_flags` would do the first with a traceback and knows no names.
-    """
-    left, out = list(arguments), []
-    while left:
-        argument = left.pop(0)
-        if found := re.fullmatch(r"--?(init_from|with_optimizer)(=.*)?", argument, re.DOTALL):
-            argument = f"--config.train.{found[1]}{found[2] or ''}"
-            if found[1] == "with_optimizer" and not found[2]:
-                argument += "=true"
-        if argument in ("--config", "-config") and left:
-            argument += "=" + left.pop(0)
-        if match := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
-            name, value = match.groups()
-            schema.parse(name, (left or [""])[0] if value is None else value)
-        elif match := re.fullmatch(r"--?config=(.*)", argument, re.DOTALL):
-            get_config(match[1])
-            path, variant = find(match[1])
-            argument = f"--config={path}" + ("" if variant is None else f":{variant}")
-        out.append(argument)
-    return out
-
-
 def _usage() -> str:
     lines = ["usage: puna COMMAND --flags     (puna COMMAND --help shows them)", ""]
     return "\n".join(lines + [f"  {name:<10} {text}" for name, text in COMMANDS.items()])
@@ -407,9 +317,9 @@ def _run(argv: list[str]) -> None:
     if command == "launch" and "--" in rest:
         at = rest.index("--")
         rest, passed_on = rest[:at], rest[at + 1 :]
-    rest = ["puna", *_prepare(rest)]
+    rest = ["puna", *command_line.prepare(rest)]
     try:
-        args = _flags(command, rest)
+        args = command_line.define(command, rest)
         left = args(rest)[1:]
     except flags.Error as e:
         raise errors.UserError(f"{' '.join(str(e).split())}; --help shows the flags") from None
@@ -435,10 +345,13 @@ def _run(argv: list[str]) -> None:
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration
             schema.from_dict(args.config)
-    if command not in ("data", "plan"):
+    if "coordinator" in args:
         _join(args, command)
-    commands = {"train": _train, "eval": _eval, "generate": _generate, "plan": _plan}
-    (commands | {"data": _data})[command](args)
+    commands = {
+        "train": _train, "eval": _eval, "generate": _generate, "chat": _chat, "serve": _serve,
+        "plan": _plan, "data": _data,
+    }  # fmt: skip
+    commands[command](args)
 
 
 # A run has a file for what threads report; what concerns a command comes back to it as an error.

@@ -48,6 +48,8 @@ EXTRAS = {
     "remote": ["fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
     # The field's own tasks, asked in this process: `puna eval --harness`. Brings no torch.
     "harness": ["lm-eval>=0.4.13"],
+    # `puna serve`: routes, and HTTP.
+    "serve": ["starlette>=0.46.0", "uvicorn>=0.34.0"],
     # Running the notebooks.
     "notebooks": ["ipykernel>=6.29.0", "nbclient>=0.10.0", "nbformat>=5.10.0"],
     # The independent implementations that golden tests compare with: exact, since numbers are.
@@ -62,12 +64,15 @@ EXTRAS = {
         "autograd>=1.7.0",  # gradients of the NumPy model that tests compare with
         "basedpyright==1.40.2",  # pyright from the package index alone: no Node.js download
         "fsspec>=2025.3.0",  # its backend in memory stands for a server
+        "httpx>=0.28.0",  # a client of `puna serve`
         "hypothesis>=6.112.0",
         "pyarrow>=17.0.0",
         "zstandard>=0.23.0",
         "pytest>=8.3.0",
         "pytest-xdist>=3.6.1",
         "ruff==0.17.6",
+        "starlette>=0.46.0",
+        "uvicorn>=0.34.0",
         "setuptools>=77.0.3",  # the packaging test builds a wheel without the network
     ],
 }

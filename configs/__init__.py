@@ -15,6 +15,7 @@ _FOLDER = pathlib.Path(__file__).parent
 _NOT_EXPERIMENTS = {
     "__init__",
     "base",
+    "command_line",
     "display",
     "errors",
     "files",

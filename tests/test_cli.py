@@ -70,6 +70,9 @@ def run(*arguments, **options):
         (["generate", "--checkpoint=nowhere", "--prompt=a"], "nowhere"),
         (["generate", "--checkpoint=nowhere"], "--prompt is needed"),
         (["generate", "--max_tokens=many"], "max_tokens"),
+        (["chat"], "--checkpoint is needed"),
+        (["chat", "--checkpoint=nowhere"], "nowhere"),
+        (["serve", "--checkpoint=nowhere"], "nowhere"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message, monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 
 import puna
 from puna import __main__ as cli
-from puna.configs import schema
+from puna.configs import command_line, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,7 +28,10 @@ DOCSTRINGS = [
     *sorted((ROOT / "benchmarks").glob("*.py")),
 ]
 STARTS = ("puna", "python", "pytest", "make", "pip", "bash")
-STARTERS = ("_join", "_train", "_eval", "_generate", "_data", "_plan", "_launch", "_convert")
+STARTERS = (
+    "_join", "_train", "_eval", "_generate", "_chat", "_serve", "_data", "_plan", "_launch",
+    "_convert",
+)  # fmt: skip
 
 
 def blocks(text, language=""):
@@ -121,7 +124,7 @@ def test_benchmarks(words):
     known = benchmark_arguments(path)
     keys = [a for a in arguments if a.startswith("--config.")]
     assert not keys or "--config" in known
-    cli._prepare(keys)
+    command_line.prepare(keys)
     for argument in set(arguments) - set(keys):
         if argument.startswith("-"):
             assert argument.split("=")[0] in known, f"{path} has no {argument}"
@@ -192,7 +195,7 @@ def test_flags_and_keys_in_running_text():
         for name in benchmark_arguments(b.relative_to(ROOT))
     }
     for name in cli.COMMANDS:
-        flags |= {f"--{flag}" for flag in cli._flags(name, [])}
+        flags |= {f"--{flag}" for flag in command_line.define(name, [])}
     keys = {name for name, *_ in schema.keys()}
     sections = {key.split(".")[0] for key in keys}
     wrong = []

@@ -41,9 +41,8 @@ class Block(NamedTuple):
     drawn_logprobs_BT: np.ndarray
 
 
-def empty_cache(config, batch_size, max_length):
-    """An `init_cache` that lies on the mesh as keys and values do."""
-    cache = init_cache(config, batch_size, max_length)
+def constrain_cache(cache):
+    """The cache, lying on the current mesh as keys and values do."""
     if not sharding.split_axes():
         return cache
 
@@ -58,7 +57,7 @@ def empty_cache(config, batch_size, max_length):
 def _prefill(model, max_length, kept, cache, tokens_BT, segments_BT):
     """The cache with these tokens added; the first piece makes it."""
     if cache is None:
-        cache = empty_cache(model.config, len(tokens_BT), max_length)
+        cache = constrain_cache(init_cache(model.config, len(tokens_BT), max_length))
     states = model.apply(
         {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=cache, method="states"
     )

@@ -20,13 +20,13 @@ import numpy as np
 
 from ...configs.errors import UserError
 from .. import bits
-from ..cache import LayerCache
+from ..cache import LayerCache, init_cache
 from ..parallel import sharding
 from .engine import (
     check_fit,
     check_ids,
     check_prompts,
-    empty_cache,
+    constrain_cache,
     for_decoding,
     next_ids,
     row_keys,
@@ -93,13 +93,18 @@ def _of_row(layers, change):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model, kept, cache, slot, tokens_1T, segments_1T, first):
-    """The cache with a piece of a prompt in one slot; the first piece empties the slot before."""
+def _read(model, kept, cache, slot, tokens_BT, segments_BT, first):
+    """The cache with a piece of a prompt in one slot; the first piece empties the slot before.
+
+    Only the first of B rows counts: the others let a mesh that splits rows do so.
+    """
 
     def take(axis, x):
-        return jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
+        row = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
+        return jnp.repeat(row, len(tokens_BT), axis)
 
-    def put(axis, x, row):
+    def put(axis, x, rows):
+        row = jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
         return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
 
     def emptied(layer):
@@ -107,14 +112,16 @@ def _read(model, kept, cache, slot, tokens_1T, segments_1T, first):
 
     layers = _of_row([cache.layers], take)
     layers = jax.tree.map(emptied, layers, is_leaf=lambda x: isinstance(x, LayerCache))
-    length = jnp.where(first, 0, take(0, cache.lengths_B))
-    row = model.apply(
-        {"params": kept}, tokens_1T, segment_ids_BT=segments_1T,
-        cache=cache.replace(layers=layers, lengths_B=length), method="states",
-    ).cache  # fmt: skip
-    return cache.replace(
-        layers=_of_row([cache.layers, row.layers], put),
-        lengths_B=put(0, cache.lengths_B, row.lengths_B),
+    lengths_B = jnp.where(first, 0, take(0, cache.lengths_B))
+    rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
+    rows = model.apply(
+        {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=rows, method="states"
+    ).cache
+    return constrain_cache(
+        cache.replace(
+            layers=_of_row([cache.layers, rows.layers], put),
+            lengths_B=put(0, cache.lengths_B, rows.lengths_B),
+        )
     )
 
 
@@ -143,7 +150,9 @@ def _write(model, params, kept, cache, last_B, active_B, steps_B, sampling, rows
 
     top_logprobs_BW, top_ids_BW = jax.lax.cond(jnp.any(tops_B > 0), likeliest, nothing)
     found = ids_B, logprobs_B, top_ids_BW, top_logprobs_BW
-    return states.cache, tuple(sharding.constrain(x, *[None] * x.ndim) for x in found)
+    return constrain_cache(states.cache), tuple(
+        sharding.constrain(x, *[None] * x.ndim) for x in found
+    )
 
 
 class Engine:
@@ -165,17 +174,15 @@ class Engine:
             `model.config.max_positions`, which it is cut to.
 
         Raises:
-          UserError: an impossible setting; a model that cannot generate; a mesh that splits rows.
+          UserError: an impossible setting; a model that cannot generate.
         """
         for name, value in (("num_slots", num_slots), ("max_length", max_length)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
         mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.empty and sharding.parts("batch", mesh) > 1:
-            raise UserError(
-                f"{sharding.product('batch', mesh)} splits the rows of a batch, and a prompt is "
-                "read as one row: use mesh.tensor alone"
-            )
+        # Rows of one prompt, and of the cache: as many as the mesh can split.
+        self._parts = 1 if mesh.empty else sharding.parts("batch", mesh)
+        self._rows = num_slots + -num_slots % self._parts
         self.model, self.params, self.tokenizer = for_decoding(model), params, tokenizer
         self.num_slots = num_slots
         self.max_length = min(max_length, model.config.max_positions)
@@ -183,11 +190,11 @@ class Engine:
         self.requests: dict[int, _Request] = {}  # by slot
         self._reading: collections.deque[int] = collections.deque()
         self._kept = bits.view(params)
-        config, rows, length = self.model.config, num_slots, self.max_length
-        self._cache = jax.jit(lambda: empty_cache(config, rows, length))()
+        config, rows, length = self.model.config, self._rows, self.max_length
+        self._cache = jax.jit(lambda: constrain_cache(init_cache(config, rows, length)))()
         # Of each slot. What is not in use is greedy, which costs the least.
-        self._sampling = per_row(Sampling(), num_slots, num_slots)
-        self._numbers, self._last, self._steps, self._tops = np.zeros((4, num_slots), np.int32)
+        self._sampling = per_row(Sampling(), 1, rows)
+        self._numbers, self._last, self._steps, self._tops = np.zeros((4, rows), np.int32)
 
     @property
     def free(self) -> int:
@@ -243,6 +250,14 @@ class Engine:
             if slot in self._reading:
                 self._reading.remove(slot)
 
+    def warm_up(self) -> None:
+        """Compile all that requests will need; call it before them."""
+        for size in _PIECES:
+            length = min(size + 1, self.max_length - 1)
+            slot = self.insert([0] * length, max_tokens=1)
+            while slot in self.requests:
+                self.step()
+
     def step(self) -> dict[int, Token]:
         """Read one piece of the prompt that has waited longest, then make one token a slot.
 
@@ -258,7 +273,7 @@ class Engine:
         active = [slot for slot in self.requests if slot not in self._reading]
         if not active:
             return {}
-        active_B = np.isin(np.arange(self.num_slots), active)
+        active_B = np.isin(np.arange(self._rows), active)
         # JAX may still look at what it is given when the host goes on to change it.
         host = jax.tree.map(
             np.copy, (self._last, active_B, self._steps, self._sampling, self._numbers, self._tops)
@@ -285,10 +300,10 @@ class Engine:
         ids = request.prompt[request.read : request.to_read]
         size = next((size for size in _PIECES if len(ids) <= size), _PIECES[-1])
         ids = ids[:size]
-        tokens_1T, segments_1T = np.zeros((2, 1, size), np.int32)
-        tokens_1T[0, : len(ids)], segments_1T[0, : len(ids)] = ids, 1
+        tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)
+        tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
         self._cache = _read(
-            self.model, self._kept, self._cache, np.int32(slot), tokens_1T, segments_1T,
+            self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
             np.bool_(request.read == 0),
         )  # fmt: skip
         request.read += len(ids)

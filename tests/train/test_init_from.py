@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import puna
-from puna import __main__ as cli
-from puna.configs import base, schema
+from puna.configs import base, command_line, schema
 from puna.configs.errors import ConfigError, UserError
 from puna.models.parallel import sharding
 from puna.models.release.convert import convert
@@ -187,5 +186,5 @@ def test_a_converted_model_has_no_moments(first, plain, tmp_path):
 
 
 def test_the_flag_is_the_key():
-    prepared = cli._prepare(["--init_from=x", "--with_optimizer"])
+    prepared = command_line.prepare(["--init_from=x", "--with_optimizer"])
     assert prepared == ["--config.train.init_from=x", "--config.train.with_optimizer=true"]

@@ -1,0 +1,163 @@
+"""The flags of each command of `puna`, and how --config and its keys are read."""
+
+import re
+
+from absl import flags
+
+from . import find, get_config, names, schema
+
+
+def define(command: str, arguments: list[str]) -> flags.FlagValues:
+    """The flags of a command; `arguments` say which keys --config.KEY=VALUE are there."""
+    args = flags.FlagValues()
+    text = {"flag_values": args}
+    flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
+    if command in ("train", "eval", "data", "plan"):
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file(
+            "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT",
+            sys_argv=arguments, **text,
+        )  # fmt: skip
+    if command in ("train", "eval", "generate", "plan"):
+        flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
+    if command in ("train", "eval", "generate"):
+        flags.DEFINE_string(
+            "coordinator",
+            "",
+            "HOST:PORT of the first of several processes; clusters set it",
+            **text,
+        )
+        flags.DEFINE_integer(
+            "num_processes", 0, "how many; 1 = alone, even inside a cluster", **text
+        )
+        flags.DEFINE_integer("process_id", -1, "number of this process, from 0", **text)
+        flags.DEFINE_integer("join_timeout", 300, "seconds to wait for the others", **text)
+        flags.DEFINE_integer(
+            "heartbeat", 100, "seconds of silence after which a process counts as dead", **text
+        )
+    if command == "train":
+        flags.DEFINE_bool("resume", True, "resume from the newest checkpoint in --workdir", **text)
+        flags.DEFINE_string(
+            "init_from", None, "weights to start from: a model, a run or RUN@STEP; the same as "
+            "--config.train.init_from", **text,
+        )  # fmt: skip
+        flags.DEFINE_bool("with_optimizer", False, "keep the moments of that run, too", **text)
+        flags.DEFINE_bool(
+            "fresh", False, "start a new run; refuses a --workdir with checkpoints", **text
+        )
+    if command == "plan":
+        flags.DEFINE_string(
+            "topology",
+            None,
+            "what to plan for, such as v5p-256, 2xv5e-256, h100-8 or cpu-8",
+            **text,
+        )
+        flags.DEFINE_bool("no_compile", False, "arithmetic alone, in seconds", **text)
+        flags.DEFINE_float("tokens", 0.0, "of a run: its time, energy, carbon and cost", **text)
+        flags.DEFINE_float("mfu", 0.4, "share of the peak FLOP/s that such a run reaches", **text)
+        flags.DEFINE_string("country", "us", "whose electricity it uses", **text)
+        flags.DEFINE_float("power_mw", 0.0, "of a site: how many devices that is", **text)
+        flags.DEFINE_integer("context", 0, "tokens of a row; plans generation instead", **text)
+        flags.DEFINE_integer("batch", 1, "rows that are generated at one time", **text)
+        flags.DEFINE_enum(
+            "quantize", "none", ["none", "int8", "int4"], "weights of generation", **text
+        )
+        flags.DEFINE_string("facts", None, "published numbers, edited: a TOML file", **text)
+    if command == "data":
+        flags.DEFINE_string("init_from", None, "weights whose tokenizer is used", **text)
+        flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)
+        flags.DEFINE_integer("limit", 1000, "examples that the summary is of", **text)
+        flags.DEFINE_bool("json", False, 'print {"ids", "weights"} a line, nothing else', **text)
+    if command in ("eval", "generate", "chat", "serve"):
+        flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
+        flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
+        flags.DEFINE_string("adapter", "", "folder of a PEFT adapter to lay on the model", **text)
+    if command == "eval":
+        flags.DEFINE_string(
+            "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "
+            "--config then gives the mesh and the compute_dtype and may be left out", **text,
+        )  # fmt: skip
+        flags.DEFINE_string("include_path", None, "--harness: folder with more tasks", **text)
+        flags.DEFINE_integer("limit", None, "--harness: documents of each task", **text)
+        flags.DEFINE_integer("num_fewshot", None, "--harness: examples in a prompt", **text)
+        flags.DEFINE_integer("batch_size", 8, "--harness: rows at a time", **text)
+        flags.DEFINE_integer("max_length", None, "--harness: longest context, tokens", **text)
+        flags.DEFINE_bool("apply_chat_template", False, "--harness: ask in a chat", **text)
+    if command == "generate":
+        flags.DEFINE_string("prompt", None, "text to continue", **text)
+        flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
+        flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
+    if command == "chat":
+        flags.DEFINE_string("system", "", "the system message", **text)
+        flags.DEFINE_integer("max_tokens", 0, "of an answer; 0 = 1024 or what fits", **text)
+    if command in ("generate", "chat"):
+        flags.DEFINE_float(
+            "temperature", None, "0 = always the likeliest token; unless told, this and the next "
+            "three are as the model's generation_config.json says, else 0", **text,
+        )  # fmt: skip
+        flags.DEFINE_integer("top_k", None, "sample from the k likeliest; 0 = all", **text)
+        flags.DEFINE_float("top_p", None, "sample from the likeliest of this mass", **text)
+        flags.DEFINE_float("min_p", None, "least probability / the largest", **text)
+        flags.DEFINE_integer("seed", 0, "of the sampling", **text)
+    if command == "serve":
+        flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 = all", **text)
+        flags.DEFINE_integer("port", 8000, "0 = one that is free", **text)
+        flags.DEFINE_string("name", "", "of the model; that of its folder by default", **text)
+        flags.DEFINE_string("api_key", "", "that clients must have; PUNA_API_KEY is safer", **text)
+        flags.DEFINE_integer("slots", 8, "texts written at a time", **text)
+        flags.DEFINE_integer("max_waiting", 64, "texts that may wait for a slot", **text)
+    if command in ("chat", "serve"):
+        flags.DEFINE_integer("max_length", 4096, "tokens of a prompt and its answer", **text)
+    if command in ("generate", "chat", "serve"):
+        flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
+        flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
+    if command == "launch":
+        flags.DEFINE_integer("n", 2, "processes", **text)
+        flags.DEFINE_integer("devices", 0, "of each process: GPUs, or simulated on CPU", **text)
+        flags.DEFINE_integer("restarts", 0, "times to start again after a failure", **text)
+    if command == "convert":
+        args.set_gnu_getopt(True)  # flags may follow the paths
+        flags.DEFINE_enum("to", "hf", ["hf", "puna", "gguf", "peft"], "format of DST", **text)
+        flags.DEFINE_enum(
+            "dtype", None, ["bfloat16", "float16", "float32", "q8_0"],
+            "of all tensors of DST, q8_0 with --to=gguf; by default each keeps its own", **text,
+        )  # fmt: skip
+        flags.DEFINE_string("name", None, "of the release; DST's own by default", **text)
+        flags.DEFINE_string(
+            "base_licence", None, "llama2, llama3, llama3.1, llama3.2, llama3.3, llama4 or none: "
+            "of the model that SRC comes from; by default what stands beside its weights", **text,
+        )  # fmt: skip
+        flags.DEFINE_string(
+            "tokenizer", None, "where the tokenizer lies, or none; by default beside the weights",
+            **text,
+        )  # fmt: skip
+        flags.DEFINE_bool(
+            "ignore_licence_name", False, "write a name that the base licence forbids", **text
+        )
+    return args
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Check --config.KEY=VALUE against the schema and turn --config=NAME into a file.
+
+    `config_flags` would do the first with a traceback and knows no names.
+    """
+    left, out = list(arguments), []
+    while left:
+        argument = left.pop(0)
+        if found := re.fullmatch(r"--?(init_from|with_optimizer)(=.*)?", argument, re.DOTALL):
+            argument = f"--config.train.{found[1]}{found[2] or ''}"
+            if found[1] == "with_optimizer" and not found[2]:
+                argument += "=true"
+        if argument in ("--config", "-config") and left:
+            argument += "=" + left.pop(0)
+        if match := re.fullmatch(r"--?config\.([^=]*)(?:=(.*))?", argument, re.DOTALL):
+            name, value = match.groups()
+            schema.parse(name, (left or [""])[0] if value is None else value)
+        elif match := re.fullmatch(r"--?config=(.*)", argument, re.DOTALL):
+            get_config(match[1])
+            path, variant = find(match[1])
+            argument = f"--config={path}" + ("" if variant is None else f":{variant}")
+        out.append(argument)
+    return out

@@ -1,0 +1,147 @@
+"""A conversation in the terminal: `puna chat`.
+
+Ctrl-C stops an answer, never the program. What has been said so far is read again at every turn.
+"""
+
+import contextlib
+import signal
+import sys
+from collections.abc import Callable, Iterator
+
+from ...configs.errors import UserError
+from .sampling import Sampling
+from .slots import Engine
+
+HELP = "/reset forgets the conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer"
+
+# Longest answer where nothing is told, see `room`.
+_MAX_TOKENS = 1024
+
+
+class Chat:
+    """A conversation with one engine, of which it takes one slot at a time.
+
+    Attributes:
+      messages: what has been said, as `Tokenizer.chat` takes it.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling | None = None, system: str = "",
+                 max_tokens: int = 0):  # fmt: skip
+        """Begin with nothing said.
+
+        Args:
+          sampling: with the seed of the first answer; each answer takes the next one.
+          system: the system message; none where empty.
+          max_tokens: longest answer; 0 for 1,024, or what there is room for.
+
+        Raises:
+          UserError: the tokenizer has no chat format, or an impossible setting.
+        """
+        self.engine, self.sampling = engine, sampling or Sampling()
+        self.max_tokens = max_tokens
+        self._first = [{"role": "system", "content": system}] if system else []
+        self.reset()
+        self._begin("a")
+
+    def reset(self) -> None:
+        """Forget all but the system message."""
+        self.messages: list[dict] = list(self._first)
+        self._turn = 0
+
+    def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """Yield the answer as it is written; it is remembered as far as it was.
+
+        Args:
+          stopped: is asked after each token whether to stop.
+
+        Raises:
+          UserError: no room for the message, which is then forgotten; the chat goes on.
+        """
+        ids, max_tokens = self._begin(text)
+        sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)
+        slot = self.engine.insert(ids, sampling, max_tokens)
+
+        def pieces():
+            answer = ""
+            try:
+                while slot in self.engine.requests and not stopped():
+                    for token in self.engine.step().values():
+                        answer += token.text
+                        if token.text:
+                            yield token.text
+            finally:
+                self.engine.evict(slot)
+                said = [("user", text), ("assistant", answer)]
+                self.messages += [{"role": role, "content": x} for role, x in said]
+                self._turn += 1
+
+        return pieces()
+
+    def _begin(self, text):
+        """The ids of the conversation with a message, and the most tokens of an answer."""
+        engine = self.engine
+        ids = engine.tokenizer.chat([*self.messages, {"role": "user", "content": text}])
+        room = engine.max_length - len(ids)
+        if room < 1:
+            raise UserError(
+                f"the conversation has {len(ids)} tokens, which leaves no room for an answer in "
+                f"max_length={engine.max_length}: /reset, or begin with a larger --max_length"
+            )
+        max_tokens = min(self.max_tokens or _MAX_TOKENS, room)
+        engine.check(ids, self.sampling, max_tokens)
+        return ids, max_tokens
+
+
+def run(chat: Chat) -> None:
+    """Talk with who types, or with what a pipe says: a message a line, until it ends."""
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  # input() then edits lines and remembers them
+        print(HELP)
+    while True:
+        try:
+            line = input("> ") if typed else sys.stdin.readline()
+        except KeyboardInterrupt:
+            print(f"\n{HELP}")
+            continue
+        except EOFError:
+            print()
+            return
+        if not typed and not line:
+            return
+        line = line.strip()
+        if line == "/exit":
+            return
+        if line == "/reset":
+            chat.reset()
+        elif line.startswith("/"):
+            print(f"{line.split()[0]} is not a command: {HELP}")
+        elif line:
+            _answer(chat, line)
+
+
+def _answer(chat, line):
+    # An interrupt may not come inside the engine, whose cache would be lost: it is only noted. One
+    # more ends the program, since the first step may be compiling for long.
+    noted = []
+
+    def note(number, frame):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        for piece in chat.say(line, stopped=lambda: bool(noted)):
+            print(_shown(piece), end="", flush=True)
+        print(" [stopped]" if noted else "", flush=True)
+    except UserError as error:
+        print(error, flush=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _shown(text: str) -> str:
+    """Without the control characters that steer a terminal."""
+    return "".join(c for c in text if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f"))

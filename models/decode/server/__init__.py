@@ -1,0 +1,1 @@
+"""A server of a model in the form of OpenAI's API."""

@@ -1,0 +1,229 @@
+"""Requests in the form of OpenAI's API: what a body may say, and errors in its form.
+
+https://platform.openai.com/docs/api-reference/chat and /completions. A field that would change the
+answer and is not supported is refused, never ignored; so is one that nobody knows.
+"""
+
+import dataclasses
+import json
+import math
+
+from ..slots import TOP
+
+# Accepted, and without effect here.
+_IGNORED = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+    *("parallel_tool_calls", "prediction"),
+}
+# Not supported: only the value that asks for nothing.
+_ONLY = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],),
+    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "echo": (False,),
+    "suffix": ("",), "best_of": (1,),
+}  # fmt: skip
+# Numbers: kind, least, most, what it is. Those of chat and completions alike.
+NUMBERS = {
+    "max_tokens": (int, 1, 2**31 - 1, "most tokens to make"),
+    "temperature": (float, 0, 1e6, "0 = always the likeliest token"),
+    "top_p": (float, 0, 1, "sample from the likeliest of this mass; above 0"),
+    "top_k": (int, 0, 2**31 - 1, "sample from the k likeliest; 0 = all"),
+    "min_p": (float, 0, 1, "least probability / the largest"),
+    "seed": (int, -(2**63), 2**63 - 1, "the same seed and request give the same text"),
+    "n": (int, 1, 128, "texts for each prompt"),
+}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+_COMMON = {*NUMBERS, "model", "stop", "stream", "stream_options", "logprobs"}
+FIELDS = {
+    True: {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"},
+    False: {*_COMMON, "prompt"},
+}
+_MOST_STOPS, _LONGEST_STOP = 16, 1000
+
+
+class ApiError(Exception):
+    """An answer that is an error: status, and OpenAI's {"error": {...}} as `body`."""
+
+    def __init__(self, status: int, message: str, param: str | None = None,
+                 code: str | None = None, kind: str = "invalid_request_error",
+                 headers: dict[str, str] | None = None):  # fmt: skip
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body = {
+            "error": {"message": message, "type": kind, "param": param, "code": code},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a request asks for.
+
+    prompts: texts or lists of ids; empty for a chat, which has `messages`.
+    sampling: what is told of temperature, top_p, top_k and min_p.
+    top: likeliest tokens to give beside each; None for no log-probabilities at all.
+    """
+
+    chat: bool
+    prompts: list
+    messages: list
+    max_tokens: int | None
+    sampling: dict[str, float]
+    seed: int | None
+    n: int
+    stop: tuple[str, ...]
+    top: int | None
+    stream: bool
+    usage: bool
+
+
+def parse(data: bytes, chat: bool, model: str) -> Ask:
+    """Read the body of a request.
+
+    Args:
+      chat: whether it is one of /v1/chat/completions.
+      model: the name of the model that is served.
+
+    Raises:
+      ApiError: 400 and what is wrong, or 404 for another model.
+    """
+    body = _object(data)
+    body = {key: value for key, value in body.items() if value is not None}
+    for key, value in body.items():
+        if key in _ONLY:
+            if value not in _ONLY[key]:
+                raise ApiError(400, f"{key} is not supported here", key, "unsupported_parameter")
+        elif key not in FIELDS[chat] and key not in _IGNORED:
+            raise ApiError(400, f"unknown field {key!r:.60}", None, "unknown_parameter")
+    wanted = _of(body, "model", str, model)
+    if wanted != model:
+        raise ApiError(
+            404, f"the model {wanted!r:.200} is not here; {model!r} is", "model", "model_not_found"
+        )
+    numbers = {name: _number(body, name) for name in NUMBERS}
+    max_tokens = numbers["max_tokens"]
+    if chat and "max_completion_tokens" in body:
+        max_tokens = _number(body, "max_completion_tokens", "max_tokens")
+    if numbers["top_p"] == 0:
+        raise ApiError(400, "top_p must be above 0", "top_p")
+    options = _of(body, "stream_options", dict, {})
+    usage = _of(options, "include_usage", bool, False)
+    stream = _of(body, "stream", bool, False)
+    return Ask(
+        chat=chat,
+        prompts=[] if chat else _prompts(body),
+        messages=_messages(body) if chat else [],
+        max_tokens=max_tokens,
+        sampling={name: numbers[name] for name in _SAMPLING if numbers[name] is not None},
+        seed=numbers["seed"],
+        n=numbers["n"] or 1,
+        stop=_stop(body),
+        top=_top(body, chat),
+        stream=stream,
+        usage=stream and usage,
+    )
+
+
+def _object(data: bytes) -> dict:
+    def refuse(name):
+        raise ValueError(name)
+
+    try:
+        body = json.loads(data, parse_constant=refuse)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body is not JSON", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def _of(body, name, kind, default):
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        words = {str: "a string", dict: "an object", bool: "true or false", list: "a list"}
+        raise ApiError(400, f"{name} must be {words[kind]}", name)
+    return value
+
+
+def _number(body, name, rule=None):
+    kind, least, most, _ = NUMBERS[rule or name]
+    value = body.get(name)
+    if value is None:
+        return None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and not whole):
+        raise ApiError(400, f"{name} must be {'an integer' if kind is int else 'a number'}", name)
+    if not least <= value <= most:  # also for NaN
+        raise ApiError(400, f"{name} must lie in {least:,}..{most:,}", name)
+    return kind(value)
+
+
+def _prompts(body) -> list:
+    given = body.get("prompt")
+    if _are_ids(given) or isinstance(given, str):
+        given = [given]
+    good = isinstance(given, list) and given
+    if not good or not all(isinstance(p, str) or _are_ids(p) for p in given):
+        raise ApiError(400, "prompt must be a text, a list of ids, or a list of those", "prompt")
+    return given
+
+
+def _are_ids(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+
+
+def _messages(body) -> list[dict]:
+    messages = _of(body, "messages", list, [])
+    if not messages:
+        raise ApiError(400, "messages must be a list of at least one message", "messages")
+    checked = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise ApiError(400, f"messages[{i}] must be an object", "messages")
+        content = message.get("content")
+        for part in content if isinstance(content, list) else []:
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise ApiError(
+                    400, f"messages[{i}]: only parts of type text are supported", "messages"
+                )
+        # OpenAI's newer name of it.
+        role = "system" if message.get("role") == "developer" else message.get("role")
+        checked.append({**message, "role": role})
+    return checked
+
+
+def _stop(body) -> tuple[str, ...]:
+    stop = body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
+        raise ApiError(400, "stop must be a text or a list of texts", "stop")
+    if len(stop) > _MOST_STOPS or not all(0 < len(s) <= _LONGEST_STOP for s in stop):
+        raise ApiError(
+            400,
+            f"stop takes at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters",
+            "stop",
+        )
+    return tuple(stop)
+
+
+def _top(body, chat) -> int | None:
+    if not chat:
+        return _integer_to_top(body, "logprobs")
+    on = _of(body, "logprobs", bool, False)
+    top = _integer_to_top(body, "top_logprobs")
+    if top is not None and not on:
+        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+    return (top or 0) if on else None
+
+
+def _integer_to_top(body, name) -> int | None:
+    value = body.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value <= TOP):
+        raise ApiError(400, f"{name} must be an integer in 0..{TOP}", name)
+    return value
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI writes -9999."""
+    return max(logprob, -9999.0) if math.isfinite(logprob) else -9999.0

@@ -1,0 +1,77 @@
+"""`puna chat` and `puna serve` as commands, on a small release."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from puna import __main__ as cli
+from puna.configs.errors import UserError
+from puna.models.release import convert
+from puna.models.text.tokenizer import byte_tokenizer, train_bpe
+
+httpx = pytest.importorskip("httpx", reason="a client")
+
+
+@pytest.fixture(scope="module")
+def release(files, tmp_path_factory):
+    """A model with Llama 4's control tokens, so that it has a chat format."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = files.model_config(files.TINY | {"vocab_size": 304, "max_positions": 128})
+    files.write_hf(
+        folder, convert.hf_table(config)[1], files.random_tensors(files.hf_shapes(config))
+    )
+    train_bpe(["the llama walks over the puna"] * 9, 290).save(folder)
+    return folder
+
+
+def test_chat_answers_what_a_pipe_says(release, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/reset\nhi\nhi\n"))
+    cli._run(["chat", f"--checkpoint={release}", "--max_tokens=6", "--system=short"])
+    out = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    cli._run(["chat", f"--checkpoint={release}", "--max_tokens=6", "--system=short"])
+    once = capsys.readouterr().out
+    assert len(once) > 2 and out.startswith(once * 2) and len(out) > 2 * len(once)
+
+
+def test_chat_needs_a_chat_format(release, tmp_path):
+    byte_tokenizer().save(tmp_path)
+    with pytest.raises(UserError, match="has no chat format") as error:
+        cli._run(["chat", f"--checkpoint={tmp_path}"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_serve_ends_in_order_when_told_to(release, number):
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "puna", "serve", f"--checkpoint={release}", "--port=0"],
+        env={**os.environ, "PUNA_API_KEY": "key", "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert line.startswith("tiny at http://127.0.0.1:"), process.stderr.read()
+        url, asked = line.split()[-1], {"prompt": "the", "max_tokens": 100, "stream": True}
+        assert httpx.post(f"{url}/v1/completions", json=asked).status_code == 401
+        headers = {"authorization": "Bearer key"}
+        text = ""
+        with httpx.stream("POST", f"{url}/v1/completions", json=asked, headers=headers) as answer:
+            for piece in answer.iter_text():
+                if not text:
+                    process.send_signal(number)
+                text += piece
+        events = [json.loads(e[6:]) for e in text.split("\n\n") if e.startswith("data: {")]
+        assert events[-1]["choices"][0]["finish_reason"] in ("stop", "length")
+        assert text.endswith("data: [DONE]\n\n")
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
+    finally:
+        process.kill()

@@ -1,0 +1,120 @@
+"""`puna chat`: history, commands, stopping, mistakes. A scripted engine: nothing compiles."""
+
+import io
+import os
+import signal
+import types
+
+import pytest
+
+from puna.configs.errors import UserError
+from puna.models.decode import chat as chat_lib
+from puna.models.decode.chat import Chat
+from puna.models.decode.sampling import Sampling
+from puna.models.decode.slots import Engine
+from puna.models.text.tokenizer import byte_tokenizer, train_bpe
+
+TOKENIZER = train_bpe(["the llama walks"], 280)
+
+
+class Echo(Engine):
+    """Answers each prompt with its number of ids, a character a step."""
+
+    def __init__(self, tokenizer=TOKENIZER, max_length=200, on_step=lambda step: None):
+        self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, 280
+        self.requests, self.asked, self.num_slots, self.on_step = {}, [], 1, on_step
+
+    def insert(self, prompt_ids, sampling=None, max_tokens=64):
+        self.asked.append((list(prompt_ids), sampling, max_tokens))
+        self.requests[0] = list(f"<{len(prompt_ids)}>")
+        return 0
+
+    def evict(self, slot):
+        self.requests.pop(slot, None)
+
+    def step(self):
+        self.on_step(self)
+        token = types.SimpleNamespace(text=self.requests[0].pop(0))
+        if not self.requests[0]:
+            del self.requests[0]
+        return {0: token}
+
+
+def talk(monkeypatch, capsys, lines, chat):
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    chat_lib.run(chat)
+    return capsys.readouterr().out
+
+
+def prompt(*messages):
+    roles = ["user", "assistant"] * 3
+    return TOKENIZER.chat(
+        [{"role": r, "content": m} for r, m in zip(roles, messages, strict=False)]
+    )
+
+
+def test_the_history_is_read_again_until_it_is_reset(monkeypatch, capsys):
+    engine = Echo()
+    out = talk(monkeypatch, capsys, "hi\n\nyou?\n/reset\nhi\n/exit\nlost\n", Chat(engine))
+    first = prompt("hi")
+    second = prompt("hi", f"<{len(first)}>", "you?")
+    assert [ids for ids, *_ in engine.asked] == [first, second, first]
+    assert out == f"<{len(first)}>\n<{len(second)}>\n<{len(first)}>\n"
+
+
+def test_the_system_message_stays(monkeypatch, capsys):
+    engine = Echo()
+    talk(monkeypatch, capsys, "a\n/reset\nb\n", Chat(engine, system="short"))
+    for (ids, *_), text in zip(engine.asked, "ab", strict=True):
+        messages = [("system", "short"), ("user", text)]
+        assert ids == TOKENIZER.chat([{"role": r, "content": c} for r, c in messages])
+
+
+def test_each_answer_has_a_seed_and_a_length(monkeypatch, capsys):
+    engine = Echo()
+    chat = Chat(engine, Sampling(0.7, seed=5), max_tokens=30)
+    talk(monkeypatch, capsys, "a\nb\n", chat)
+    assert [(s.temperature, s.seed, n) for _, s, n in engine.asked] == [(0.7, 5, 30), (0.7, 6, 30)]
+    free = Echo()
+    talk(monkeypatch, capsys, "a\n", Chat(free))
+    [(ids, _, max_tokens)] = free.asked
+    assert len(ids) + max_tokens == free.max_length
+
+
+def test_ctrl_c_stops_the_answer_alone(monkeypatch, capsys):
+    def interrupt(engine):
+        if len(engine.asked) == 1 and len(engine.requests[0]) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    engine = Echo(on_step=interrupt)
+    chat = Chat(engine)
+    out = talk(monkeypatch, capsys, "hi\nmore\n", chat)
+    assert out.splitlines()[0] == f"<{len(prompt('hi'))} [stopped]"
+    assert out.splitlines()[1].endswith(">")
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_full_conversation_is_said_and_the_chat_goes_on(monkeypatch, capsys):
+    engine = Echo(max_length=60)
+    out = talk(monkeypatch, capsys, f"{'long ' * 60}\nhi\n/nonsense\n", Chat(engine))
+    full, answer, unknown = out.splitlines()
+    assert "no room for an answer in max_length=60: /reset" in full
+    assert answer == f"<{len(prompt('hi'))}>"
+    assert unknown.startswith("/nonsense is not a command: /reset forgets")
+
+
+def test_an_answer_cannot_steer_the_terminal():
+    assert chat_lib._shown("a\x1b[2J\x9bb\r\n\tc\u200d\u00e9") == "a[2Jb\n\tc\u200d\u00e9"
+
+
+def test_a_model_without_a_chat_format_is_one_line():
+    with pytest.raises(UserError, match="has no chat format") as error:
+        Chat(Echo(byte_tokenizer()))
+    assert "\n" not in str(error.value)
+
+
+def test_an_impossible_setting_is_said_at_the_start():
+    with pytest.raises(UserError, match=r"temperature=-1\.0 must"):
+        Chat(Echo(), Sampling(-1.0))
