@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -313,6 +314,25 @@ def test_results_and_an_interruption(folder, theirs, tasks, tmp_path, monkeypatc
     monkeypatch.setattr(answers_module.Answers, "add", lambda self, line: count.append(line))
     other.loglikelihood_rolling(requests("loglikelihood_rolling", [("Who walks?",)]))
     assert len(count) == 1
+
+
+def test_two_processes_give_the_answers_of_one(folder, tasks, tmp_path):
+    if not load_tokenizer(folder).begin_ids:
+        pytest.skip("one model is enough")
+    flags = [f"--checkpoint={folder}", f"--include_path={tasks}", "--batch_size=2"]
+    flags += [f"--harness={','.join(NAMES)}"]
+    cli._run(["eval", *flags, f"--workdir={tmp_path}/one"])
+    command = [sys.executable, "-m", "puna", "launch", "-n", "2", "--devices=2", "--", "eval"]
+    done = subprocess.run(
+        [*command, *flags, f"--workdir={tmp_path}/two"], env={**os.environ, "XLA_FLAGS": ""},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (read(tmp_path / name / "requests.jsonl") for name in ("one", "two"))
+    assert [line["key"] for line in two] == [line["key"] for line in one]
+    for a, b in zip(one, two, strict=True):
+        assert b["answer"] == pytest.approx(a["answer"], abs=1e-3), a
+    assert (tmp_path / "two" / "harness.json").exists()
 
 
 def test_what_is_not_there(folder, tasks, tmp_path, monkeypatch):
