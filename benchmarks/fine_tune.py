@@ -67,7 +67,7 @@ def main():
         common = [
             "--config=sft", f"--init_from={smollm2()}", f"--config.data.train={folder}/train.jsonl",
             f"--config.data.validation={folder}/held_out.jsonl", "--config.data.seq_len=64",
-            "--config.train.batch_size=4", f"--config.train.steps={args.steps}",
+            "--config.train.batch_size=2", f"--config.train.steps={args.steps}",
             f"--config.train.save_every={half}", f"--config.train.eval_every={half}",
             "--config.optimizer.learning_rate=1e-4", "--config.model.compute_dtype=float32",
             "--config.eval.batch_size=8",
