@@ -152,3 +152,29 @@ def test_a_file_that_teaches_nothing_is_refused(previewed, tmp_path):
     previewed.data.train = str(path)
     with pytest.raises(UserError, match="no assistant turn"):
         next(Preview(previewed).examples())
+
+
+def test_pictures_of_a_conversation(tmp_path):
+    """An image part becomes the tokens of its picture, read and not learnt, in the user's turn."""
+    Image = pytest.importorskip("PIL.Image")
+    Image.fromarray(np.full((28, 28, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+    record = {"messages": [{"role": "user", "content": parts}, ASSISTANT], "images": ["a.png"]}
+    config = puna.get_config("llama4:scout-tiny")
+    config.model.vision.update(max_tiles=1)
+    config.model.vision.token_id = BPE.special["<|patch|>"]
+    config.data.update(images=1, seq_len=200)
+    config.train.objective = "sft"
+    built = schema.build(config)
+    t = sft.make(built, BPE.token_bytes).transform(built, BPE)
+    example = t.encode(t.parse(record, str(tmp_path)))
+    (media,) = example.media
+    patches = example.ids == BPE.special["<|patch|>"]
+    assert patches.any() and patches.nonzero()[0].min() > media.start
+    assert example.ids[media.start] == BPE.special["<|image_start|>"]
+    assert example.ids[media.stop - 1] == BPE.special["<|image_end|>"]
+    assert not example.weights[: media.stop].any() and learnt(example) == ["b"]
+    text = BPE.decode(example.ids[media.stop :], show_special=True)
+    assert text.startswith("a<|eot|>")
+    with pytest.raises(RecordError, match="1 image parts and 0 image records"):
+        t.parse({"messages": record["messages"]}, str(tmp_path))
