@@ -6,8 +6,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ...configs.errors import UserError
 from .examples import Example, Record, RecordError, Transform
 from .quarantine import BadRecord, Screened
+
+# What is made of a source when it is opened: few, since a document may be a book.
+CHECKED_EXAMPLES = 8
+CHECKED_CHARACTERS = 1 << 20
 
 EMPTY = Example(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
@@ -62,6 +67,30 @@ class Examples(Sequence[Example]):
         if example is None:
             example = self._in_use[index] = self._make(index)
         return example
+
+    def check(self, name: str) -> None:
+        """Make the first examples, so that a template or a row that suits none shows at once.
+
+        Raises:
+          UserError: most of them cannot be made; the line has the first reason.
+        """
+        bad, made = [], 0
+        for i in range(min(len(self), CHECKED_EXAMPLES)):
+            try:
+                parsed = self._parsed[i]
+            except BadRecord:  # is refused or noted where it is read
+                continue
+            if len(str(parsed)) > CHECKED_CHARACTERS // CHECKED_EXAMPLES:
+                continue
+            made += 1
+            try:
+                self._transform.encode(parsed)
+            except RecordError as error:
+                bad.append(self._parsed.records.bad(i, str(error)))
+        if len(bad) > made / 2:
+            raise UserError(
+                f"{name}: {len(bad)} of the first {made} records are bad, more than half: {bad[0]}"
+            )
 
     def parsed(self):
         """Yield what the transform takes from each record, in order; "" where one is skipped."""

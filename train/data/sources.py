@@ -76,8 +76,15 @@ def open_source(
 
     Raises:
         UserError: the data is missing, empty or not what its name says, or its first records are
-            bad (see `Screened`).
+            bad (see `Screened` and `Examples.check`).
     """
+    examples = _open(name, config, transform, quarantine)
+    if not isinstance(transform, Text):  # which any text suits
+        examples.check(name)
+    return examples
+
+
+def _open(name: str, config: DataConfig, transform: Transform, quarantine: Quarantine) -> Examples:
     if name.startswith("tfds:"):
         records = tfds_documents.TfdsRecords(
             name.removeprefix("tfds:"), transform.fields[0], config.data_dir,
@@ -98,4 +105,4 @@ def iter_text(
     """Yield the text of each document of each part once, in order; weights change nothing."""
     quarantine = Quarantine() if quarantine is None else quarantine
     for part in parse_sources(sources):
-        yield from open_source(part.name, config, Text(None, config.text_key), quarantine).parsed()
+        yield from _open(part.name, config, Text(None, config.text_key), quarantine).parsed()

@@ -8,7 +8,7 @@ import pytest
 import puna
 from puna.configs import schema
 from puna.configs.errors import UserError
-from puna.models.text.tokenizer import train_bpe
+from puna.models.text.tokenizer import Tokenizer, train_bpe
 from puna.train.data.chats import chat_of
 from puna.train.data.examples import RecordError
 from puna.train.data.preview import Preview
@@ -178,3 +178,12 @@ def test_pictures_of_a_conversation(tmp_path):
     assert text.startswith("a<|eot|>")
     with pytest.raises(RecordError, match="1 image parts and 0 image records"):
         t.parse({"messages": record["messages"]}, str(tmp_path))
+
+
+def test_what_a_template_hides_is_refused_before_training(previewed):
+    tokenizer = puna.load_tokenizer(previewed.data.tokenizer)
+    hides = "{% for m in messages if m.role != 'user' %}{{ m.content }}<|eot|>{% endfor %}"
+    Tokenizer(tokenizer._kind, chat_template=hides).save(previewed.data.tokenizer)
+    with pytest.raises(UserError, match=r"3 of the first 3 records are bad.*leaves out") as error:
+        next(Preview(previewed).examples())
+    assert "\n" not in str(error.value)
