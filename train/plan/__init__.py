@@ -128,8 +128,10 @@ def _training(c, devices, mesh, limit):
     """Figures of a step's memory, whether it fits, and the same in a line."""
     memory = step.counted(*ahead.abstract_inputs(c, mesh))
     state = sum(figure.value for name, figure in memory.items() if name != "gradients")
-    needs, fits = Figure(state, "bytes", "counted", "state and batch alone"), None
-    if state > limit:  # no need to ask the compiler
+    # The norm of the gradient decides about the update, so all of it is there beside the old state.
+    least = state + memory["parameters"].value
+    needs, fits = Figure(least, "bytes", "counted", "state, batch and gradient alone"), None
+    if least > limit:  # no need to ask the compiler
         fits = False
     elif devices:
         memory |= step.compiled(c, devices, int(state))
@@ -143,7 +145,7 @@ def _training(c, devices, mesh, limit):
         held = int(state + memory["gradients"].value)
         verdict += f"; try {step.advice(c, mesh, lacking, held, limit)}"
     elif fits is None:
-        verdict = f"not compiled: state and batch alone take {_room(needs, limit)}"
+        verdict = f"not compiled: {needs.note} take {_room(needs, limit)}"
     return memory, fits, verdict
 
 

@@ -34,7 +34,7 @@ def test_parameters_and_optimizer_are_counted_exactly():
     config = tiny("mesh.data=1", "mesh.fsdp=4", "mesh.tensor=2", "optimizer.name=adamw")
     found = puna.plan(config, "cpu-8", compile=False)
     memory = found.sections["memory_of_a_device"]
-    assert found.fits is None and "state and batch alone" in found.verdict
+    assert found.fits is None and "state, batch and gradient alone" in found.verdict
     assert {f.origin for n, f in memory.items() if n != "limit"} == {"counted"}
 
     c = schema.from_dict(config)
@@ -105,11 +105,14 @@ def test_what_does_not_fit_says_what_would(tmp_path):
     config = puna.get_config("llama4:scout", ["train.batch_size=128"])
     found = puna.plan(config, "v5p-256", compile=False)
     assert found.fits is False
-    assert "does not fit: 1.186 TiB of 95.74 GiB a device (counted)" in found.verdict
+    assert "does not fit: 1.581 TiB of 95.74 GiB a device (counted)" in found.verdict
     assert "--config.mesh.fsdp=128" in found.verdict
     advised = puna.get_config("llama4:scout", ["train.batch_size=128", "mesh.data=1",
                                                "mesh.fsdp=128"])  # fmt: skip
     assert puna.plan(advised, "v5p-256", compile=False).fits is None
+    # Of which the state alone would fit.
+    replicas = puna.get_config("llama3:3.1-8b")
+    assert puna.plan(replicas, "v5p-8", compile=False).fits is False
 
 
 def test_advice_names_remat_microbatches_and_more_devices():
