@@ -100,7 +100,7 @@ def test_a_start_fraction_counts_only_in_the_first_document():
 
 def test_documents_without_text_end_in_an_error():
     cursor = packing.Cursor(lambda index: example([]), 0)
-    with pytest.raises(UserError, match="no text in 10000 documents"):
+    with pytest.raises(UserError, match="no text in 10000 consecutive documents"):
         cursor.take(1)
 
 
