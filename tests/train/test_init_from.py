@@ -131,7 +131,7 @@ def test_a_branch_keeps_parameters_and_moments(first, plain, tmp_path):
         ({"data.seq_len": 100}, "data.seq_len=100 must be at most model.max_positions=64"),
         ({"train.init_from": "{first}/nothing"}, "no such file"),
         ({"train.init_from": "{first}/run@3"}, "has no checkpoint of step 3"),
-        ({"train.init_from": "{first}/hf@3"}, "no run of puna"),
+        ({"train.init_from": "{first}/hf@3"}, "is not a run of puna"),
         ({"train.init_from": "", "train.with_optimizer": True}, "needs train.init_from"),
         ({"train.with_optimizer": True}, "needs a run"),
         (
