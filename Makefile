@@ -21,6 +21,8 @@ MINOR := import sys; print(sys.version_info.minor)
 # Two: a test spends its time tracing and compiling, which keeps about one core busy, and holds
 # 1 to 2 GB. WORKERS=0 runs in one process, for a debugger.
 WORKERS ?= 2
+# What `make test-newest` runs; empty is all.
+NEWEST_TESTS ?=
 # What the slow tests compare with and read, beyond [dev].
 SLOW_EXTRAS ?= reference,llama,gguf,harness,images,notebooks,tpu
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
@@ -63,7 +65,7 @@ test-newest:  ## the fast tests on the newest Python here, where it is newer tha
 	fi
 
 .newest: .venv-newest/.dev
-	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	.venv-newest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(NEWEST_TESTS)
 
 lint: $(VENV)/.dev  ## ruff (rules and layout) and basedpyright (types)
 	$(BIN)/ruff check .
