@@ -217,6 +217,7 @@ def test_the_commands_ask_for_it(monkeypatch, tmp_path, command):
 
     monkeypatch.setattr("puna.models.weights.load.load", load)
     monkeypatch.setattr("puna.eval.evaluate.load", load)
+    monkeypatch.setattr("puna.models.text.tokenizer.load_tokenizer", lambda path: byte_tokenizer())
     monkeypatch.setattr("puna.eval.evaluate.load_tokenizer", lambda path: byte_tokenizer())
     monkeypatch.setattr("puna.eval.evaluate.HeldOut", lambda *args: None)
     with pytest.raises(Loaded, match="int8 an/adapter"):

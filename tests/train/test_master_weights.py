@@ -55,7 +55,7 @@ def losses(workdir):
     ("name", "tied"), [("adamw", False), ("adamw", True), ("adafactor", True), ("muon", False)]
 )
 def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied):
-    """Within a hundredth of what is learned, and nearly every stored weight changes.
+    """Within a hundredth of what is learned, and the same weights change.
 
     At this rate an update is far below the step between two bfloat16 of a weight's size.
     """
@@ -63,7 +63,7 @@ def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied)
     config.optimizer.update(name=name, learning_rate=3e-4, warmup_steps=0, schedule="constant")
     config.train.update(steps=30, save_every=30, eval_every=0, microbatches=2)
     config.mesh.update(data=2, fsdp=2, tensor=2)
-    train(config, tmp_path / "float32")
+    exact = train(config, tmp_path / "float32")
     config.model.param_dtype = "bfloat16"
     start = leaves(setup(config)[0].params)
     state = train(config, tmp_path / "bfloat16")
@@ -73,8 +73,12 @@ def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied)
     assert learned > 0.2
     np.testing.assert_allclose(found, wanted, atol=0.015 * learned)
     end = leaves(state.params)
-    moved = sum(np.sum(start[path] != end[path]) for path in start)
-    assert moved > 0.9 * sum(x.size for x in start.values())
+    # As many as of float32 parameters, rounded; rows of ids that never occur stay in both.
+    moved, wanted = (
+        sum(np.sum(start[path] != tree[path].astype(jnp.bfloat16)) for path in start)
+        for tree in (end, leaves(exact.params))
+    )
+    assert moved > 0.98 * wanted and wanted > 0.5 * sum(x.size for x in start.values())
 
 
 def setup(config, devices=8):
