@@ -295,6 +295,8 @@ def test_several_processes_are_one_run(corpus, tmp_path):
         ("eval2", "data=1 fsdp=2 tensor=2", {"processes": 2, "devices": 2}),
     ):
         arguments = ["eval", f"--config={config}", f"--checkpoint={release}"]
+        # A release has no rule that ends a text; the run's documents end with EOS.
+        arguments += ["--config.data.add_eos=always"]
         status, _, err = puna(*arguments, f"--workdir={tmp_path / name}", *mesh(mesh_text), **where)
         assert status == 0, err
         results.append(json.loads((tmp_path / name / "results.json").read_text()))
