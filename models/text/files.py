@@ -40,7 +40,7 @@ def completed(kind, directory: Path, found: dict[str, dict]):
             return kind
         # What names no class is read by this one, whose files these are.
         config = found["tokenizer_config.json"] = {"tokenizer_class": "LlamaTokenizer"} | config
-        made = hub.sentencepiece_json(kind, "always")
+        made = hub.sentencepiece_json(kind)
         hub.as_llama_tokenizer(made, {"add_prefix_space": kind.strips_space} | config)
         around = {}
         for key, default in (("bos", True), ("eos", False)):

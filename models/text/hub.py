@@ -45,15 +45,15 @@ def tokenizer_json(kind, begin: Iterable[int], end: Iterable[int]) -> bytes:
             return kind.data
         made = json.loads(kind.data)
     elif isinstance(kind, SentencePieceKind):
-        made = sentencepiece_json(kind, "always")
+        made = sentencepiece_json(kind)
     elif isinstance(kind, TiktokenKind):
         made = _byte_level(kind.pieces[: -len(kind.special)], kind.special, kind.pattern)
     else:
         assert isinstance(kind, ByteKind)
         made = _byte_level(kind.pieces[:256], kind.special, None)
-    names = {i: name for name, i in kind.special.items()}
-    made["post_processor"] = post_processor([(names[i], i) for i in begin],
-                                            [(names[i], i) for i in end])  # fmt: skip
+    made["post_processor"] = post_processor(
+        *([(kind.name_of(i), i) for i in ids] for ids in (begin, end))
+    )
     data = json.dumps(made, ensure_ascii=False).encode()
     if not isinstance(kind, HuggingFaceKind):
         check(kind, HuggingFaceKind(data))
@@ -96,13 +96,10 @@ def added_token(name: str, i: int, special: bool = True, **flags) -> dict:
     return {"id": i, "content": name} | known | flags | {"special": special}
 
 
-def sentencepiece_json(kind: SentencePieceKind, scheme: str) -> dict:
+def sentencepiece_json(kind: SentencePieceKind) -> dict:
     """A SentencePiece BPE model as the object of a tokenizer.json.
 
-    Args:
-      scheme: which pieces of text get a space in front: "always" (after each control token, too;
-        as SentencePiece does for every text that it is given), "first", or "never". "first"
-        and "never" are `transformers`' and give no second space to a text that begins with one.
+    Each text gets a space in front if the model puts one there, after a control token too.
 
     Raises:
       UserError: a model that is not BPE.
@@ -119,19 +116,15 @@ def sentencepiece_json(kind: SentencePieceKind, scheme: str) -> dict:
         merges += sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     added = [added_token(name, i) for name, i in kind.special.items()]
     added += [added_token(kind.names[i], i, special=False) for i in kind.user_defined]
-    if scheme == "always":
-        normalizer, pre_tokenizer = _prepend(kind.strips_space), None
-    else:
-        normalizer, pre_tokenizer = None, _metaspace(scheme)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": sorted(added, key=lambda token: token["id"]),
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
+        "normalizer": _prepend(kind.strips_space),
+        "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": space_decoder(kind.strips_space and scheme != "never"),
+        "decoder": space_decoder(kind.strips_space),
         "model": {
             "type": "BPE", "dropout": None, "unk_token": kind.unknown, "fuse_unk": True,
             "continuing_subword_prefix": None, "end_of_word_suffix": None,

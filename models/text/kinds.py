@@ -59,6 +59,9 @@ class ByteKind:
     def find(self, name: str) -> int | None:
         return self.special.get(name)
 
+    def name_of(self, i: int) -> str:
+        return next(name for name, special in self.special.items() if special == i)
+
 
 class HuggingFaceKind:
     """A `tokenizer.json` of BPE: byte-level (Llama 3, 4) or SentencePiece-like (Llama 1, 2)."""
@@ -161,6 +164,9 @@ class HuggingFaceKind:
     def find(self, name: str) -> int | None:
         return self._plain.token_to_id(name)
 
+    def name_of(self, i: int) -> str:
+        return self._plain.id_to_token(i)
+
     def wrapped(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text."""
         plain = self._plain.encode("a", add_special_tokens=False).ids
@@ -242,6 +248,9 @@ class SentencePieceKind:
         i = self._model.PieceToId(name)
         return i if self._model.IdToPiece(i) == name else None
 
+    def name_of(self, i: int) -> str:
+        return self.names[i]
+
 
 class TiktokenKind:
     """Meta's tiktoken `tokenizer.model`: lines of "base64 rank" (Llama 3 and 4)."""
@@ -279,6 +288,9 @@ class TiktokenKind:
 
     def find(self, name: str) -> int | None:
         return self.special.get(name)
+
+    def name_of(self, i: int) -> str:
+        return next(name for name, special in self.special.items() if special == i)
 
 
 def kind_of(data: bytes) -> type:

@@ -113,3 +113,13 @@ def test_a_kind_that_gives_other_ids_is_refused():
     assert other != data
     with pytest.raises(UserError, match="gives other ids"):
         hub.check(ByteKind(), HuggingFaceKind(other))
+
+
+def test_a_text_may_begin_with_any_piece(tmp_path):
+    table.byte_bpe(tmp_path, bos=False)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"bos_token_id": 40}')
+    t = load_tokenizer(tmp_path).with_ends(True, None)
+    assert t.begin_ids == (40,)
+    t.save_for_hub(tmp_path / "release")
+    assert load_tokenizer(tmp_path / "release").begin_ids == (40,)
