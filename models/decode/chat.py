@@ -55,7 +55,7 @@ class Chat:
           stopped: is asked after each token whether to stop.
 
         Raises:
-          UserError: no room for the message, which is then forgotten; the chat goes on.
+          UserError: no room for the message, which is dropped; the chat can continue.
         """
         ids, max_tokens = self._begin(text)
         sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)

@@ -50,8 +50,7 @@ def completed(kind, directory: Path, found: dict[str, dict]):
     elif isinstance(kind, HuggingFaceKind):
         known = set(kind.special) | set(kind.added)
         added = {name: token for name, token in added.items() if name not in known}
-        llama = _text(config.get("tokenizer_class")) or ""
-        llama = llama.removesuffix("Fast") == "LlamaTokenizer" and not kind.byte_level
+        llama = _is_llama(config) and not kind.byte_level
         if not added and not llama:
             return kind
         made, around = json.loads(kind.data), None
@@ -138,6 +137,11 @@ def settings_beside(directory: Path, kind, found: dict[str, dict]) -> dict:
     return settings
 
 
+def _is_llama(config: dict) -> bool:
+    """Whether a tokenizer_config.json names the class LlamaTokenizer."""
+    return (_text(config.get("tokenizer_class")) or "").removesuffix("Fast") == "LlamaTokenizer"
+
+
 def _text(token) -> str | None:
     """The text of a token as configuration files name it: itself, or under "content"."""
     token = token.get("content") if isinstance(token, dict) else token
@@ -151,8 +155,7 @@ def _special_names(kind, config: dict, names: dict) -> dict[str, str] | None:
     guessed from the vocabulary. None where no file is there to name any.
     """
     found: dict = {}
-    llama = _text(config.get("tokenizer_class")) or ""
-    if isinstance(kind, SentencePieceKind) or llama.removesuffix("Fast") == "LlamaTokenizer":
+    if isinstance(kind, SentencePieceKind) or _is_llama(config):
         found = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     elif not config and not names:
         return None

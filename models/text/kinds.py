@@ -165,7 +165,9 @@ class HuggingFaceKind:
         return self._plain.token_to_id(name)
 
     def name_of(self, i: int) -> str:
-        return self._plain.id_to_token(i)
+        name = self._plain.id_to_token(i)
+        assert name is not None, i
+        return name
 
     def wrapped(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 # counted: exact, from shapes and their places. compiled: the compiler's word for this program.
 # modelled: arithmetic on the others, as true as its formula. published: by a maker or a paper.
-# assumed: nobody's word. given: the user's.
+# assumed: without a source. given: by the user.
 ORIGINS = ("counted", "compiled", "modelled", "published", "assumed", "given")
 
 

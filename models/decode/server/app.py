@@ -346,7 +346,7 @@ def serve(engine, listener: socket.socket, mesh, name: str, api_key: str = "",
     worker.start()
     host, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-    # uvicorn ends in order on these and then sends them once more: to nobody, for status 0.
+    # uvicorn stops in order on these and then raises them again; ignored, the status is 0.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         server.run(sockets=[listener])

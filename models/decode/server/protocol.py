@@ -1,7 +1,7 @@
 """Requests in the form of OpenAI's API: what a body may say, and errors in its form.
 
 https://platform.openai.com/docs/api-reference/chat and /completions. A field that would change the
-answer and is not supported is refused, never ignored; so is one that nobody knows.
+answer and is not supported is refused, never ignored, and so is an unknown one.
 """
 
 import dataclasses
