@@ -23,7 +23,8 @@ from ...configs.errors import LOST, MachineError, UserError
 
 # Of a message.
 _MOST_BYTES = 65536
-# After a process has ended with a message: others may be about to say the same themselves.
+# After a process has ended with a message, others may be about to say the same themselves; after
+# the roll call has failed, others may be about to come and must hear of it.
 _PATIENCE_SECONDS = 3.0
 
 
@@ -163,11 +164,13 @@ def _call(port, num_processes, about, deadline, timeout):
         except OSError as e:
             raise UserError(f"--coordinator: port {port} cannot be used: {e.strerror}") from e
         lines, verdict, kind = [], None, UserError
-        while len(there) < num_processes and verdict is None:
+        while len(there) < num_processes:
             server.settimeout(max(0.0, deadline - time.monotonic()) or 0.001)
             try:
                 line, _ = server.accept()
             except TimeoutError:
+                if verdict is not None:
+                    break
                 missing = sorted(set(range(num_processes)) - there.keys())
                 kind = MachineError
                 verdict = (
@@ -185,14 +188,17 @@ def _call(port, num_processes, about, deadline, timeout):
                 continue  # not one of ours
             lines.append((number, line))
             if size != num_processes or not 0 < number < num_processes:
-                verdict = f"process {number} of {size} came to a run of {num_processes}"
+                found = f"process {number} of {size} came to a run of {num_processes}"
             elif number in there:
-                verdict = (
+                found = (
                     f"process {number} came twice: from {there[number]['host']} and {other['host']}"
                 )
             else:
                 there[number] = other
-                verdict = _difference(about, number, other)
+                found = _difference(about, number, other)
+            if found and verdict is None:
+                verdict = found
+                deadline = min(deadline, time.monotonic() + _PATIENCE_SECONDS)
         for _, line in lines:
             with contextlib.suppress(OSError):
                 _send(line, {"go": verdict is None, "why": verdict, "host": about["host"],

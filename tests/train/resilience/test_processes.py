@@ -58,7 +58,7 @@ def losses(workdir):
     return np.array([[json.loads(line).get(n, 0.0) for n in names] for line in lines])
 
 
-def call_all(abouts, timeout=5.0, num_processes=None):
+def call_all(abouts, timeout=5.0, num_processes=None, late=()):
     """The roll call of processes that say these things; what each gets to hear."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -71,13 +71,15 @@ def call_all(abouts, timeout=5.0, num_processes=None):
             heard[i], kinds[i] = str(e), type(e)
 
     threads = [threading.Thread(target=one, args=item) for item in abouts.items()]
-    for thread in threads:
+    for i, thread in zip(abouts, threads, strict=True):
+        if i in late:
+            time.sleep(1.0)
         thread.start()
     for thread in threads:
         thread.join()
     # That a process is missing can be the machine's fault; that it is different cannot.
-    missing = any("did not" in text for text in heard.values())
-    assert set(kinds.values()) <= {MachineError if missing else UserError}
+    for i, text in heard.items():
+        assert kinds[i] is (MachineError if "did not" in text else UserError)
     return heard
 
 
@@ -98,7 +100,15 @@ def test_a_different_process_is_named():
     abouts = {i: {"host": f"h{i}", "jax": "1"} for i in range(3)}
     abouts[2]["jax"] = "2"
     heard = call_all(abouts)
-    assert "process 2 on h2 differs from process 0 on h0: jax 2 and 1" in heard[0] == heard[2]
+    assert "process 2 on h2 differs from process 0 on h0: jax 2 and 1" in heard[0]
+    assert set(heard.values()) == {heard[0]} and heard.keys() == {0, 1, 2}
+
+
+def test_one_that_comes_late_hears_of_a_difference():
+    abouts = {0: {"host": "h0", "jax": "1"}, 2: {"host": "h2", "jax": "2"}}
+    abouts[1] = {"host": "h1", "jax": "1"}
+    heard = call_all(abouts, late={1}, timeout=20.0)
+    assert "process 2 on h2 differs" in heard[0] == heard[1] == heard[2]
 
 
 def test_the_first_is_missing():
