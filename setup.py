@@ -50,6 +50,9 @@ EXTRAS = {
     "harness": ["lm-eval>=0.4.13"],
     # `puna serve`: routes, and HTTP.
     "serve": ["starlette>=0.46.0", "uvicorn>=0.34.0"],
+    # Answers that match a JSON schema or a pattern, and calls of functions: token masks without
+    # torch.
+    "grammar": ["llguidance>=1.9.1"],
     # Running the notebooks.
     "notebooks": ["ipykernel>=6.29.0", "nbclient>=0.10.0", "nbformat>=5.10.0"],
     # The independent implementations that golden tests compare with: exact, since numbers are.
@@ -66,6 +69,8 @@ EXTRAS = {
         "fsspec>=2025.3.0",  # its backend in memory stands for a server
         "httpx>=0.28.0",  # a client of `puna serve`
         "hypothesis>=6.112.0",
+        "jsonschema>=4.23.0",  # judges what structured output gives
+        "llguidance>=1.9.1",
         "pyarrow>=17.0.0",
         "zstandard>=0.23.0",
         "pytest>=8.3.0",

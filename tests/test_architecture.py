@@ -27,7 +27,8 @@ TESTED_WITH = {
     "test_commands.py": ["configs/command_line.py"],
     "models/decode/server/test_app.py": [
         "models/decode/server/answer.py", "models/decode/server/openapi.py",
-        "models/decode/server/page.py", "models/decode/server/worker.py",
+        "models/decode/server/page.py", "models/decode/server/prepare.py",
+        "models/decode/server/worker.py",
     ],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": ["models/release/card.py", "models/weights/licences.py"],

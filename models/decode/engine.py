@@ -64,20 +64,24 @@ def _prefill(model, max_length, kept, cache, tokens_BT, segments_BT):
     return states.cache
 
 
-def next_ids(model, params, hidden_BTD, keys_B, sampling, vocab_size):
+def next_ids(model, params, hidden_BTD, keys_B, sampling, vocab_size, masks_BW=None):
     """Draw the id that follows the first token of each row.
 
     Args:
       hidden_BTD: `States.hidden_BTD`, T = 1.
       sampling: `Sampling` of arrays [B]; the seed is not used.
+      masks_BW: bits of the ids that each row may make, see `grammar.Constraint.allowed`.
 
     Returns:
       ids_B, logprobs_B and drawn_logprobs_B as in `Block`, with ids of _NAN where the model has
       failed, and logits_BV.
     """
     logits_BV = model.apply({"params": params}, hidden_BTD, method="logits")[:, 0]
-    allowed_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
-    ids_B, drawn_B = sample(jnp.where(allowed_V, logits_BV, -jnp.inf), keys_B, *sampling[:4])
+    allowed_BV = (jnp.arange(logits_BV.shape[-1]) < vocab_size)[None]
+    if masks_BW is not None:
+        bits_BW32 = (masks_BW[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        allowed_BV &= bits_BW32.reshape(len(masks_BW), -1)[:, : logits_BV.shape[-1]] == 1
+    ids_B, drawn_B = sample(jnp.where(allowed_BV, logits_BV, -jnp.inf), keys_B, *sampling[:4])
     chosen_B = jnp.take_along_axis(logits_BV, ids_B[:, None], -1)[:, 0]
     logprobs_B = chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
     ids_B = jnp.where(jnp.isnan(logits_BV).any(-1), _NAN, ids_B)

@@ -32,10 +32,13 @@ from .engine import (
     row_keys,
 )
 from .generate import begin_rows
+from .grammar import Constraint, Constraints
 from .sampling import Sampling, check, per_row
 
 # Sizes of the pieces of a prompt: each is compiled once, when first needed.
 _PIECES = (16, 128, 1024)
+# A word of a mask that forbids nothing.
+_EVERY = 0xFFFFFFFF
 # Likeliest ids that a request can have beside each token.
 TOP = 20
 
@@ -47,11 +50,13 @@ class Full(UserError):
 class Token(NamedTuple):
     """One step of a request.
 
-    id: the new id. logprob: of the model itself at temperature 1, see `engine.Block`.
+    id: the new id. logprob: of the model itself at temperature 1, see `engine.Block`; before a
+      grammar's mask, as `top` is.
     top: the likeliest (id, logprob), as many as the request wants.
     text: what has become certain of the text, often nothing or more than this token.
     start: characters of text before this token.
-    finish_reason: "stop" or "length" with the last token, as in `generate.Completion`, else None.
+    finish_reason: "stop" or "length" with the last token, as in `generate.Completion`, "error"
+      where the text's grammar became too complex to follow, else None.
     """
 
     id: int
@@ -65,8 +70,9 @@ class Token(NamedTuple):
 class _Request:
     """What a slot holds: a prompt that is being read, then a text that is being written."""
 
-    def __init__(self, prompt, row, max_tokens, top):
+    def __init__(self, prompt, row, max_tokens, top, constraint):
         self.prompt, self.row, self.max_tokens, self.top = prompt, row, max_tokens, top
+        self.constraint = constraint
         self.read = 0  # tokens of the prompt
         self.shown = 0  # characters
 
@@ -127,7 +133,7 @@ def _read(model, kept, cache, slot, tokens_BT, segments_BT, first):
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _write(model, params, kept, cache, last_B, active_B, steps_B, sampling, rows_B, tops_B,
-           vocab_size):  # fmt: skip
+           masks_BW, vocab_size):  # fmt: skip
     """One token of every active slot: the cache, ids_B, logprobs_B and the TOP likeliest."""
     states = model.apply(
         {"params": kept}, last_B[:, None], segment_ids_BT=active_B[:, None].astype(jnp.int32),
@@ -135,7 +141,7 @@ def _write(model, params, kept, cache, last_B, active_B, steps_B, sampling, rows
     )  # fmt: skip
     keys_B = jax.vmap(jax.random.fold_in)(row_keys(sampling.seed, rows_B), steps_B)
     ids_B, logprobs_B, _, logits_BV = next_ids(
-        model, params, states.hidden_BTD, keys_B, sampling, vocab_size
+        model, params, states.hidden_BTD, keys_B, sampling, vocab_size, masks_BW
     )
     width = min(TOP, logits_BV.shape[-1])
 
@@ -195,6 +201,8 @@ class Engine:
         # Of each slot. What is not in use is greedy, which costs the least.
         self._sampling = per_row(Sampling(), 1, rows)
         self._numbers, self._last, self._steps, self._tops = np.zeros((4, rows), np.int32)
+        self._masks = np.full((rows, -(-model.config.vocab_size // 32)), _EVERY, np.uint32)
+        self.constraints = Constraints(tokenizer)
 
     @property
     def free(self) -> int:
@@ -210,7 +218,8 @@ class Engine:
         check_fit([prompt_ids], [max_tokens], self.max_length, self.vocab_size, "max_length")
 
     def insert(self, prompt_ids: Sequence[int], sampling: Sampling | None = None,
-               max_tokens: int = 64, stop=(), number: int = 0, top: int = 0) -> int:  # fmt: skip
+               max_tokens: int = 64, stop=(), number: int = 0, top: int = 0,
+               constraint: Constraint | None = None) -> int:  # fmt: skip
         """Take a request and return its slot; `step` does the work.
 
         Args:
@@ -221,6 +230,8 @@ class Engine:
           number: requests with one seed and other numbers draw other texts: the one with number
             r draws what row r of `generate` draws with that seed.
           top: how many of the likeliest ids each `Token` has, at most `TOP`.
+          constraint: what the text must match, from `self.constraints.compile`; the text ends as
+            soon as it can only end.
 
         Raises:
           Full: every slot is taken.
@@ -235,7 +246,11 @@ class Engine:
         if not self.free:
             raise Full(f"all {self.num_slots} slots are taken: step, or evict one")
         slot = next(s for s in range(self.num_slots) if s not in self.requests)
-        self.requests[slot] = _Request(prompt, row, max_tokens, top)
+        constraint = constraint and constraint.copy()
+        self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
+        if constraint:
+            row.follows_text = True  # the grammar counts the blank of a first word
+            self._masks[slot] = constraint.allowed(self.model.config.vocab_size)
         self._reading.append(slot)
         self._set(slot, sampling)
         self._last[slot], self._numbers[slot], self._tops[slot] = prompt[-1], number, top
@@ -246,7 +261,7 @@ class Engine:
         """Free a slot whose request is not wanted any more; does nothing if it is free."""
         if self.requests.pop(slot, None) is not None:
             self._set(slot, Sampling())
-            self._tops[slot] = 0
+            self._tops[slot], self._masks[slot] = 0, _EVERY
             if slot in self._reading:
                 self._reading.remove(slot)
 
@@ -276,8 +291,9 @@ class Engine:
         active_B = np.isin(np.arange(self._rows), active)
         # JAX may still look at what it is given when the host goes on to change it.
         host = jax.tree.map(
-            np.copy, (self._last, active_B, self._steps, self._sampling, self._numbers, self._tops)
-        )
+            np.copy, (self._last, active_B, self._steps, self._sampling, self._numbers, self._tops,
+                      self._masks)
+        )  # fmt: skip
         self._cache, found = _write(
             self.model, self.params, self._kept, self._cache, *host, self.vocab_size
         )
@@ -316,7 +332,15 @@ class Engine:
         row.push([new], [logprob])
         self._last[slot] = new
         self._steps[slot] += 1
-        reason = "stop" if row.done else "length" if len(row.ids) >= request.max_tokens else None
+        reason = "stop" if row.done else None
+        if request.constraint and not row.done:
+            request.constraint.push(new)
+            self._masks[slot] = request.constraint.allowed(self.model.config.vocab_size)
+            if request.constraint.error:
+                reason = "error"
+            elif request.constraint.done:
+                reason = "stop"
+        reason = reason or ("length" if len(row.ids) >= request.max_tokens else None)
         text = (row.text if reason else row.certain())[request.shown :]
         request.shown += len(text)
         if reason:

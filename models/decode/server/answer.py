@@ -1,47 +1,66 @@
 """Answers in the form of OpenAI's API, whole and in pieces."""
 
-import dataclasses
 import json
 import os
 import time
 
 from ..slots import Token
+from ..tools import MARKS, Calls
 from .protocol import Ask, finite
 
 
-@dataclasses.dataclass
 class Choice:
-    """One text of an answer as its tokens come."""
+    """One text of an answer as its tokens come, and the calls of functions in it."""
 
-    index: int
-    text: str = ""
-    finish_reason: str | None = None
-    made: int = 0
-    taken: int = 0  # characters
-    pending: list[Token] = dataclasses.field(default_factory=list)
+    def __init__(self, index: int, calls: Calls | None, marks: dict[int, str], several: bool):
+        """Begin with nothing.
+
+        Args:
+          calls: finds calls, None where there are no functions.
+          marks: names of the control tokens that tell of calls, by id.
+          several: whether more calls than the first count.
+        """
+        self.index, self._calls, self._marks, self._several = index, calls, marks, several
+        self.finish_reason: str | None = None
+        self.made = 0  # tokens
+        self.content, self.calls = "", []
+        self._size = 0  # characters of the text, calls included
+        self._taken = [0, 0]  # of content and of calls
+        self._pending: list[Token] = []
 
     def add(self, token: Token) -> None:
         """Take the next token."""
-        self.text += token.text
+        self._size += len(token.text)
         self.finish_reason = token.finish_reason
         self.made += 1
-        self.pending.append(token)
+        self._pending.append(token)
+        if self._calls is None:
+            self.content += token.text
+            return
+        text = token.text + self._marks.get(token.id, "")
+        for part in self._calls.add(text, final=token.finish_reason is not None):
+            if isinstance(part, str):
+                self.content += part
+            elif self._several or not self.calls:
+                function = {"name": part.name, "arguments": part.arguments}
+                name = f"call_{os.urandom(12).hex()}"
+                self.calls.append({"id": name, "type": "function", "function": function})
 
-    def take(self) -> tuple[str, list[Token]]:
-        """What is new and certain: text, and the tokens that have begun in it.
+    def take(self) -> tuple[str, list[dict], list[Token]]:
+        """What is new and certain: content, calls, and the tokens that have begun in the text.
 
-        A stop string and an end token are in neither.
+        A stop string and an end token are in none of them.
         """
-        text = self.text[self.taken :]
-        self.taken = len(self.text)
-        kept = [token for token in self.pending if token.start < self.taken]
+        said, called = self._taken
+        self._taken = [len(self.content), len(self.calls)]
+        kept = [token for token in self._pending if token.start < self._size]
         if self.finish_reason == "length":
-            kept = self.pending
-        elif self.finish_reason and self.pending[-1].start == self.taken:
+            kept = self._pending
+        elif self.finish_reason and self._pending[-1].start == self._size:
             # An end token, perhaps after bytes of a character that never became whole.
-            kept = self.pending[:-1]
-        self.pending = [] if self.finish_reason else self.pending[len(kept) :]
-        return text, kept
+            kept = self._pending[:-1]
+        self._pending = [] if self.finish_reason else self._pending[len(kept) :]
+        return self.content[said:], self.calls[called:], kept
 
 
 class Answer:
@@ -49,7 +68,12 @@ class Answer:
 
     def __init__(self, ask: Ask, model: str, tokenizer, prompt_tokens: int, num_choices: int):
         self.ask, self.tokenizer, self.prompt_tokens = ask, tokenizer, prompt_tokens
-        self.choices = [Choice(i) for i in range(num_choices)]
+        names = [tool["name"] for tool in ask.tools]
+        marks = {tokenizer.special[mark]: mark for mark in MARKS if mark in tokenizer.special}
+        several = ask.several and not ask.only
+        self.choices = [
+            Choice(i, Calls(names) if names else None, marks, several) for i in range(num_choices)
+        ]
         name = "chat.completion" if ask.chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{os.urandom(12).hex()}",
@@ -71,8 +95,10 @@ class Answer:
         """The answer, once all choices have finished."""
         choices = []
         for choice in self.choices:
-            text, tokens = choice.take()
+            text, calls, tokens = choice.take()
             message = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                message |= {"content": text if text.strip() else None, "tool_calls": calls}
             said = {"message": message} if self.ask.chat else {"text": text}
             choices.append(self._choice(choice, said, tokens))
         return {**self._head, "choices": choices, "usage": self.usage()}
@@ -88,11 +114,18 @@ class Answer:
         """Take a token of one choice and give the chunks that it makes certain."""
         choice = self.choices[index]
         choice.add(token)
-        text, tokens = choice.take()
+        text, calls, tokens = choice.take()
         chunks = []
         if text or (tokens and self.ask.top is not None):
             said = {"delta": {"content": text}} if self.ask.chat else {"text": text}
             chunks.append({**self._choice(choice, said, tokens), "finish_reason": None})
+        for i, call in enumerate(calls, len(choice.calls) - len(calls)):
+            # Whole calls, in two pieces as clients join them.
+            function = call["function"]
+            head = {**call, "function": {**function, "arguments": ""}}
+            for piece in (head, {"function": {"arguments": function["arguments"]}}):
+                said = {"delta": {"tool_calls": [{"index": i, **piece}]}}
+                chunks.append({**self._choice(choice, said, []), "finish_reason": None})
         if choice.finish_reason:
             said = {"delta": {}} if self.ask.chat else {"text": ""}
             chunks.append(self._choice(choice, said, []))
@@ -109,11 +142,14 @@ class Answer:
         logprobs = None
         if self.ask.top is not None and tokens:
             logprobs = self._chat_logprobs(tokens) if self.ask.chat else self._logprobs(tokens)
+        reason = choice.finish_reason
+        if reason == "stop" and choice.calls and not self.ask.only:
+            reason = "tool_calls"  # OpenAI says stop where the call was named beforehand
         return {
             "index": choice.index,
             **said,
             "logprobs": logprobs,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": reason,
         }
 
     def _name(self, i: int) -> str:

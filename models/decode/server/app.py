@@ -1,7 +1,7 @@
 """The routes of the server, and running it until it is told to end.
 
 Everything a client can get wrong is a 4xx in OpenAI's form; a 5xx means that the server is at
-fault or is ending. Left out on purpose: tools, structured output, several models.
+fault or is ending. Left out on purpose: several models.
 """
 
 import asyncio
@@ -9,7 +9,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import signal
 import socket
 import time
@@ -29,15 +28,15 @@ from ....configs.errors import UserError
 from ..generate import sampling_for
 from .answer import Answer, event
 from .metrics import Metrics
+from .mistakes import ApiError
 from .openapi import document
 from .page import PAGE
-from .protocol import ApiError, Ask, parse
-from .worker import Busy, Job, Worker
+from .prepare import prepare
+from .protocol import parse
+from .worker import Busy, Worker
 
 # Bytes of a body; a text of this size is beyond any model's length that fits into a slot.
 _MOST_BYTES = 8 << 20
-# OpenAI's default for completions, where a chat takes what there is room for.
-_MAX_TOKENS = 16
 # Seconds: between comments that keep a silent stream open; for answers when told to end.
 _SILENCE, _GRACE = 15, 30
 
@@ -155,7 +154,9 @@ class Server:
         def deliver_to(index):
             return lambda news: loop.call_soon_threadsafe(queue.put_nowait, (index, news))
 
-        jobs, prompt_tokens = await run_in_threadpool(self._jobs, ask, deliver_to)
+        jobs, prompt_tokens = await run_in_threadpool(
+            prepare, ask, self.engine, self.worker.most_jobs, deliver_to
+        )
         try:
             self.worker.submit(jobs)
         except Busy:
@@ -225,44 +226,6 @@ class Server:
         finally:
             closed()
         return Json(answer.whole())
-
-    def _jobs(self, ask: Ask, deliver_to) -> tuple[list[Job], int]:
-        """The jobs of a request, checked, and the tokens of its prompts."""
-        tokenizer, engine = self.engine.tokenizer, self.engine
-        try:
-            if ask.chat:
-                prompts = [tokenizer.chat(ask.messages)]
-            else:
-                prompts = [
-                    [*tokenizer.begin_ids, *tokenizer.encode(p)] if isinstance(p, str) else p
-                    for p in ask.prompts
-                ]
-        except UserError as error:
-            raise ApiError(400, str(error), "messages" if ask.chat else "prompt") from None
-        if len(prompts) * ask.n > self.worker.most_jobs:
-            raise ApiError(
-                400, f"{len(prompts)} prompts times n={ask.n} is more than the "
-                f"{self.worker.most_jobs} texts that this server takes at a time", "n",
-            )  # fmt: skip
-        seed = int.from_bytes(os.urandom(4)) if ask.seed is None else ask.seed
-        jobs = []
-        for prompt in prompts:
-            most = ask.max_tokens or (engine.max_length - len(prompt) if ask.chat else _MAX_TOKENS)
-            if len(prompt) + max(most, 1) > engine.max_length:
-                raise ApiError(
-                    400, f"the prompt has {len(prompt)} tokens: with max_tokens={max(most, 1)} "
-                    f"that is more than this server's {engine.max_length}",
-                    "messages" if ask.chat else "prompt", "context_length_exceeded",
-                )  # fmt: skip
-            try:
-                sampling = sampling_for(tokenizer, seed, **ask.sampling)
-                engine.check(prompt, sampling, most)
-            except UserError as error:
-                raise ApiError(400, str(error)) from None
-            for i in range(ask.n):
-                job = Job(prompt, sampling, most, deliver_to(len(jobs)), ask.stop, i, ask.top or 0)
-                jobs.append(job)
-        return jobs, sum(map(len, prompts))
 
     # What there is to know
 

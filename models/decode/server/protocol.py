@@ -9,17 +9,18 @@ import json
 import math
 
 from ..slots import TOP
+from . import formats
+from .mistakes import ApiError, of
 
 # Accepted, and without effect here.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("parallel_tool_calls", "prediction"),
+    "prediction",
 }
 # Not supported: only the value that asks for nothing.
 _ONLY = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],),
-    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "echo": (False,),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "functions": ([],),
+    "function_call": ("none", "auto"), "modalities": (["text"],), "echo": (False,),
     "suffix": ("",), "best_of": (1,),
 }  # fmt: skip
 # Numbers: kind, least, most, what it is. Those of chat and completions alike.
@@ -33,25 +34,16 @@ NUMBERS = {
     "n": (int, 1, 128, "texts for each prompt"),
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-_COMMON = {*NUMBERS, "model", "stop", "stream", "stream_options", "logprobs"}
+_COMMON = {
+    *NUMBERS, "model", "stop", "stream", "stream_options", "logprobs", "response_format",
+    "structured_outputs",
+}  # fmt: skip
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 FIELDS = {
-    True: {*_COMMON, "messages", "max_completion_tokens", "top_logprobs"},
+    True: {*_COMMON, *_TOOLS, "messages", "max_completion_tokens", "top_logprobs"},
     False: {*_COMMON, "prompt"},
 }
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
-
-
-class ApiError(Exception):
-    """An answer that is an error: status, and OpenAI's {"error": {...}} as `body`."""
-
-    def __init__(self, status: int, message: str, param: str | None = None,
-                 code: str | None = None, kind: str = "invalid_request_error",
-                 headers: dict[str, str] | None = None):  # fmt: skip
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
-        self.body = {
-            "error": {"message": message, "type": kind, "param": param, "code": code},
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +53,10 @@ class Ask:
     prompts: texts or lists of ids; empty for a chat, which has `messages`.
     sampling: what is told of temperature, top_p, top_k and min_p.
     top: likeliest tokens to give beside each; None for no log-probabilities at all.
+    grammar: of the text, see `grammar`; None for any text.
+    tools: functions that may be called, empty where none shall be.
+    must_call: whether one of them must be, and that named `only` where it is not empty.
+    several: whether an answer may have more than one call.
     """
 
     chat: bool
@@ -74,6 +70,11 @@ class Ask:
     top: int | None
     stream: bool
     usage: bool
+    grammar: str | None
+    tools: tuple[dict, ...]
+    must_call: bool
+    only: str
+    several: bool
 
 
 def parse(data: bytes, chat: bool, model: str) -> Ask:
@@ -94,7 +95,7 @@ def parse(data: bytes, chat: bool, model: str) -> Ask:
                 raise ApiError(400, f"{key} is not supported here", key, "unsupported_parameter")
         elif key not in FIELDS[chat] and key not in _IGNORED:
             raise ApiError(400, f"unknown field {key!r:.60}", None, "unknown_parameter")
-    wanted = _of(body, "model", str, model)
+    wanted = of(body, "model", str, model)
     if wanted != model:
         raise ApiError(
             404, f"the model {wanted!r:.200} is not here; {model!r} is", "model", "model_not_found"
@@ -105,9 +106,13 @@ def parse(data: bytes, chat: bool, model: str) -> Ask:
         max_tokens = _number(body, "max_completion_tokens", "max_tokens")
     if numbers["top_p"] == 0:
         raise ApiError(400, "top_p must be above 0", "top_p")
-    options = _of(body, "stream_options", dict, {})
-    usage = _of(options, "include_usage", bool, False)
-    stream = _of(body, "stream", bool, False)
+    options = of(body, "stream_options", dict, {})
+    usage = of(options, "include_usage", bool, False)
+    stream = of(body, "stream", bool, False)
+    tools, must_call, only = formats.tools(body) if chat else ((), False, "")
+    source = formats.grammar(body)
+    if tools and source:
+        raise ApiError(400, "tools and a format of the answer cannot be combined", "tools")
     return Ask(
         chat=chat,
         prompts=[] if chat else _prompts(body),
@@ -120,6 +125,11 @@ def parse(data: bytes, chat: bool, model: str) -> Ask:
         top=_top(body, chat),
         stream=stream,
         usage=stream and usage,
+        grammar=source,
+        tools=tools,
+        must_call=must_call,
+        only=only,
+        several=of(body, "parallel_tool_calls", bool, True),
     )
 
 
@@ -134,16 +144,6 @@ def _object(data: bytes) -> dict:
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     return body
-
-
-def _of(body, name, kind, default):
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        words = {str: "a string", dict: "an object", bool: "true or false", list: "a list"}
-        raise ApiError(400, f"{name} must be {words[kind]}", name)
-    return value
 
 
 def _number(body, name, rule=None):
@@ -174,7 +174,7 @@ def _are_ids(value) -> bool:
 
 
 def _messages(body) -> list[dict]:
-    messages = _of(body, "messages", list, [])
+    messages = of(body, "messages", list, [])
     if not messages:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
     checked = []
@@ -210,7 +210,7 @@ def _stop(body) -> tuple[str, ...]:
 def _top(body, chat) -> int | None:
     if not chat:
         return _integer_to_top(body, "logprobs")
-    on = _of(body, "logprobs", bool, False)
+    on = of(body, "logprobs", bool, False)
     top = _integer_to_top(body, "top_logprobs")
     if top is not None and not on:
         raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")

@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 import jax
 
 from ....configs.errors import UserError
+from ..grammar import Constraint
 from ..sampling import Sampling
 from ..slots import Engine, Token
+
+_TOO_COMPLEX = UserError("the format that is asked for is too complex to be followed")
 
 
 class Busy(Exception):
@@ -32,6 +35,7 @@ class Job:
     stop: Sequence[str] = ()
     number: int = 0
     top: int = 0
+    constraint: Constraint | None = None
     cancelled: bool = False
 
 
@@ -108,7 +112,7 @@ class Worker(threading.Thread):
                         job = self._held[slot]
                         if token.finish_reason:
                             del self._held[slot]
-                        self._tell(job, token)
+                        self._tell(job, _TOO_COMPLEX if token.finish_reason == "error" else token)
         except BaseException as error:
             self._end(error)
             self.on_failure()
@@ -130,8 +134,9 @@ class Worker(threading.Thread):
                 job = self._waiting.popleft()
                 try:
                     slot = self.engine.insert(
-                        job.prompt_ids, job.sampling, job.max_tokens, job.stop, job.number, job.top
-                    )
+                        job.prompt_ids, job.sampling, job.max_tokens, job.stop, job.number,
+                        job.top, job.constraint,
+                    )  # fmt: skip
                     self._held[slot] = job
                 except UserError as error:
                     self._tell(job, error)

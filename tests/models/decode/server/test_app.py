@@ -20,7 +20,7 @@ from puna.models.text.tokenizer import byte_tokenizer, train_bpe
 
 uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
-from puna.models.decode.server.worker import Worker  # noqa: E402
+from puna.models.decode.server.worker import Job, Worker  # noqa: E402
 
 TOKENIZER = train_bpe(["the llama walks over the puna"] * 9, 280)
 CONFIG = ModelConfig(
@@ -269,7 +269,7 @@ BAD = [
     ),
     ("chat/completions", {"messages": CHAT * 9}, 400, "more than this server's 96"),
     ("chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, "needs logprobs=true"),
-    ("chat/completions", {"messages": CHAT, "tools": [{}]}, 400, "tools is not supported"),
+    ("chat/completions", {"messages": CHAT, "tools": [{}]}, 400, "tools[0] must be"),
     ("completions", b"a" * (9 << 20), 413, "larger than"),
     ("nothing", {}, 404, "/v1/nothing"),
 ]  # fmt: skip
@@ -416,7 +416,7 @@ def test_a_full_queue_asks_for_patience(worker):
     # It has not been started, so what is submitted stays.
     idle = Worker(worker.engine, max_waiting=0)
     server = app.Server(idle, "tiny")
-    idle.submit([app.Job([1], None, 1, print)] * 3)
+    idle.submit([Job([1], None, 1, print)] * 3)
     response = asked(server, prompt="a", n=2)
     assert response.status_code == 429 and response.headers["retry-after"] == "1"
     assert response.json()["error"]["type"] == "rate_limit_error"

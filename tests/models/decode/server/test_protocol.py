@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
-from puna.models.decode.server.protocol import _IGNORED, _ONLY, FIELDS, ApiError, parse
+from puna.models.decode.server.mistakes import ApiError
+from puna.models.decode.server.protocol import _IGNORED, _ONLY, FIELDS, parse
 from puna.models.text.tokenizer import train_bpe
 
 TOKENIZER = train_bpe(["the llama walks"], 280)

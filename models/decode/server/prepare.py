@@ -1,0 +1,85 @@
+"""From what a request asks for to jobs of the engine."""
+
+import os
+from collections.abc import Callable
+
+from ....configs.errors import UserError
+from .. import tools
+from ..generate import sampling_for
+from ..slots import Engine
+from .mistakes import ApiError
+from .protocol import Ask
+from .worker import Job
+
+# OpenAI's default for completions, where a chat takes what there is room for.
+_MAX_TOKENS = 16
+
+
+def prepare(ask: Ask, engine: Engine, most_jobs: int,
+            deliver_to: Callable) -> tuple[list[Job], int]:  # fmt: skip
+    """The jobs of a request, checked, and the tokens of its prompts.
+
+    Args:
+      most_jobs: how many a request may have.
+      deliver_to: gives `Job.deliver` for the number of a job.
+
+    Raises:
+      ApiError: 400 and what is wrong.
+    """
+    prompts = _prompts(ask, engine.tokenizer)
+    if len(prompts) * ask.n > most_jobs:
+        raise ApiError(
+            400, f"{len(prompts)} prompts times n={ask.n} is more than the "
+            f"{most_jobs} texts that this server takes at a time", "n",
+        )  # fmt: skip
+    seed = int.from_bytes(os.urandom(4)) if ask.seed is None else ask.seed
+    constraint = _constraint(ask, engine)
+    jobs = []
+    for prompt in prompts:
+        most = ask.max_tokens or (engine.max_length - len(prompt) if ask.chat else _MAX_TOKENS)
+        if len(prompt) + max(most, 1) > engine.max_length:
+            raise ApiError(
+                400, f"the prompt has {len(prompt)} tokens: with max_tokens={max(most, 1)} "
+                f"that is more than this server's {engine.max_length}",
+                "messages" if ask.chat else "prompt", "context_length_exceeded",
+            )  # fmt: skip
+        try:
+            sampling = sampling_for(engine.tokenizer, seed, **ask.sampling)
+            engine.check(prompt, sampling, most)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        for i in range(ask.n):
+            job = Job(
+                prompt, sampling, most, deliver_to(len(jobs)), ask.stop, i, ask.top or 0, constraint
+            )
+            jobs.append(job)
+    return jobs, sum(map(len, prompts))
+
+
+def _prompts(ask, tokenizer) -> list[list[int]]:
+    if not ask.chat:
+        return [
+            [*tokenizer.begin_ids, *tokenizer.encode(p)] if isinstance(p, str) else p
+            for p in ask.prompts
+        ]
+    try:
+        prompt = tokenizer.chat(ask.messages, list(ask.tools) or None)
+        if ask.tools and prompt == tokenizer.chat(ask.messages):
+            raise ApiError(400, "this model's chat template knows no tools", "tools")
+    except UserError as error:
+        raise ApiError(400, str(error), "messages") from None
+    return [prompt]
+
+
+def _constraint(ask, engine):
+    """What the text must match: a format, or a call that must be made or is strict."""
+    source, field = ask.grammar, "response_format"
+    try:
+        if ask.must_call or any(tool.get("strict") for tool in ask.tools):
+            field = "tools"
+            functions = [t for t in ask.tools if ask.only in ("", t["name"])]
+            several = ask.several and not ask.only
+            source = tools.grammar(engine.tokenizer, functions, several, not ask.must_call)
+        return None if source is None else engine.constraints.compile(source)
+    except UserError as error:
+        raise ApiError(400, f"{field}: {error}", field) from None
