@@ -70,7 +70,9 @@ class Calls:
 
     def _first(self, held, final):
         """Nothing has been said so far."""
-        lead = (_BETWEEN if self.found else _LEAD).match(held).group()
+        found = (_BETWEEN if self.found else _LEAD).match(held)
+        assert found is not None  # both match nothing, too
+        lead = found.group()
         rest = held[len(lead) :]
         # Blanks before a text belong to it.
         skipped = len(lead) if self.found or "<" in lead else 0
@@ -108,6 +110,7 @@ class Calls:
 
     def _list(self, text, final):
         begun = _LIST.match(text)
+        assert begun is not None  # "[" is what led here
         if text[begun.end() :].startswith("{"):
             return self._json(text, final)
         name, opened = begun.groups()
@@ -148,7 +151,7 @@ class Calls:
             pass
         return None
 
-    def _python(self, text) -> list[Call] | None:
+    def _python(self, text) -> list[Call | None] | None:
         try:
             with warnings.catch_warnings(action="ignore"):  # of escapes in strings
                 tree = ast.parse(text, mode="eval").body

@@ -87,10 +87,10 @@ def tools(body: dict) -> tuple[tuple[dict, ...], bool, str]:
     choice = body.get("tool_choice", "auto")
     if isinstance(choice, dict):
         function = choice.get("function")
-        choice = function.get("name") if isinstance(function, dict) else None
-        if choice not in names:
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in names:
             raise ApiError(400, "tool_choice names a function that tools lacks", "tool_choice")
-        return functions, True, choice
+        return functions, True, name
     if choice not in ("none", "auto", "required"):
         raise ApiError(
             400, "tool_choice must be none, auto, required or name a function", "tool_choice"
