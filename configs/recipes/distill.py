@@ -9,15 +9,13 @@ Both have one vocabulary. A line of the JSONL files is {"text": "..."}, or a con
 the other recipes of tuning, since the student starts from weights.
 """
 
-from puna.configs import base
+from puna.configs.recipes import sft
 
 
 def get_config():
-    config = base.get_config()
-    config.data.validation = ""
-    config.data.seq_len = 1024
+    config = sft.get_config()
     config.train.update(
-        objective="distill", steps=1000, batch_size=16, log_every=1, save_every=200, eval_every=200
+        objective="distill", steps=1000, batch_size=16, save_every=200, eval_every=200
     )
-    config.optimizer.update(learning_rate=2e-5, warmup_steps=20, weight_decay=0.0)
+    config.optimizer.warmup_steps = 20
     return config

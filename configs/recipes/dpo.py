@@ -10,19 +10,15 @@ rate and warm-up are about those of section 6 and appendix B of the DPO paper an
 recipe (arXiv 2310.16944, 5e-7); a row holds a pair or more.
 """
 
-from puna.configs import base
+from puna.configs.recipes import sft
 
 
 def get_config():
-    config = base.get_config()
-    config.data.validation = ""
+    config = sft.get_config()
     config.data.seq_len = 2048
     config.preference.beta = 0.1
-    config.train.update(
-        objective="preference", steps=500, batch_size=64, microbatches=4, log_every=1,
-        save_every=100, eval_every=100,
-    )  # fmt: skip
+    config.train.update(objective="preference", batch_size=64, microbatches=4)
     config.optimizer.update(
-        learning_rate=5e-7, schedule="linear", final_fraction=0.0, warmup_steps=50, weight_decay=0.0
+        learning_rate=5e-7, schedule="linear", final_fraction=0.0, warmup_steps=50
     )
     return config

@@ -8,16 +8,12 @@ of messages. One epoch, a batch of 64 pairs and 9e-6 are those of InstructGPT's 
 epochs overfit. `puna.train.objectives.reward.load` reads the run with its vector.
 """
 
-from puna.configs import base
+from puna.configs.recipes import sft
 
 
 def get_config():
-    config = base.get_config()
-    config.data.validation = ""
+    config = sft.get_config()
     config.data.seq_len = 2048
-    config.train.update(
-        objective="reward", steps=500, batch_size=64, microbatches=4, log_every=1, save_every=100,
-        eval_every=100,
-    )  # fmt: skip
-    config.optimizer.update(learning_rate=9e-6, warmup_steps=15, weight_decay=0.0)
+    config.train.update(objective="reward", batch_size=64, microbatches=4)
+    config.optimizer.update(learning_rate=9e-6, warmup_steps=15)
     return config
