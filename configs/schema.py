@@ -259,11 +259,12 @@ class PreferenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Low-rank adapters (LoRA), which alone train; `rank=0` trains without."""
+    """Low-rank adapters (LoRA, DoRA), which alone train; `rank=0` trains without."""
 
     rank: int = key(0, "rank of the adapters; 0 = none", at_least(0))
     alpha: float = key(16.0, "adapters are scaled by alpha / rank", more_than(0), ADAPTED)
     rslora: bool = key(False, "scale by alpha / sqrt(rank) instead", None, ADAPTED)
+    dora: bool = key(False, "train the length of each output's weights apart", None, ADAPTED)
     targets: str = key("^(blocks|tail)/.*/w", "regular expressions of the weights that are adapted",
                        NOT_EMPTY, ADAPTED)  # fmt: skip
     quantize: str = key(

@@ -1,8 +1,8 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a frozen weight plus scale * A B.
+"""Low-rank adapters: a frozen weight plus scale * A B (LoRA, arXiv 2106.09685), and with a length
+of its own for what each output multiplies (DoRA, arXiv 2402.09353).
 
 An adapter is a part of the leaf of its weight, so it works wherever a weight does: projections,
-MLPs, routed and shared experts, the embedding and the output. Dropout is left out on purpose, and
-DoRA, whose norms cost a product of whole matrices in every step.
+MLPs, routed and shared experts, the embedding and the output. Dropout is left out on purpose.
 """
 
 import math
@@ -22,17 +22,21 @@ from .quantize import Int8, box_int8
 
 
 class Adapted(flax.struct.PyTreeNode):
-    """The weight `base + scale * a b`.
+    """The weight `base + scale * a b`, times `gain` if there is one.
 
     base: the weight's own leaf, or None in a tree that holds adapters alone. a: the dims of the
     weight that a product sums over (of a table with a row for each id: the ids), then the rank. b:
     the rank, then the other dims. Dims that stack layers or experts stand first in both.
+    m: of DoRA: the norm over the dims of `a` that the weight is to have, of size 1 along them; the
+    gain is m over the norm of the sum. gain: the same once it is known (`leaf.settle`).
     """
 
     base: Any
     a: jax.Array
     b: jax.Array
     scale: float = flax.struct.field(pytree_node=False)
+    m: jax.Array | None = None
+    gain: jax.Array | None = None
 
     @property
     def shape(self):
@@ -40,6 +44,7 @@ class Adapted(flax.struct.PyTreeNode):
 
     @property
     def T(self):
+        assert self.m is None and self.gain is None, "a gain multiplies what a product gives"
         return Adapted(self.base.T, self.b.T, self.a.T, self.scale)
 
 
@@ -75,6 +80,11 @@ def box(boxed, config: AdapterConfig) -> dict:
     }
     weights = [path for path, param in flat.items() if _can_adapt(param.names)]
     targets = patterns.matching("adapter.targets", config.targets, weights)
+    if config.dora and "embed/table_VD" in targets and "unembed" not in boxed:
+        raise ConfigError(
+            f"adapter.targets={config.targets} must leave out embed/table_VD where "
+            "adapter.dora=True and model.tie_embeddings=True: as the output it has other lengths"
+        )
     made = {path: _box_one(flat[path], config) for path in targets}
     return traverse_util.unflatten_dict(made, sep="/")
 
@@ -105,7 +115,13 @@ def _box_one(param: Param, config: AdapterConfig) -> Adapted:
         Param(jax.ShapeDtypeStruct(size, jnp.float32), found)
         for size, found in zip(sizes, factor_names(names, *map(len, sizes)), strict=True)
     )
-    return Adapted(None, a, b, strength(config))
+    m = None
+    if config.dora:
+        ones = range(stacked, stacked + rows)
+        size = tuple(1 if i in ones else n for i, n in enumerate(shape))
+        along = tuple(None if i in ones else name for i, name in enumerate(names))
+        m = Param(jax.ShapeDtypeStruct(size, jnp.float32), along)
+    return Adapted(None, a, b, strength(config), m)
 
 
 def box_base(boxed, config: AdapterConfig):
@@ -131,7 +147,7 @@ def init(adapters, key, mesh):
     """New adapters, which change nothing yet, each created where it lies on the mesh.
 
     A is uniform within 1 / sqrt(fan in) and B zero; of an embedding A is zero and B standard
-    normal, as in PEFT.
+    normal, as in PEFT. Of DoRA `leaf.with_magnitudes` gives m, which is 1 before.
 
     Args:
       adapters: from `box`.
@@ -149,7 +165,8 @@ def init(adapters, key, mesh):
                 bound = math.prod(a.shape[i] for i in _rows(leaf.a.names)) ** -0.5
                 first = jax.random.uniform(new, a.shape, minval=-bound, maxval=bound)
                 second = jnp.zeros(b.shape)
-            made.append(leaf.replace(a=first, b=second))
+            m = leaf.m and jnp.ones(leaf.m.value.shape)
+            made.append(leaf.replace(a=first, b=second, m=m))
         return jax.tree.unflatten(tree, made)
 
     return jax.jit(draw, out_shardings=sharding.shardings(adapters, mesh))(key)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from ..configs.schema import ModelConfig
 from . import bits
 from .adapters import factor_names
-from .leaf import dense, resolve
+from .leaf import dense, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
 
@@ -24,7 +24,7 @@ def param(module: nn.Module, name: str, shape, names, init, dtype):
     Where the parameters hold another kind of leaf, that leaf is returned.
     """
     value = module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
-    return bits.unpack(value)
+    return settle(bits.unpack(value))
 
 
 def normal(std: float):
@@ -72,6 +72,8 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
         low = "".join(letter for letter in left if letter in out) + "r"
         x_low = _contract(f"{left},{a}->{low}", x, weight.a, dtype, None)
         y += _contract(f"{low},{b}->{out}", x_low, weight.b, dtype, "float32")
+    if weight.gain is not None:
+        y *= _beside(spec, weight.gain)
     return y.astype(out_dtype or dtype)
 
 
@@ -170,6 +172,8 @@ def look_up(table_VD, tokens_BT, dtype: str):
     if weight.a is not None:
         low_BTr = _look_up(weight.a, tokens_BT, dtype, "rank")
         rows_BTD += _contract("BTr,rD->BTD", low_BTr, weight.b, dtype, "float32")
+    if weight.gain is not None:
+        rows_BTD *= weight.gain[0]
     return rows_BTD.astype(dtype)
 
 
@@ -188,7 +192,10 @@ def widen(x_BTD, w_DV, dtype: str):
     missing = -low_BTr.shape[-1] % sharding.parts("embed")
     low_BTr = jnp.pad(low_BTr, ((0, 0), (0, 0), (0, missing)))
     b_rV = jnp.pad(weight.b, ((0, missing), (0, 0)))
-    return jnp.concatenate([x_BTD, low_BTr], -1), jnp.concatenate([base_DV, b_rV], 0)
+    w_DV = jnp.concatenate([base_DV, b_rV], 0)
+    return jnp.concatenate(
+        [x_BTD, low_BTr], -1
+    ), w_DV if weight.gain is None else w_DV * weight.gain
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

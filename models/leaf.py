@@ -16,9 +16,9 @@ from .quantize import Int8
 
 
 class Weight(NamedTuple):
-    """The weight `values * scale + a b`; what is None is left out.
+    """The weight `(values * scale + a b) * gain`; what is None is left out.
 
-    scale: has size 1 along the dims that a product sums over, so it can multiply the product.
+    scale, gain: have size 1 along the dims that a product sums over, so they can multiply it.
     a, b: see `adapters.Adapted`, its scale included.
     """
 
@@ -26,13 +26,15 @@ class Weight(NamedTuple):
     scale: jax.Array | None = None
     a: jax.Array | None = None
     b: jax.Array | None = None
+    gain: jax.Array | None = None
 
 
 def resolve(leaf) -> Weight:
     """What a leaf stands for."""
     if isinstance(leaf, Adapted):
-        a, b = bits.unpack((leaf.a, leaf.b))
-        return resolve(leaf.base)._replace(a=a, b=b * leaf.scale)
+        leaf = settle(leaf)
+        a, b, gain = bits.unpack((leaf.a, leaf.b, leaf.gain))
+        return resolve(leaf.base)._replace(a=a, b=b * leaf.scale, gain=gain)
     leaf = bits.unpack(leaf)
     if isinstance(leaf, Int8):
         return Weight(leaf.values, leaf.scale)
@@ -54,7 +56,44 @@ def dense(leaf):
             f"{a},{b}->{letters.upper()}", *(x.astype(jnp.float32) for x in (weight.a, weight.b)),
             precision=jax.lax.Precision.HIGHEST,
         )  # fmt: skip
-    return dense
+    return dense if weight.gain is None else dense * weight.gain
+
+
+def settle(leaf):
+    """A leaf whose gain is known, where it is of DoRA: the length it is to have over that it has.
+
+    A module does so with each parameter, since a part of a weight does not tell its length. The
+    norm is a constant to the gradient, as in section 4.3 of the paper and in PEFT.
+    """
+    if not isinstance(leaf, Adapted) or leaf.m is None:
+        return leaf
+    m = bits.unpack(leaf.m)
+    return leaf.replace(m=None, gain=m / jax.lax.stop_gradient(_norm(leaf, m.shape)))
+
+
+def _norm(leaf: Adapted, shape):
+    """The norm of a weight, its gain apart, over the dims that have size 1 in `shape` [shape]."""
+    plain = jax.lax.stop_gradient(leaf.replace(m=None, gain=None))
+    dims = tuple(i for i, (n, whole) in enumerate(zip(shape, leaf.shape, strict=True)) if n < whole)
+    return jnp.sqrt(jnp.sum(jnp.square(dense(plain)), axis=dims, keepdims=True))
+
+
+def with_magnitudes(adapters: dict, base: dict) -> dict:
+    """Nested dicts of adapters; those of DoRA have m such that they change nothing.
+
+    Args:
+      base: the weights under them, or more.
+    """
+
+    def one(new, under):
+        if not is_adapted(new):
+            return with_magnitudes(new, under)
+        if new.m is None:
+            return new
+        norm = jax.jit(lambda leaf: _norm(leaf, leaf.m.shape), out_shardings=new.m.sharding)
+        return new.replace(m=norm(new.replace(base=under)))
+
+    return {name: one(new, base[name]) for name, new in adapters.items()}
 
 
 def merge(params, dtype=None):
@@ -90,8 +129,12 @@ def split_names(leaf, names):
     """
     if isinstance(leaf, Adapted):
         a, b = factor_names(names, leaf.a.ndim, leaf.b.ndim)
-        return leaf.replace(base=split_names(leaf.base, names), a=a, b=b)
+        m, gain = (x if x is None else _beside(x, names) for x in (leaf.m, leaf.gain))
+        return leaf.replace(base=split_names(leaf.base, names), a=a, b=b, m=m, gain=gain)
     if isinstance(leaf, Int8):
-        scale = zip(names, leaf.scale.shape, strict=True)
-        return Int8(names, tuple(None if size == 1 else name for name, size in scale))
+        return Int8(names, _beside(leaf.scale, names))
     return names
+
+
+def _beside(x, names):
+    return tuple(None if n == 1 else name for name, n in zip(names, x.shape, strict=True))

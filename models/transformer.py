@@ -24,6 +24,7 @@ from .audio import Audio, AudioEncoder, no_audio
 from .cache import Cache
 from .fusion import Features, fuse
 from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
+from .leaf import settle
 from .masks import Tokens, default_tokens
 from .moe import MoE, RouterSums, router_stats
 from .parallel import context, pipeline, sharding
@@ -221,7 +222,7 @@ def unembed_table(config: ModelConfig, params):
     """The output projection [D, V] of a parameter tree, a leaf of any kind."""
     if config.tie_embeddings:
         return bits.unpack(params["embed"]["table_VD"]).T
-    return bits.unpack(params["unembed"]["table_DV"])
+    return settle(bits.unpack(params["unembed"]["table_DV"]))
 
 
 def unembed(config: ModelConfig, params, hidden_BTD):

@@ -66,7 +66,7 @@ def make_optimizer(config: Config, boxed, added=None) -> optax.GradientTransform
     boxed, _ = trained(config, boxed)
     boxed |= added or {}
     o, rate = config.optimizer, schedule(config)
-    decays = _per_parameter(boxed, lambda names: len(own_dims(names)) > 1)
+    decays = _per_parameter(boxed, _is_matrix)
     match o.name:
         case "adafactor":
             rule = optax.chain(optax.adafactor(multiply_by_parameter_scale=False), optax.scale(-1))
@@ -145,6 +145,11 @@ def _per_parameter(boxed, f):
     return jax.tree.map(lambda p: f(p.names), boxed, is_leaf=lambda x: isinstance(x, Param))
 
 
+def _is_matrix(names) -> bool:
+    """Not norms, nor the lengths that DoRA trains, whose dims of size 1 have no name."""
+    return len(own_dims(names)) > 1 and None not in names
+
+
 def _muon_dims(names):
     """Which dims are a matrix's rows and columns; None for what Adam updates.
 
@@ -152,7 +157,7 @@ def _muon_dims(names):
     router and norms.
     """
     own = own_dims(names)
-    if len(own) < 2 or {"vocab", "patches", "router"} & set(names):
+    if not _is_matrix(names) or {"vocab", "patches", "router"} & set(names):
         return None
     rows = row_dims(names)
     columns = tuple(i for i in own if i not in rows)

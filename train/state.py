@@ -164,7 +164,8 @@ def state_of(
         if config.adapter.quantize == "int8":
             base = quantize_tree(base, boxed)
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-        params = adapters.init(adapters.box(boxed, config.adapter), key, mesh)
+        new = adapters.init(adapters.box(boxed, config.adapter), key, mesh)
+        params = leaf.with_magnitudes(new, base)
     else:
         params, base = split(leaf.merge(params, "float32"), config.train.trainable)
     frozen = {"base": base} if base else {}

@@ -151,12 +151,18 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = No
     mean = max(1, expected_rows or x_MD.shape[0]) / w_EDF.shape[0]
     weight = resolve(w_EDF)
     y_MF = _grouped_matmul(x_MD.astype(dtype), weight.values, group_sizes_E, mean)
-    if weight.scale is not None:
+
+    def of_experts(x_E1F):
         expert_M = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(len(x_MD)), side="right")
-        y_MF = (y_MF * weight.scale[:, 0].at[expert_M].get(mode="clip")).astype(dtype)
+        return x_E1F[:, 0].at[expert_M].get(mode="clip")
+
+    if weight.scale is not None:
+        y_MF = (y_MF * of_experts(weight.scale)).astype(dtype)
     if weight.a is not None:
         low_Mr = _grouped_matmul(x_MD.astype(dtype), weight.a, group_sizes_E, mean)
         y_MF += _grouped_matmul(low_Mr, weight.b, group_sizes_E, mean)
+    if weight.gain is not None:
+        y_MF = (y_MF * of_experts(weight.gain)).astype(dtype)
     return y_MF
 
 

@@ -11,7 +11,7 @@ from ...configs import paths, schema
 from ...configs.errors import UserError
 from .. import quantize as quantization
 from ..adapters import Adapted, is_adapted
-from ..leaf import dense, split_names
+from ..leaf import dense, split_names, with_magnitudes
 from ..parallel import sharding
 from ..quantize import Int8
 from ..transformer import Transformer, abstract_params
@@ -90,7 +90,18 @@ def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh):
     for path, (a, b) in adapter.factors.items():
         if is_adapted(flat[path]):
             raise UserError(f"{path} has an adapter of the run's own; convert the run first")
-        flat[path] = put(path, Adapted(flat[path], a, b, 1.0))
+        layers, m = adapter.magnitudes.get(path), None
+        if layers:
+            own = next(iter(layers.values())).shape
+            m = np.ones((*flat[path].shape[: -len(own)], *own), np.float32)
+        whole = put(path, Adapted(flat[path], a, b, 1.0, m))
+        if layers:
+            # Layers of a stack without an adapter keep the length that they have.
+            m = with_magnitudes({"": whole}, {"": whole.base})[""].m
+            for i, value in layers.items():
+                m = m.at[i if path.startswith("blocks/") else ...].set(value)
+            whole = whole.replace(m=m)
+        flat[path] = whole
     return adapter.config, traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -1,9 +1,10 @@
 """Adapters of PEFT (adapter_config.json and adapter_model.safetensors), read and written.
 
-A LoRA of a Linear is A [r, in] and B [out, r]. The experts of a layer are one tensor and have one
-pair for all, in either of two layouts: since PEFT 0.19 A lies on the last dim of the tensor and B
-on the middle one, before it was the other way round; this writes the newer one. Their gate and up
-are one tensor, whose single B says what both read.
+A LoRA of a Linear is A [r, in] and B [out, r], and DoRA adds the lengths [out] of its rows. The
+experts of a layer are one tensor and have one pair for all, in either of two layouts: since PEFT
+0.19 A lies on the last dim of the tensor and B on the middle one, before it was the other way
+round; this writes the newer one. Their gate and up are one tensor, whose single B says what both
+read.
 
 Letters beside those of `huggingface.py`: Z = rank.
 """
@@ -28,11 +29,12 @@ from .safetensors_files import open_file, read_json
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FUSED = "gate_up_proj"
+_LENGTH = "lora_magnitude_vector"
 # Keys of adapter_config.json that are read here, and those that say how an adapter was trained,
 # found or is kept in memory: none of these changes what it computes.
 _READ = {
     "alpha_pattern", "lora_alpha", "peft_type", "peft_version", "r", "rank_pattern",
-    "target_parameters", "use_rslora",
+    "target_parameters", "use_dora", "use_rslora",
 }  # fmt: skip
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
@@ -48,16 +50,18 @@ class Adapter:
     """What a folder holds, on the host, by the paths of puna's parameters.
 
     factors: A and B, their scale included, as `adapters.Adapted` has them; zeros where a layer of a
-    stack has none. replaced: whole weights, by the number of the layer in its stack.
+    stack has none. magnitudes: of DoRA, m by the number of the layer in its stack. replaced: whole
+    weights likewise.
     """
 
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
+    magnitudes: dict[str, dict[int, np.ndarray]]
     replaced: dict[str, dict[int, np.ndarray]]
     config: ModelConfig
 
 
-def factor_rows(row: Row, newer: bool = True) -> tuple[Row, Row]:
-    """The rows of A and B, as puna has them, of the weight of a row."""
+def factor_rows(row: Row, newer: bool = True) -> tuple[Row, ...]:
+    """The rows of A and B, as puna has them, of the weight of a row, and of m where PEFT has it."""
     words = row.dims.split()
     if "experts." in row.hf:
         _, left, right = row.hf_dims.split()
@@ -79,6 +83,7 @@ def factor_rows(row: Row, newer: bool = True) -> tuple[Row, Row]:
     return (
         Row(row.puna, f"{first} Z", names[0], f"Z {inner}"),
         Row(row.puna, f"Z {last}", names[1], f"{out} Z"),
+        Row(row.puna, last, _LENGTH, out),
     )
 
 
@@ -89,8 +94,14 @@ def _module(source: Source) -> str:
 def _factors(source: Source, rank: int, newer: bool = True) -> tuple[Source, Source]:
     """How A and B of one layer's weight lie in PEFT's tensors."""
     sizes = {**source.sizes, "Z": rank}
-    a, b = factor_rows(source.row, newer)
+    a, b, *_ = factor_rows(source.row, newer)
     return Source(a.hf, a, sizes), Source(b.hf, b, sizes)
+
+
+def _length(source: Source) -> Source | None:
+    """How m of one layer's weight lies in PEFT's tensor, without its dims of size 1."""
+    _, _, *m = factor_rows(source.row)
+    return Source(m[0].hf, m[0], source.sizes) if m else None
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -118,8 +129,8 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
         config = dataclasses.replace(config, tie_embeddings=False)
     text = dataclasses.replace(config, vision=type(config.vision)())
     table = huggingface.leaves(text, kind=_kind(base, text))
-    pairs, whole = _sorted(path, tensors, values)
-    factors, replaced = {}, {}
+    pairs, lengths, whole = _sorted(path, tensors, values)
+    factors, magnitudes, replaced = {}, {}, {}
     for name, leaf in table.items():
         layers = {}
         for i, source in enumerate(leaf.sources):
@@ -127,13 +138,16 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
                 replaced.setdefault(name, {})[i] = _whole(path, source, whole[source.name])
             if (module := _module(source)) in pairs:
                 layers[i] = _read_pair(path, source, *pairs[module], values)
+            if module in lengths:
+                m = _read_length(path, source, lengths[module])
+                magnitudes.setdefault(name, {})[i] = m
         if layers:
             factors[name] = _stacked(leaf, layers)
     known = {s.name for leaf in table.values() for s in leaf.sources}
     modules = {name.removesuffix(".weight") for name in known}
     for name in sorted({*pairs} - modules | {*whole} - known):
         raise UserError(f"{path / WEIGHTS}: {name} is not a weight of the model at {base}")
-    return Adapter(factors, replaced, config)
+    return Adapter(factors, magnitudes, replaced, config)
 
 
 def _kind(base: pathlib.Path, config: ModelConfig) -> str:
@@ -163,17 +177,24 @@ def _check_config(where, values: Mapping[str, Any]) -> None:
 
 
 def _sorted(path, tensors: Mapping[str, Any], values):
-    """Tensors as pairs (A, B) by the module they adapt, and whole weights by their names."""
+    """Tensors as pairs (A, B) and lengths by the module they adapt, and whole weights by names."""
     found: dict[str, dict[str, Any]] = {}
-    whole = {}
+    lengths, whole = {}, {}
     for name, tensor in tensors.items():
-        if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(\.weight)?", name):
+        if match := re.fullmatch(rf"(.+)\.{_LENGTH}(\.weight)?", name):
+            lengths[match[1]] = tensor
+        elif match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?([AB])(\.weight)?", name):
             found.setdefault(match[1], {})[match[2]] = tensor
         else:
             whole[name.replace(".base_layer.weight", ".weight")] = tensor
     for module, pair in found.items():
         if len(pair) < 2:
             raise UserError(f"{path / WEIGHTS}: {module} has lora_A or lora_B alone")
+    for module in sorted(lengths.keys() ^ (found.keys() if values.get("use_dora") else ())):
+        raise UserError(
+            f"{path}: use_dora={bool(values.get('use_dora'))} in {CONFIG}, and {module} has "
+            f"{f'a {_LENGTH}' if module in lengths else f'no {_LENGTH}'}"
+        )
     asked = {str(p).rpartition(".")[2] for p in values.get("target_parameters") or ()}
     pairs = {}
     for module, pair in found.items():
@@ -190,7 +211,7 @@ def _sorted(path, tensors: Mapping[str, Any], values):
                     "does not say of which parameter"
                 )
         pairs[module] = (pair["A"], pair["B"])
-    return pairs, whole
+    return pairs, lengths, whole
 
 
 def _whole(path, source: Source, tensor) -> np.ndarray:
@@ -228,6 +249,16 @@ def _read_pair(path, source: Source, tensor_a, tensor_b, values):
     }
     a, b = (loaded[f.row] for f in _factors(source, rank, newer=found == layouts[0]))
     return a, b * np.float32(_scale(path, _module(source), rank, values))
+
+
+def _read_length(path, source: Source, tensor) -> np.ndarray:
+    """m of one layer, with dims of size 1 where A has its own."""
+    found = _length(source)
+    if found is None or tuple(tensor.shape) != found.hf_shape:
+        wanted = found and found.hf_shape
+        raise _other_base(path, f"{_module(source)}.{_LENGTH}", tensor.shape, wanted)
+    m = found.load(np.asarray(tensor[:], np.float32))
+    return m.reshape((1,) * (len(source.shape) - m.ndim) + m.shape)
 
 
 def _version(values) -> tuple[int, ...]:
@@ -290,8 +321,17 @@ def write(folder: pathlib.Path, table: Mapping[str, Leaf], stored, base_model: s
             )
         rank = found[0].shape[-1]
         for i, source in enumerate(leaf.sources):
-            a, b = (x[i] if leaf.stacked else x for x in found)
+            a, b, m = (x[i] if leaf.stacked and x is not None else x for x in found)
             module = _module(source)
+            if m is not None:
+                length = _length(source)
+                if length is None:
+                    raise UserError(
+                        f"{path} has an adapter with adapter.dora=True, which PEFT cannot say of "
+                        "experts: convert the merged model with --to=hf"
+                    )
+                tensors[module, _LENGTH] = np.zeros(length.hf_shape, np.float32)
+                length.store(m.reshape(length.shape), tensors[module, _LENGTH])
             adapted[module] = adapted.get(module, 0) + rank
             _store(tensors, module, source, a, b)
     if not tensors:
@@ -318,7 +358,8 @@ def write(folder: pathlib.Path, table: Mapping[str, Leaf], stored, base_model: s
         "base_model_name_or_path": base_model, "r": rank, "lora_alpha": stored.scale * rank,
         "rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": modules,
         "target_parameters": parameters or None,
-        "lora_dropout": 0.0, "bias": "none", "use_rslora": False, "use_dora": False,
+        "lora_dropout": 0.0, "bias": "none", "use_rslora": False,
+        "use_dora": any(name == _LENGTH for _, name in tensors),
         "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
     write_json(folder / CONFIG, values)

@@ -39,7 +39,7 @@ CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 
 # The arrays of a weight that is int8, and of an adapter, after the path of the weight.
-_ENDS = ("/values", "/scale", "/a", "/b")
+_ENDS = ("/values", "/scale", "/a", "/b", "/m")
 
 # What the meta of a checkpoint can hold that was saved before there were checksums.
 _UNSEALED = ({"config", "data", "tokenizer"}, {"config", "data", "tokenizer", "origin"})
@@ -295,19 +295,23 @@ class Parameters:
         if parts == [path]:
             return found[path]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            values, scale, a, b = (jnp.asarray(found[p]) if (p := path + end) in found else None
+            values, scale, a, b, m = (jnp.asarray(found[p]) if (p := path + end) in found else None
                                    for end in _ENDS)  # fmt: skip
             base = found[path] if values is None else Int8(values, scale)
-            leaf = base if a is None else adapters.Adapted(base, a, b, self.scale)
+            leaf = base if a is None else adapters.Adapted(base, a, b, self.scale, m)
             return np.asarray(dense(leaf).astype(self._merged))
 
-    def adapter(self, path: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """A and B of a weight's adapter, if it has one; their product counts `self.scale`."""
-        parts = [f"{path}/{name}" for name in "ab"]
-        if not set(parts) <= set(self._parts(path)):
+    def adapter(self, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None] | None:
+        """A and B of a weight's adapter, if it has one, and m of DoRA.
+
+        The product of A and B counts `self.scale`.
+        """
+        parts = [p for name in "abm" if (p := f"{path}/{name}") in self._parts(path)]
+        if not parts:
             return None
         found = self._read(parts)
-        return found[parts[0]], found[parts[1]]
+        a, b, *m = (found[part] for part in parts)
+        return a, b, m[0] if m else None
 
     def _read(self, paths: list[str]) -> dict[str, np.ndarray]:
         on_host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

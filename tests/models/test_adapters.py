@@ -29,13 +29,14 @@ MODELS = {
         num_experts=4, expert_dim=24,
     ),
 }  # fmt: skip
-EVERY = {"dense": "^(blocks|tail)/.*/w,embed,unembed", "tied": "^blocks/.*/w,embed",
-         "scout": "^(blocks|tail)/.*/w,embed,unembed"}  # fmt: skip
+MODELS |= {f"{name} dora": MODELS[name] for name in ("dense", "scout")}
+EVERY = dict.fromkeys(MODELS, "^(blocks|tail)/.*/w,embed,unembed")
+EVERY["tied"] = "^blocks/.*/w,embed"
 TOKENS_BT = np.random.default_rng(1).integers(0, 96, (8, 8))
 
 
 def lora(name):
-    return AdapterConfig(rank=4, alpha=6.0, targets=EVERY[name])
+    return AdapterConfig(rank=4, alpha=6.0, targets=EVERY[name], dora="dora" in name)
 
 
 def numpy_sum(path, base, adapter):
@@ -51,7 +52,12 @@ def numpy_sum(path, base, adapter):
         b, w = rest.split("->")
         spec = f"L{a},L{b}->L{w}"
     a, b = (np.asarray(x, np.float64) for x in (adapter.a, adapter.b))
-    return np.float32(np.asarray(base, np.float64) + adapter.scale * np.einsum(spec, a, b))
+    made = np.asarray(base, np.float64) + adapter.scale * np.einsum(spec, a, b)
+    if adapter.m is not None:
+        summed = tuple(spec.split("->")[1].index(letter) for letter in spec.split(",")[0]
+                       if letter not in "LEr")  # fmt: skip
+        made *= adapter.m / np.sqrt(np.sum(made**2, axis=summed, keepdims=True))
+    return np.float32(made)
 
 
 @functools.cache
@@ -98,7 +104,7 @@ def test_logits_are_those_of_the_sums(name):
     count = sum(
         adapters.is_adapted(x) for x in jax.tree.leaves(params, is_leaf=adapters.is_adapted)
     )
-    assert count == {"dense": 7 + 2, "tied": 7 + 1, "scout": 7 + 10 + 7 + 2}[name]
+    assert count == {"dense": 7 + 2, "tied": 7 + 1, "scout": 7 + 10 + 7 + 2}[name.split()[0]]
     wanted = forward(name)(plain, TOKENS_BT)
     close(forward(name)(params, TOKENS_BT), wanted)
     off = forward(name)(adapters.detach(params), TOKENS_BT)
@@ -116,7 +122,7 @@ def test_merged_is_the_sum_and_computes_the_same(name):
     close(forward(name)(merged, TOKENS_BT), forward(name)(params, TOKENS_BT))
 
 
-@pytest.mark.parametrize("name", ["dense", "scout"])
+@pytest.mark.parametrize("name", ["dense", "scout", "dense dora"])
 def test_over_int8_the_base_is_the_numbers_it_stands_for(name):
     base, params, _ = made(name)
     int8 = quantize_tree(base, abstract_params(MODELS[name]))
@@ -160,9 +166,10 @@ def test_gradients_of_the_loss_are_the_chain_rule_of_the_sums(name):
     np.testing.assert_allclose(value, wanted_value, rtol=1e-5)
 
     def chain(leaf_, d):
-        """dA and dB of a weight from the gradient of the sum."""
-        sum_ = lambda a, b: leaf.dense(adapters.Adapted(jnp.zeros(d.shape), a, b, leaf_.scale))  # noqa: E731
-        return jax.vjp(sum_, leaf_.a, leaf_.b)[1](d)
+        """The gradient of an adapter from that of the sum."""
+        return jax.vjp(
+            lambda own: leaf.dense(own.replace(base=leaf_.base)), leaf_.replace(base=None)
+        )[1](d)[0]
 
     flat, rest = {}, {}
     for path, x in jax.tree.leaves_with_path(found, is_leaf=adapters.is_adapted):
@@ -174,9 +181,24 @@ def test_gradients_of_the_loss_are_the_chain_rule_of_the_sums(name):
         for path, x in jax.tree.leaves_with_path(params, is_leaf=adapters.is_adapted)
     }
     for path, d in flat.items():
-        for got, want in zip((d.a, d.b), chain(of[path], rest[path]), strict=True):
+        wanted = jax.tree.leaves(chain(of[path], rest[path]))
+        for got, want in zip(jax.tree.leaves(d), wanted, strict=True):
             np.testing.assert_allclose(got, want, atol=1e-4 * max(1e-3, np.abs(want).max()),
                                        err_msg=path)  # fmt: skip
+
+
+def test_dora_s_gradient_takes_the_length_for_a_constant():
+    """Section 4.3 of the paper, by hand: V has no gradient through its norm."""
+    rng = np.random.default_rng(0)
+    w, a, b, m, g = (rng.normal(size=n) for n in ((5, 3), (5, 2), (2, 3), (1, 3), (5, 3)))
+    new = adapters.Adapted(w, a, b, 0.5, m)
+    found = jax.grad(lambda new: jnp.sum(leaf.dense(new) * g))(new)
+    v = w + 0.5 * a @ b
+    norm = np.linalg.norm(v, axis=0, keepdims=True)
+    dv = g * m / norm
+    np.testing.assert_allclose(found.m, np.sum(g * v / norm, 0, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(found.a, 0.5 * dv @ b.T, rtol=1e-5)
+    np.testing.assert_allclose(found.b, 0.5 * a.T @ dv, rtol=1e-5)
 
 
 def prune(tree):
@@ -207,15 +229,20 @@ def test_decoding_gives_the_forward_pass_s_log_probabilities():
     np.testing.assert_allclose(found, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2},
-                                  {"expert": 2, "fsdp": 2, "tensor": 2}])  # fmt: skip
-def test_a_mesh_gives_the_numbers_of_one_device(axes):
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("scout", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("scout dora", {"expert": 2, "fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_a_mesh_gives_the_numbers_of_one_device(name, axes):
     """Logits, and adapters that lie as what they adapt does."""
-    config = MODELS["scout"]
-    _, params, plain = made("scout")
+    config = MODELS[name]
+    _, params, plain = made(name)
     mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | axes))
     boxed = abstract_params(config)
-    trains = adapters.box(boxed, lora("scout"))
+    trains = adapters.box(boxed, lora(name))
     places = adapters.attach(sharding.shardings(trains, mesh), sharding.shardings(boxed, mesh))
     spread = jax.tree.map(jax.device_put, params, places)
     gate = spread["blocks"]["layer_1"]["moe"]["w_gate_EDF"]
@@ -224,8 +251,8 @@ def test_a_mesh_gives_the_numbers_of_one_device(axes):
         assert gate.b.sharding.shard_shape(gate.b.shape)[1] == config.num_experts // 2
     assert gate.b.sharding.shard_shape(gate.b.shape)[-1] == config.expert_dim // 2
     with jax.set_mesh(mesh):
-        found = np.asarray(forward("scout")(spread, TOKENS_BT))
-    close(found, forward("scout")(plain, TOKENS_BT))
+        found = np.asarray(forward(name)(spread, TOKENS_BT))
+    close(found, forward(name)(plain, TOKENS_BT))
 
 
 def test_new_adapters_change_nothing_on_any_mesh():
@@ -240,6 +267,10 @@ def test_new_adapters_change_nothing_on_any_mesh():
         assert np.array_equal(x, y)
     base = made("dense")[0]
     params = adapters.attach(alone, base)
+    close(forward("dense")(params, TOKENS_BT), forward("dense")(base, TOKENS_BT), 1e-6)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    long = adapters.init(adapters.box(boxed, lora("dense dora")), jax.random.key(3), mesh)
+    params = adapters.attach(leaf.with_magnitudes(long, base), base)
     close(forward("dense")(params, TOKENS_BT), forward("dense")(base, TOKENS_BT), 1e-6)
     wo = alone["blocks"]["layer_0"]["attention"]["wo_NHD"]
     bound = (4 * 8) ** -0.5

@@ -53,18 +53,19 @@ def set_in(config, **keys):
 
 
 @pytest.mark.parametrize(
-    ("quantize", "optimizer", "axes"),
+    ("quantize", "dora", "optimizer", "axes"),
     [
-        ("none", "adamw", {"data": 8}),
-        ("int8", "muon", {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}),
+        ("none", False, "adamw", {"data": 8}),
+        ("int8", True, "muon", {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}),
     ],
 )
-def test_only_adapters_train_and_are_stored(lora, tmp_path, quantize, optimizer, axes):
-    set_in(lora, **{"adapter.quantize": quantize, "optimizer.name": optimizer})
+def test_only_adapters_train_and_are_stored(lora, tmp_path, quantize, dora, optimizer, axes):
+    set_in(lora, **{"adapter.quantize": quantize, "adapter.dora": dora,
+                    "optimizer.name": optimizer})  # fmt: skip
     lora.mesh.update(axes)
     state = train(lora, tmp_path / "run")
     trained = leaves(state.params)
-    assert all(name.endswith(("/a", "/b")) for name in trained)
+    assert {name.rpartition("/")[2] for name in trained} == set("abm" if dora else "ab")
     assert "blocks/layer_1/moe/w_gate_EDF/a" in trained and "embed/table_VD/b" in trained
     # Moments are of the adapters alone.
     moments = {x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim > 1}
@@ -118,9 +119,9 @@ def hf(lora, folder):
 
 
 def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path):
-    set_in(lora, **{"adapter.quantize": "int8", "model.moe_interval": 0, "model.num_experts": 0,
-                    "model.expert_dim": 0, "model.nope_interval": 0,
-                    "model.chunk_size": 0})  # fmt: skip
+    set_in(lora, **{"adapter.quantize": "int8", "adapter.dora": True})
+    dense = ("moe_interval", "num_experts", "expert_dim", "nope_interval", "chunk_size")
+    lora.model.update(dict.fromkeys(dense, 0))
     whole = train(lora, tmp_path / "whole")
     train(lora, tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
@@ -138,6 +139,7 @@ def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path):
         a, b = np.asarray(trained.a), np.asarray(trained.b) * trained.scale
         np.testing.assert_allclose(made.a, a, atol=1e-7)
         np.testing.assert_allclose(made.b, b, atol=1e-7)
+        assert np.array_equal(made.m, trained.m)
     # A run that starts from it has the sum for its base.
     set_in(lora, **{"train.init_from": str(tmp_path / "cut"), "train.steps": 1,
                     "optimizer.warmup_steps": 0})  # fmt: skip
