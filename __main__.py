@@ -17,7 +17,7 @@ from .train.resilience.background import background_log
 
 COMMANDS = {
     "train": "train a model; the same command resumes after an interruption",
-    "eval": "loss, perplexity and bits per byte on held-out text, or tasks of lm-eval",
+    "eval": "loss and bits per byte on held-out text, or tasks: puna's own, or lm-eval's",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal, or a message a line from a pipe",
     "serve": "answer requests in the form of OpenAI's API over HTTP",
@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
+_REPLAY_SETTINGS = ("quantize", "adapter", "mesh_config")
 _SETTINGS = ("max_tokens", "stop", "dtype")
 _PLAN_SETTINGS = (
     *("tokens", "mfu", "country", "power_mw", "context", "batch", "quantize", "facts"),
@@ -58,12 +59,18 @@ def _eval(args):
     from .models.parallel.processes import is_first
     from .models.weights.run import is_run
 
+    if args.compare is not None:
+        _compare(args)
+        return
     checkpoint = pathlib.Path(_required(args, "checkpoint"))
     # Beside the checkpoints of a run of ours; nothing is written into models of others.
     beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
     workdir = pathlib.Path(args.workdir or beside)
-    if _is_harness(args):
+    if args.harness is not None:
         _harness(args, checkpoint, workdir)
+        return
+    if args.tasks is not None or args.replay is not None:
+        _tasks(args, checkpoint, workdir)
         return
     results = evaluate(args.config, checkpoint, args.quantize, args.adapter)
     if is_first():
@@ -75,19 +82,60 @@ def _harness(args, checkpoint, workdir):
     from .eval.harness import evaluate_harness, table
     from .models.parallel.processes import is_first
 
-    settings = {}
-    if args.config is not None:
-        config = schema.from_dict(args.config)
-        settings = {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
     results = evaluate_harness(
         checkpoint, [name for name in args.harness.split(",") if name], workdir,
-        quantize=args.quantize, adapter=args.adapter, include_path=args.include_path,
-        batch_size=args.batch_size, max_length=args.max_length, limit=args.limit,
-        num_fewshot=args.num_fewshot, apply_chat_template=args.apply_chat_template, **settings,
+        include_path=args.include_path, **_asking(args),
     )  # fmt: skip
     if is_first():
         print(table(results))
         print(f"harness.json and requests.jsonl are in {workdir}")
+
+
+def _tasks(args, checkpoint, workdir):
+    from .eval.tasks import evaluate
+    from .models.parallel.processes import is_first
+
+    if args.replay is not None:
+        settings = {k: v for k, v in _asking(args).items() if k in _REPLAY_SETTINGS}
+        results = evaluate.replay(args.replay, checkpoint, **settings)
+        if is_first():
+            _summary(results)
+            files.write_json(pathlib.Path(args.replay) / "replay.json", results)
+            print(f"replay.json is in {args.replay}")
+        return
+    results = evaluate.evaluate_tasks(
+        checkpoint, [name for name in args.tasks.split(",") if name], workdir,
+        data_dir=args.data_dir, **_asking(args),
+    )  # fmt: skip
+    if is_first():
+        print(evaluate.table(results))
+        print(f"results.json, report.html, requests.jsonl and samples.jsonl are in {workdir}")
+
+
+def _compare(args):
+    from .eval.tasks import evaluate, report
+
+    folders = args.compare.split(",")
+    if len(folders) != 2:
+        raise errors.UserError(f"--compare={args.compare} must be two workdirs: FIRST,SECOND")
+    results, first, second = evaluate.compare(*folders)
+    print(evaluate.table(results))
+    workdir = pathlib.Path(args.workdir or folders[1])
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(workdir / "comparison.json", results)
+    files.write_text(workdir / "comparison.html", report.comparison(results, first, second))
+    print(f"comparison.json and comparison.html are in {workdir}")
+
+
+def _asking(args) -> dict:
+    """What --harness and --tasks have in common."""
+    names = ("quantize", "adapter", "batch_size", "max_length", "limit", "num_fewshot",
+             "apply_chat_template")  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
+    if args.config is not None:
+        config = schema.from_dict(args.config)
+        settings |= {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
+    return settings
 
 
 def _generate(args):
@@ -283,9 +331,10 @@ def _write_results(workdir: pathlib.Path, results: dict) -> None:
     print(f"results.json is in {workdir}")
 
 
-def _is_harness(args) -> bool:
-    """Whether this is the form of `puna eval` that needs no configuration."""
-    return "harness" in args and args.harness is not None
+def _asks(args) -> bool:
+    """Whether this is a form of `puna eval` that needs no configuration."""
+    forms = ("harness", "tasks", "compare", "replay")
+    return "harness" in args and any(getattr(args, form) is not None for form in forms)
 
 
 def _required(args, name: str):
@@ -341,7 +390,7 @@ def _run(argv: list[str]) -> None:
     for name in ("workdir", "checkpoint", "facts"):
         if name in args and args[name].value:
             args[name].value = str(paths.local(args[name].value, f"--{name}"))
-    if "config" in args and (args.config is not None or not _is_harness(args)):
+    if "config" in args and (args.config is not None or not _asks(args)):
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration
             schema.from_dict(args.config)

@@ -48,6 +48,10 @@ EXTRAS = {
     "remote": ["fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
     # The field's own tasks, asked in this process: `puna eval --harness`. Brings no torch.
     "harness": ["lm-eval>=0.4.13"],
+    # Tasks of our own: mathematics compared symbolically; which language a text is in (IFEval).
+    "tasks": ["math-verify>=0.8.0", "langdetect>=1.0.9"],
+    # Questions that are made and graded without a download; brings a dozen small packages.
+    "reasoning": ["reasoning-gym>=0.1.19"],
     # `puna serve`: routes, and HTTP.
     "serve": ["starlette>=0.46.0", "uvicorn>=0.34.0"],
     # Answers that match a JSON schema or a pattern, and calls of functions: token masks without
@@ -126,7 +130,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"puna": "."},
     packages=packages(),
-    package_data={"puna": ["py.typed", "train/plan/facts.toml"]},
+    package_data={"puna": ["py.typed", "train/plan/facts.toml", "eval/tasks/definitions/*.toml"]},
     include_package_data=False,
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -78,12 +78,25 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
             "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "
             "--config then gives the mesh and the compute_dtype and may be left out", **text,
         )  # fmt: skip
+        flags.DEFINE_string(
+            "tasks", None, "tasks of puna's own, and TOML or JSON files that define some, with "
+            "commas between; --config as with --harness", **text,
+        )  # fmt: skip
+        flags.DEFINE_string("data_dir", None, "--tasks: what their paths are relative to", **text)
+        flags.DEFINE_string(
+            "compare", None, "two workdirs of --tasks, separated by a comma: which model is better "
+            "on the same documents; needs no checkpoint", **text,
+        )  # fmt: skip
+        flags.DEFINE_string(
+            "replay", None, "workdir of --tasks, whose requests are asked again", **text
+        )
         flags.DEFINE_string("include_path", None, "--harness: folder with more tasks", **text)
-        flags.DEFINE_integer("limit", None, "--harness: documents of each task", **text)
-        flags.DEFINE_integer("num_fewshot", None, "--harness: examples in a prompt", **text)
-        flags.DEFINE_integer("batch_size", 8, "--harness: rows at a time", **text)
-        flags.DEFINE_integer("max_length", None, "--harness: longest context, tokens", **text)
-        flags.DEFINE_bool("apply_chat_template", False, "--harness: ask in a chat", **text)
+        # Of both --harness and --tasks.
+        flags.DEFINE_integer("limit", None, "documents of each task", **text)
+        flags.DEFINE_integer("num_fewshot", None, "examples in a prompt", **text)
+        flags.DEFINE_integer("batch_size", 8, "rows at a time", **text)
+        flags.DEFINE_integer("max_length", None, "longest context, tokens", **text)
+        flags.DEFINE_bool("apply_chat_template", False, "ask in a chat", **text)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)

@@ -15,13 +15,13 @@ class Answers:
 
     Args:
       path: the file; what an earlier evaluation left there is read, but for a line that its end
-        has cut short. With several processes the first one reads and writes.
+        has cut short. With several processes the first one reads and writes. None for no file.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path | None):
         self.path = path
         found = {}
-        if processes.is_first():
+        if path is not None and processes.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
             found = _read(path)
         self._found: dict[str, Any] = processes.merge(found)
@@ -35,13 +35,13 @@ class Answers:
     def add(self, line: Mapping) -> None:
         """Note an answered request: `line` has its "key", its "answer" and what else to tell."""
         self._found[line["key"]] = line["answer"]
-        if processes.is_first():
+        if self.path is not None and processes.is_first():
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(files.to_json(line) + "\n")
 
     def finish(self, lines: Iterable[Mapping]) -> None:
         """Replace the file by the lines of the evaluation that has come to its end."""
-        if processes.is_first():
+        if self.path is not None and processes.is_first():
             files.write_text(self.path, "".join(files.to_json(line) + "\n" for line in lines))
 
 

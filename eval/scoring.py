@@ -7,7 +7,7 @@ masked, and the log-probabilities of a text are summed on the host in float64.
 import collections
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -40,13 +40,15 @@ def padded(length: int) -> int:
 
 
 def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-          batch_size: int) -> Iterator[tuple[int, Score]]:  # fmt: skip
+          batch_size: int, known: Container[int] = ()) -> Iterator[tuple[int, Score]]:  # fmt: skip
     """Score continuations, the longest texts first, yielding the number of each and its score.
 
     Args:
       model, params: a `Transformer` and its parameters; works under `jax.set_mesh`.
       texts: (context, continuation) as ids, neither empty.
       batch_size: rows of a forward pass; rounded up to what the mesh splits them into.
+      known: numbers of texts whose scores are there already. A batch of such texts alone is passed
+        over; the others are as they would be otherwise, so that each score is the same to the bit.
 
     Raises:
       UserError: an id outside the vocabulary, or a model that gives NaN.
@@ -56,6 +58,8 @@ def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     batch_size += -batch_size % parts
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
+        if all(n in known for _, members in batch for found in members.values() for n in found):
+            continue
         T = padded(len(batch[0][0]))
         tokens_BT = np.zeros((batch_size, T), np.int32)
         lengths_B = np.ones(batch_size, np.int32)

@@ -23,7 +23,7 @@ class TfdsRecords(Sequence[Record]):
     Args:
         spec: `DATASET[/CONFIG][/VERSION][:SPLIT]`, or the folder of a prepared version in place
             of the name (it starts with `/`, `.` or `~`). SPLIT may be a sub-split, `train[:10%]`.
-        text_key: the feature that holds the text.
+        text_key: the feature that holds the text; None where none has to be there.
         data_dir: where TFDS keeps its data sets; empty for its default.
         max_bytes: what a document may have.
 
@@ -33,7 +33,7 @@ class TfdsRecords(Sequence[Record]):
         BadRecord: an example is damaged or no document, when it is read.
     """
 
-    def __init__(self, spec: str, text_key: str, data_dir: str | None, max_bytes: int):
+    def __init__(self, spec: str, text_key: str | None, data_dir: str | None, max_bytes: int):
         self._name, _, split = spec.partition(":")
         self._split = split or "train"
         self._max_bytes = max_bytes
@@ -55,12 +55,12 @@ class TfdsRecords(Sequence[Record]):
             ) from None
         assert builder.info.features is not None
         features = dict(builder.info.features.items())
-        if text_key not in features:
+        if text_key is not None and text_key not in features:
             raise UserError(
                 f"tfds:{self._name} has no feature {text_key!r} (its features: "
                 f"{', '.join(features)}); set data.text_key"
             )
-        if not _is_text(features[text_key]):
+        if text_key is not None and not _is_text(features[text_key]):
             raise UserError(
                 f"tfds:{self._name}: the feature {text_key!r} is not a text but "
                 f"{' '.join(repr(features[text_key]).split())[:80]}; set data.text_key"

@@ -1,0 +1,1 @@
+"""Programs that a model has written, run where they can reach nothing."""

@@ -1,0 +1,1 @@
+"""Tasks of our own: definitions, made documents, requests, metrics, records."""

@@ -1,0 +1,188 @@
+"""The documents of a task: records through templates, with the examples that stand before each."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import jinja2.meta
+import numpy as np
+
+from ...configs.errors import UserError
+from ...models.text import template
+from ...train.data import files, remote, tfds_documents
+from . import made
+from .definition import Task
+
+_MAX_BYTES = 64 << 20  # of a record
+# Between templates that are rendered as one, and between choices; text has neither.
+_PART, _CHOICE = "\x1e", "\x1f"
+_GLOBALS = {"raise_exception", "strftime_now", "range", "dict", "lipsum", "cycler", "joiner",
+            "namespace"}  # fmt: skip
+
+
+class Document(NamedTuple):
+    """A question.
+
+    number: of the record in its data. prompt: the question alone. target: of a choice, the number
+    of the right one as text. shots: (prompt, answer) of each example before it. before, after: of
+    code. facts: what the record says besides: a needle's depth, the instructions to check.
+    """
+
+    number: int
+    prompt: str
+    target: str
+    choices: tuple[str, ...]
+    shots: tuple[tuple[str, str], ...]
+    before: str
+    after: str
+    facts: dict[str, Any]
+
+
+def documents(task: Task, tokenizer, limit: int | None = None) -> list[Document]:
+    """The documents of a task, or `limit` of them at equal distances.
+
+    Args:
+      task: where the data are, and the templates.
+      tokenizer: makes made texts as long as they are to be.
+      limit: most documents.
+
+    Raises:
+      UserError: the data are not there, or a record does not suit the task.
+    """
+    if task.made:
+        records = made.records(task, tokenizer)
+        return [_made(task, records, i) for i in _chosen(len(records), limit)]
+    records = _open(task, task.data)
+    chosen = _chosen(len(records), limit)
+    found = [_rendered(task, _plain(records[i]), i) for i in chosen]
+    if task.shots:
+        others = _open(task, task.shots_data)
+        if len(others) < task.shots:
+            raise UserError(
+                f"{task.name}: shots={task.shots} and {task.shots_data} holds {len(others)} records"
+            )
+        examples = [_rendered(task, _plain(others[i]), i) for i in range(task.shots)]
+        shots = tuple((e.prompt, right(task, e)) for e in examples)
+        found = [document._replace(shots=shots) for document in found]
+    return found
+
+
+def right(task: Task, document: Document) -> str:
+    """The right answer as text."""
+    if task.kind != "choice":
+        return document.target
+    return document.choices[int(document.target)]
+
+
+def _chosen(count: int, limit: int | None) -> list[int]:
+    """Numbers at equal distances: data are often sorted by subject."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [i * count // limit for i in range(limit)]
+
+
+def _open(task: Task, source: str) -> Sequence:
+    if source.startswith("tfds:"):
+        spec = source.removeprefix("tfds:")
+        return tfds_documents.TfdsRecords(spec, None, None, _MAX_BYTES)
+    if not remote.is_remote(source) and not source.startswith(("~", "/")):
+        source = os.path.join(task.folder, source)
+    try:
+        found = files.FileRecords(files.find_files(source), _MAX_BYTES)
+    except UserError as error:
+        raise UserError(f"{task.name}: {error}; --data_dir says where data lie") from error
+    if not len(found):
+        raise UserError(f"{task.name}: {source} is empty")
+    return found
+
+
+def _plain(value):
+    """A record as JSON has it: TFDS gives arrays, bytes and lists as a dict of columns."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, str) and "\ud800" <= max(value, default="") <= "\udfff":
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _rendered(task: Task, record, number: int) -> Document:
+    where = f"{task.name}: record {number}"
+    record = {"text": record} if isinstance(record, str) else record
+    missing = _fields(task) - set(record)
+    if missing:
+        raise UserError(
+            f"{where} has no {sorted(missing)[0]!r}, which a template of the task names (its keys: "
+            f"{', '.join(record)})"
+        )
+    text, _ = template.render(_source(task), record)
+    prompt, target, before, after, *rest = text.split(_PART)
+    choices = tuple(rest[0].split(_CHOICE)[:-1]) if len(rest) == 1 else ()
+    if len(rest) != 1:
+        raise UserError(f"{where} holds the control character U+001E, which separates its parts")
+    if task.kind == "choice":
+        target = target.strip()
+        if len(choices) < 2 or not all(choices):
+            raise UserError(f"{where} has {len(choices)} choices, of which none may be empty")
+        if not target.isdecimal() or int(target) >= len(choices):
+            raise UserError(
+                f"{where}: target={target!r} must be the number of the right choice, 0 to "
+                f"{len(choices) - 1}"
+            )
+    if not prompt and task.kind != "text":
+        raise UserError(f"{where} has an empty prompt")
+    facts: dict = {}
+    if task.kind == "instructions":
+        facts = {key: record.get(key) for key in ("instruction_id_list", "kwargs")}
+    return Document(number, prompt, target, choices, (), before, after, facts)
+
+
+def _made(task: Task, records: Sequence[Mapping], number: int) -> Document:
+    record = dict(records[number])
+    shots = tuple(
+        (r["prompt"], r["choices"][int(r["target"])] if "choices" in r else r["target"])
+        for r in record.pop("shots", ())
+    )
+    prompt, target = record.pop("prompt"), record.pop("target")
+    return Document(
+        number, prompt, target, tuple(record.pop("choices", ())), shots, "", "", record
+    )  # fmt: skip
+
+
+def _source(task: Task) -> str:
+    """All templates of a task as one, which is rendered once a record."""
+    if isinstance(task.choices, str):
+        choices = "{% for _c in (" + task.choices + ") %}{{ _c }}" + _CHOICE + "{% endfor %}"
+    else:
+        choices = "".join(choice + _CHOICE for choice in task.choices)
+    return _PART.join([task.prompt, task.target, task.before, task.after, choices])
+
+
+def _fields(task: Task) -> set[str]:
+    """The names that the templates read and do not set: what Jinja would print as nothing."""
+    return _undeclared(task.name, _source(task))
+
+
+@functools.cache
+def _undeclared(name: str, source: str) -> set[str]:
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
+    try:
+        tree = environment.parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{name}: a template is not Jinja: {error.message}") from None
+    return jinja2.meta.find_undeclared_variables(tree) - _GLOBALS
+
+
+def fingerprint(found: Sequence[Document]) -> str:
+    """A hash of what documents ask."""
+    digest = hashlib.sha256()
+    for document in found:
+        digest.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()[:32]

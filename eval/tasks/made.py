@@ -1,0 +1,175 @@
+"""Documents that are made, not downloaded: needles in a haystack, sums, lookups, reasoning-gym.
+
+A seed gives the same documents everywhere. What has a length is made for the tokenizer at hand.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from ...configs.errors import UserError
+from .definition import Task
+
+_PEOPLE = "Ana Bruno Carla Diego Elena Felipe Gloria Hugo Ines Jorge Katia Luis Marta Nico".split()
+_THINGS = "blanket lantern saddle basket rope kettle hammer ladder bucket candle mirror".split()
+_PLACES = "barn market bridge harbour mill station school garden tower library chapel inn".split()
+_VERBS = "carried left found repaired sold painted borrowed washed lost bought".split()
+_COLOURS = "red blue green grey white black brown yellow".split()
+
+
+def records(task: Task, tokenizer) -> list[dict]:
+    """The records of a made task: "prompt", "target", "choices" and what else is to be known.
+
+    Raises:
+      UserError: there is no such maker, or it has no such key.
+    """
+    told = dict(task.made)
+    maker, seed = told.pop("maker", None), told.pop("seed", 0)
+    known: dict[str, Callable[..., Iterator[dict]]] = {
+        "needle": functools.partial(_needles, tokenizer=tokenizer),
+        "sums": _sums, "lookup": _lookup, "instructions": _instructions,
+        "reasoning_gym": _reasoning_gym,
+    }  # fmt: skip
+    if maker not in known:
+        raise UserError(f"{task.name}: made.maker={maker!r} must be one of {', '.join(known)}")
+    rng = random.Random(f"{maker} {seed}")
+    try:
+        found = list(known[maker](rng, **told))
+    except TypeError as error:
+        raise UserError(f"{task.name}: made: {str(error).partition('() ')[2]}") from None
+    shots, count = task.shots, len(found)
+    if shots >= count:
+        raise UserError(f"{task.name}: shots={shots} must be less than its {count} documents")
+    examples = found[:shots]
+    return [record | {"shots": examples} for record in found[shots:]] if shots else found
+
+
+def _needles(rng, lengths: Sequence[int], depths: Sequence[float], *, needles: int = 1,
+             repeats: int = 1, tokenizer) -> Iterator[dict]:  # fmt: skip
+    """Keys and numbers in a text of made sentences; the question asks for the numbers.
+
+    Args:
+      lengths: tokens of the prompt. depths: where the first needle stands, from 0, the beginning,
+        to 1, the end; the others follow at equal distances, around the end again.
+    """
+    if needles < 1 or not all(0 <= depth <= 1 for depth in depths):
+        raise UserError("made: needles must be at least 1 and depths 0 to 1")
+    for length in lengths:
+        for depth in depths:
+            for _ in range(repeats):
+                keys = rng.sample(_PLACES, needles) if needles <= len(_PLACES) else []
+                if not keys:
+                    raise UserError(f"made: needles={needles} must be at most {len(_PLACES)}")
+                values = [str(rng.randrange(10**6, 10**7)) for _ in keys]
+                facts = [
+                    f"The number of the {k} is {v}." for k, v in zip(keys, values, strict=True)
+                ]
+                asked = " and ".join(f"the {key}" for key in keys)
+                question = f"\n\nQuestion: what is the number of {asked}?"
+                question += f"\nAnswer: the number of {asked} is"
+                room = length - len(tokenizer.encode("\n".join(facts) + question)) - 8
+                if room < 16:
+                    raise UserError(
+                        f"made: lengths has {length}: that is too few for {needles} needles"
+                    )
+                hay = _hay(rng, tokenizer, room)
+                size = len(hay)
+                for n, fact in enumerate(facts):
+                    at = round(((depth + n / len(facts)) % 1.0 if n else depth) * size)
+                    # As sentences of their own: those before have moved by what was put in.
+                    hay.insert(min(at + n, len(hay)), fact)
+                yield {
+                    "prompt": " ".join(hay) + question, "target": "\n".join(values),
+                    "length": length, "depth": depth,
+                }  # fmt: skip
+
+
+def _hay(rng, tokenizer, room: int) -> list[str]:
+    """Sentences of `room` tokens at most."""
+    sentences, used = [], 0
+    while True:
+        made = (
+            f"{rng.choice(_PEOPLE)} {rng.choice(_VERBS)} the {rng.choice(_COLOURS)} "
+            f"{rng.choice(_THINGS)} near the {rng.choice(_PLACES)}."
+        )
+        used += len(tokenizer.encode(" " + made))
+        if used > room:
+            return sentences
+        sentences.append(made)
+
+
+def _sums(rng, count: int = 100, digits: int = 2) -> Iterator[dict]:
+    """`a + b =` and `a - b =`."""
+    for _ in range(count):
+        a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
+        sign = rng.choice("+-")
+        yield {"prompt": f"{a} {sign} {b} =", "target": str(a + b if sign == "+" else a - b)}
+
+
+def _lookup(rng, count: int = 100, people: int = 4) -> Iterator[dict]:
+    """Who has what: a fact of the prompt is asked for; all choices stand in the prompt."""
+    for _ in range(count):
+        who, what = rng.sample(_PEOPLE, people), rng.sample(_THINGS, people)
+        told = [f"{w} has the {t}." for w, t in zip(who, what, strict=True)]
+        asked, order = rng.randrange(people), rng.sample(range(people), people)
+        yield {
+            "prompt": f"{' '.join(told)}\nQuestion: what does {who[asked]} have?\nAnswer: the",
+            "choices": [what[i] for i in order], "target": str(order.index(asked)),
+        }  # fmt: skip
+
+
+def _instructions(rng, count: int = 60) -> Iterator[dict]:
+    """A subject and one or two instructions that a program can check."""
+    for _ in range(count):
+        subject = f"a {rng.choice(_COLOURS)} {rng.choice(_THINGS)}"
+        thing = rng.choice(_PLACES)
+        number = rng.randrange(2, 6)
+        forms = [
+            ("punctuation:no_comma", {}, "Use no commas."),
+            ("change_case:english_lowercase", {}, "Write in lower case only."),
+            ("keywords:existence", {"keywords": [thing]}, f"Use the word {thing}."),
+            ("length_constraints:number_words", {"relation": "less than", "num_words": 30},
+             "Use fewer than 30 words."),
+            ("detectable_format:number_bullet_lists", {"num_bullets": number},
+             f"Write exactly {number} bullet points, each a line that begins with '* '."),
+            ("startend:end_checker", {"end_phrase": "That is all."},
+             "End with the exact words: That is all."),
+            ("startend:quotation", {}, "Put the whole answer into double quotation marks."),
+        ]  # fmt: skip
+        # The lower case forbids the end, the quotation mark does too.
+        pairs = [(0,), (1,), (2,), (3,), (4,), (5,), (6,), (0, 2), (0, 4), (1, 3), (2, 5), (3, 6)]
+        chosen = [forms[i] for i in rng.choice(pairs)]
+        yield {
+            "prompt": f"Describe {subject}. {' '.join(text for _, _, text in chosen)}",
+            "target": "", "instruction_id_list": [name for name, _, _ in chosen],
+            "kwargs": [kwargs for _, kwargs, _ in chosen],
+        }  # fmt: skip
+
+
+def _reasoning_gym(rng, datasets: Sequence[str], count: int = 50) -> Iterator[dict]:
+    """Questions of the package reasoning-gym, `count` of each data set."""
+    del rng
+    for name in datasets:
+        for i in range(count):
+            entry = reasoning_dataset(name, count)[i]
+            yield {"prompt": entry["question"], "target": str(entry["answer"]),
+                   "dataset": name, "count": count, "index": i}  # fmt: skip
+
+
+@functools.cache
+def reasoning_dataset(name: str, count: int):
+    """A data set of reasoning-gym, with the `score_answer` that its metric calls.
+
+    Raises:
+      UserError: the package is not installed, or has none of this name.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            f"a task of reasoning-gym needs the package {error.name}: pip install 'puna[reasoning]'"
+        ) from None
+    try:
+        return reasoning_gym.create_dataset(name, size=count, seed=0)
+    except ValueError as error:
+        raise UserError(f"made.datasets: {error}") from None

@@ -1,0 +1,243 @@
+"""What a model is asked for a document: ids of a context and of a continuation, or of a prompt.
+
+A continuation's ids are those of the whole text from the last border between ids that all choices
+share with the context: no character is left unscored, and all choices are compared from one place
+(lm-eval cuts by the number of ids, see `harness_model.py`). BOS is put as the tokenizer puts it.
+"""
+
+import collections
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ...configs.errors import UserError
+from ...models.decode.generate import complete
+from ...models.parallel import processes
+from ...models.text import chat
+from ..answers import Answers
+from ..scoring import score
+from .definition import Task
+from .documents import Document
+
+_DATE = "26 Jul 2024"  # Llama 3's templates would write today's, and ask something else each day
+
+
+class Request(NamedTuple):
+    """One question to the model.
+
+    kind: "logprob" of the continuation, or "text" that follows the context greedily.
+    continuation: ids; none of a text. size: bytes that the continuation stands for.
+    max_tokens, stop: of a text. cut: tokens of the prompt that had no room, from its beginning.
+    """
+
+    task: str
+    document: int
+    index: int
+    kind: str
+    context: tuple[int, ...]
+    continuation: tuple[int, ...] = ()
+    size: int = 0
+    max_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    cut: int = 0
+
+    @property
+    def asked(self) -> str:
+        """All that its answer depends on but the model."""
+        return json.dumps([self.kind, self.context, self.continuation, self.max_tokens, self.stop])
+
+
+class Asking:
+    """How documents become requests.
+
+    Args:
+      tokenizer: of the model.
+      max_length: tokens that the model reads at most.
+      as_chat: by the tokenizer's chat template; a shot is then a turn of the conversation.
+    """
+
+    def __init__(self, tokenizer, max_length: int, as_chat: bool):
+        self.tokenizer, self.max_length, self.as_chat = tokenizer, max_length, as_chat
+        begin = tokenizer.begin_ids
+        # What a text without a context is predicted from.
+        first = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
+        self._first = tuple(begin) or (() if first is None else (first,))
+
+    def prompt(self, task: Task, document: Document) -> str:
+        """The text of the prompt, examples first; that of a chat before its template."""
+        shots = [p + task.delimiter + a for p, a in document.shots]
+        return task.separator.join([*shots, document.prompt])
+
+    def requests(self, task: Task, document: Document) -> list[Request]:
+        """The requests of a document.
+
+        Raises:
+          UserError: the tokenizer or its template cannot express it, or it has no room.
+        """
+        make = functools.partial(Request, task.name, document.number)
+        if task.kind == "text":
+            return list(self._windows(task, document, make))
+        if task.kind != "choice":
+            if task.max_tokens >= self.max_length:
+                raise UserError(
+                    f"{task.name}: max_tokens={task.max_tokens} must be less than the "
+                    f"{self.max_length} tokens that the model reads"
+                )
+            ids = self._ids(task, document)
+            context, cut = self._fit(ids, self.max_length - task.max_tokens)
+            return [make(0, "text", context, max_tokens=task.max_tokens, stop=task.stop, cut=cut)]
+        found = []
+        for index, (ids, continuation) in enumerate(self._choices(task, document)):
+            if not continuation or len(continuation) >= self.max_length:
+                raise UserError(
+                    f"{task.name}: choice {index} of document {document.number} is "
+                    f"{len(continuation)} tokens: it must be 1 to {self.max_length - 1}"
+                )
+            context, cut = self._fit(ids, self.max_length + 1 - len(continuation))
+            size = len(document.choices[index].encode())
+            found.append(make(index, "logprob", context, continuation, size, cut=cut))
+        return found
+
+    def _ids(self, task: Task, document: Document) -> tuple[int, ...]:
+        if not self.as_chat:
+            text = self.prompt(task, document)
+            return (*self._first, *self.tokenizer.encode(text))
+        messages = [{"role": "system", "content": task.system}] if task.system else []
+        for prompt, answer in document.shots:
+            messages += [{"role": "user", "content": prompt},
+                         {"role": "assistant", "content": answer}]  # fmt: skip
+        messages.append({"role": "user", "content": document.prompt})
+        variables = {"date_string": _DATE}
+        return tuple(chat.encode_messages(self.tokenizer, messages, variables=variables))
+
+    def _choices(self, task: Task, document: Document):
+        """(ids of the context, ids of the continuation) of each choice."""
+        context = self._ids(task, document)
+        if self.as_chat:
+            for choice in document.choices:
+                yield context, tuple(self.tokenizer.encode(choice, continuation=True))
+            return
+        text = self.prompt(task, document) + task.delimiter
+        wholes = [
+            (*self._first, *self.tokenizer.encode(text + choice)) for choice in document.choices
+        ]
+        border = min(len(os.path.commonprefix([context, whole])) for whole in wholes)
+        border = max(border, 1)
+        for whole in wholes:
+            yield whole[:border], whole[border:]
+
+    def _fit(self, ids: tuple[int, ...], room: int) -> tuple[tuple[int, ...], int]:
+        """The ids without what has no room, taken out behind what begins every text."""
+        if len(ids) <= room:
+            return ids, 0
+        keep = 0 if self.as_chat else len(self._first)
+        keep = min(keep, room - 1)
+        return (*ids[:keep], *ids[len(ids) - (room - keep) :]), len(ids) - room
+
+    def _windows(self, task: Task, document: Document, make) -> Iterator[Request]:
+        """A text in windows: each token once, after as much as has room before it."""
+        first = self._first
+        ids = (*first, *self.tokenizer.encode(document.prompt))
+        if not first:
+            raise UserError(f"{task.name}: the tokenizer has neither a BOS nor an EOS")
+        stride = task.stride or self.max_length // 2
+        if stride > self.max_length:
+            raise UserError(
+                f"{task.name}: stride={stride} must be at most the {self.max_length} tokens that "
+                "the model reads"
+            )
+        # The last id of a window is predicted and not read.
+        start, stop, index = len(first), self.max_length + 1, 0
+        while start < len(ids):
+            stop = min(stop, len(ids))
+            before = ids[max(0, stop - self.max_length - 1) : start]
+            size = len(document.prompt.encode()) if not index else 0
+            yield make(index, "logprob", before, ids[start:stop], size)
+            start, stop, index = stop, stop + stride, index + 1
+
+
+class Asker:
+    """Asks a model; what is answered already is not asked again.
+
+    Args:
+      model, params, tokenizer, mesh: as `puna.load` gives them.
+      batch_size: rows at a time.
+      answers: where answers are kept.
+      identity: what answers depend on besides a request: weights, config, tokenizer.
+    """
+
+    def __init__(self, model, params, tokenizer, mesh, batch_size: int, answers: Answers,
+                 identity: str):  # fmt: skip
+        self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
+        self.batch_size, self.answers, self.identity = batch_size, answers, identity
+
+    def ask(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        """Answer requests, a line of `requests.jsonl` for each.
+
+        Batches are the same whatever is answered already, so an evaluation that was interrupted
+        gives the numbers of one that was not.
+        """
+        keys = [
+            hashlib.sha256(f"{self.identity} {r.asked}".encode()).hexdigest()[:32] for r in requests
+        ]
+        unique = dict(zip(keys, requests, strict=True))
+        counts = collections.Counter(keys)
+        lines = {key: _line(r, key) for r, key in zip(requests, keys, strict=True)}
+        done = sum(counts[key] for key in unique if key in self.answers)
+        bar = tqdm(total=len(requests), initial=done, desc="requests", smoothing=0.05,
+                   disable=not processes.is_first() or None)  # fmt: skip
+        with bar, jax.set_mesh(self.mesh):
+            for key, answer in self._answered(unique):
+                if key not in self.answers:
+                    self.answers.add(lines[key] | {"answer": answer})
+                    bar.update(counts[key])
+        return [
+            _line(r, key) | {"answer": self.answers[key]}
+            for r, key in zip(requests, keys, strict=True)
+        ]
+
+    def _answered(self, unique: dict[str, Request]) -> Iterator[tuple[str, Any]]:
+        scored = [key for key, r in unique.items() if r.kind == "logprob"]
+        pairs = [(unique[key].context, unique[key].continuation) for key in scored]
+        known = {n for n, key in enumerate(scored) if key in self.answers}
+        for n, found in score(self.model, self.params, pairs, self.batch_size, known):
+            yield scored[n], list(found)
+        groups: dict[tuple, list[str]] = collections.defaultdict(list)
+        for key, r in unique.items():
+            if r.kind == "text":
+                groups[r.max_tokens, r.stop].append(key)
+        for (max_tokens, stop), written in groups.items():
+            # The longest first: what memory is needed shows at once.
+            written.sort(key=lambda key: (-len(unique[key].context), key))
+            for first in range(0, len(written), self.batch_size):
+                batch = written[first : first + self.batch_size]
+                if not all(key in self.answers for key in batch):
+                    prompts = [unique[key].context for key in batch]
+                    yield from zip(batch, self._write(prompts, max_tokens, stop), strict=True)
+
+    def _write(self, prompts, max_tokens: int, stop) -> list[dict]:
+        # Filled up, so that a last batch compiles nothing new.
+        empty = self.batch_size - len(prompts)
+        made = complete(
+            self.model, self.params, self.tokenizer, [*prompts, *[prompts[0][:1]] * empty],
+            np.array([max_tokens] * len(prompts) + [1] * empty), temperature=0.0, top_k=0,
+            top_p=1.0, min_p=0.0, stop=stop,
+        )  # fmt: skip
+        return [
+            {"text": m.text, "ids": m.ids, "finish": m.finish_reason} for m in made[: len(prompts)]
+        ]
+
+
+def _line(request: Request, key: str) -> dict:
+    told = {k: v for k, v in request._asdict().items() if v not in ((), 0) or k in _ALWAYS}
+    return told | {"key": key}
+
+
+_ALWAYS = ("document", "index")
