@@ -23,6 +23,11 @@ MAX_LINES_WITHOUT_A_TEST_FILE = 60
 TESTED_WITH = {
     "configs/test_published_sizes.py": ["configs/llama4.py"],
     "configs/test_schema.py": ["configs/rules.py"],
+    "eval/judging/test_judge.py": ["eval/judging/sandbox.py"],
+    "eval/tasks/test_definition.py": [
+        "eval/tasks/documents.py", "eval/tasks/grade.py", "eval/tasks/made.py",
+    ],
+    "eval/tasks/test_evaluate.py": ["eval/tasks/report.py", "eval/tasks/requests.py"],
     "eval/test_harness.py": ["eval/harness_model.py"],
     "test_commands.py": ["configs/command_line.py"],
     "models/decode/server/test_app.py": [

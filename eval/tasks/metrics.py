@@ -14,7 +14,7 @@ _SIGN = r"(?<![\w.)\]])-\s?|(?<=\s)-(?=\d)|"
 _PLAIN = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d])|\d+(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})[$€£¥]?(?P<a>{_PLAIN})"
-    r"(?:\s*(?:\*|×|x)\s*10\s*\^\s*\{?(?P<power>-?\d+)\}?|[eE](?P<exponent>[+-]?\d+)(?![\w.]))?"
+    r"(?:\s*(?:\*|×|x)\s*10\s*\^\s*\{?(?P<power>-?\d+)\}?|[eE](?P<exponent>[+-]?\d+)(?!\w|\.\d))?"
     rf"(?:\s(?P<whole>\d+)/(?P<below>\d+)|\s?/\s?(?P<b>{_PLAIN}))?(?P<percent>\s?%)?"
 )
 # Where an answer is announced; what comes after the last of these counts.
