@@ -2,11 +2,12 @@
 
 A fixed number of slots share one cache. A prompt is read in pieces of few sizes, one piece between
 two tokens of the others, so a long prompt delays the others little and no request compiles anything
-new. What a request gives does not depend on the requests beside it, beyond the rounding of matmuls
-of another size; greedy ids are those of `generate`.
+new. A prompt that begins as what a slot holds, or has held and nobody has overwritten, takes its
+keys and values from there. What a request gives does not depend on the requests beside or before
+it, beyond the rounding of matmuls of another size; greedy ids are those of `generate`.
 
-Left out on purpose: paging (a slot has room for `max_length` tokens whatever it holds), prefixes
-shared between requests, speculative decoding.
+Left out on purpose: paging (a slot has room for `max_length` tokens whatever it holds, and a shared
+beginning is copied), speculative decoding.
 """
 
 import collections
@@ -33,6 +34,7 @@ from .engine import (
 )
 from .generate import begin_rows
 from .grammar import Constraint, Constraints
+from .prefixes import Prefixes
 from .sampling import Sampling, check, per_row
 
 # Sizes of the pieces of a prompt: each is compiled once, when first needed.
@@ -73,7 +75,7 @@ class _Request:
     def __init__(self, prompt, row, max_tokens, top, constraint):
         self.prompt, self.row, self.max_tokens, self.top = prompt, row, max_tokens, top
         self.constraint = constraint
-        self.read = 0  # tokens of the prompt
+        self.read, self.begun = 0, False  # tokens of the prompt, and whether any have been sought
         self.shown = 0  # characters
 
     @property
@@ -99,26 +101,27 @@ def _of_row(layers, change):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model, kept, cache, slot, tokens_BT, segments_BT, first):
-    """The cache with a piece of a prompt in one slot; the first piece empties the slot before.
+def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep):
+    """The cache with a piece of a prompt in one slot, after the first `keep` tokens of `source`.
 
     Only the first of B rows counts: the others let a mesh that splits rows do so.
     """
 
     def take(axis, x):
-        row = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis)
+        row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
         return jnp.repeat(row, len(tokens_BT), axis)
 
     def put(axis, x, rows):
         row = jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
         return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
 
-    def emptied(layer):
-        return layer.replace(positions_BS=jnp.where(first, -1, layer.positions_BS))
+    def cut(layer):
+        known = layer.positions_BS < keep
+        return layer.replace(positions_BS=jnp.where(known, layer.positions_BS, -1))
 
     layers = _of_row([cache.layers], take)
-    layers = jax.tree.map(emptied, layers, is_leaf=lambda x: isinstance(x, LayerCache))
-    lengths_B = jnp.where(first, 0, take(0, cache.lengths_B))
+    layers = jax.tree.map(cut, layers, is_leaf=lambda x: isinstance(x, LayerCache))
+    lengths_B = jnp.full(len(tokens_BT), keep, cache.lengths_B.dtype)
     rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
     rows = model.apply(
         {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=rows, method="states"
@@ -195,9 +198,13 @@ class Engine:
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self.requests: dict[int, _Request] = {}  # by slot
         self._reading: collections.deque[int] = collections.deque()
+        self.reused = 0  # tokens of prompts that were copied and not computed
         self._kept = bits.view(params)
         config, rows, length = self.model.config, self._rows, self.max_length
         self._cache = jax.jit(lambda: constrain_cache(init_cache(config, rows, length)))()
+        self._held = Prefixes(rows, length, config.chunk_size)
+        # By the time they became free, the latest last.
+        self._unused = list(range(num_slots))
         # Of each slot. What is not in use is greedy, which costs the least.
         self._sampling = per_row(Sampling(), 1, rows)
         self._numbers, self._last, self._steps, self._tops = np.zeros((4, rows), np.int32)
@@ -245,7 +252,7 @@ class Engine:
         [prompt], [row] = begin_rows(self.tokenizer, [prompt_ids], stop)
         if not self.free:
             raise Full(f"all {self.num_slots} slots are taken: step, or evict one")
-        slot = next(s for s in range(self.num_slots) if s not in self.requests)
+        slot = self._place(prompt)
         constraint = constraint and constraint.copy()
         self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
         if constraint:
@@ -260,6 +267,7 @@ class Engine:
     def evict(self, slot: int) -> None:
         """Free a slot whose request is not wanted any more; does nothing if it is free."""
         if self.requests.pop(slot, None) is not None:
+            self._unused.append(slot)
             self._set(slot, Sampling())
             self._tops[slot], self._masks[slot] = 0, _EVERY
             if slot in self._reading:
@@ -272,6 +280,7 @@ class Engine:
             slot = self.insert([0] * length, max_tokens=1)
             while slot in self.requests:
                 self.step()
+            self._held.forget()
 
     def step(self) -> dict[int, Token]:
         """Read one piece of the prompt that has waited longest, then make one token a slot.
@@ -297,6 +306,8 @@ class Engine:
         self._cache, found = _write(
             self.model, self.params, self._kept, self._cache, *host, self.vocab_size
         )
+        for slot in active:
+            self._held.add(slot, self._last[slot, None])
         ids_B, logprobs_B, top_ids_BW, top_logprobs_BW = jax.device_get(found)
         check_ids(ids_B[active_B])
         tokens = {}
@@ -311,8 +322,27 @@ class Engine:
         for array, value in zip(self._sampling, per_row(sampling, 1, 1), strict=True):
             np.asarray(array)[slot] = np.asarray(value)[0]
 
+    def _place(self, prompt) -> int:
+        """Take a free slot: one that holds the beginning of a prompt, else the longest unused."""
+        ids = np.asarray(prompt[:-1], np.int32)
+        shared = [self._held.shared(slot, ids) for slot in range(self.num_slots)]
+        best = max(shared)
+        found = [slot for slot in self._unused if best and shared[slot] == best]
+        slot = found[0] if found else self._unused[0]
+        self._unused.remove(slot)
+        return slot
+
     def _read_piece(self, slot):
         request = self.requests[slot]
+        source = slot
+        if not request.begun:
+            # Only now: what was inserted before may have been read in the meantime.
+            ids = np.asarray(request.prompt[:-1], np.int32)
+            shared = [self._held.shared(row, ids) for row in range(self.num_slots)]
+            source = max(range(self.num_slots), key=lambda row: (shared[row], row == slot))
+            request.begun, request.read = True, shared[source]
+            self._held.copy(source, slot, request.read)
+            self.reused += request.read
         ids = request.prompt[request.read : request.to_read]
         size = next((size for size in _PIECES if len(ids) <= size), _PIECES[-1])
         ids = ids[:size]
@@ -320,8 +350,9 @@ class Engine:
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
         self._cache = _read(
             self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
-            np.bool_(request.read == 0),
+            np.int32(source), np.int32(request.read),
         )  # fmt: skip
+        self._held.add(slot, ids)
         request.read += len(ids)
         if request.read >= request.to_read:
             self._reading.popleft()

@@ -252,7 +252,10 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         running, waiting = self.worker.counts
         text = self.metrics.text(
-            puna_slots=self.engine.num_slots, puna_running=running, puna_waiting=waiting
+            puna_slots=self.engine.num_slots,
+            puna_running=running,
+            puna_waiting=waiting,
+            puna_prompt_tokens_reused_total=self.engine.reused,
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

@@ -6,6 +6,7 @@ import threading
 _HELP = {
     "puna_requests_total": ("counter", "answered requests by path and status"),
     "puna_prompt_tokens_total": ("counter", "tokens of prompts that were taken"),
+    "puna_prompt_tokens_reused_total": ("counter", "of those, taken from texts before"),
     "puna_generated_tokens_total": ("counter", "tokens that were made"),
     "puna_cancelled_total": ("counter", "requests whose client left before the end"),
     "puna_first_token_seconds": ("summary", "from a request's arrival to its first token"),

@@ -75,21 +75,21 @@ def text(tokens):
 def test_what_is_made_matches(engine, temperature):
     import jsonschema
 
-    sources = {
-        0: grammar.json_schema(SCHEMA),
-        1: grammar.regex(r"[0-9]{3}-[a-f]{1,4}"),
-        2: grammar.choices(["yes", "no", 'say "h\u00e9"\n\\']),
-    }
-    for source in sources.values():
-        engine.insert(
-            [72, 105], Sampling(temperature, seed=3), 160,
-            constraint=engine.constraints.compile(source),
-        )  # fmt: skip
+    sources = [
+        grammar.json_schema(SCHEMA), grammar.regex(r"[0-9]{3}-[a-f]{1,4}"),
+        grammar.choices(["yes", "no", 'say "h\u00e9"\n\\']),
+    ]  # fmt: skip
+    held = [
+        engine.insert([72, 105], Sampling(temperature, seed=3), 160,
+                      constraint=engine.constraints.compile(source))
+        for source in sources
+    ]  # fmt: skip
     made = finish(engine)
     assert all(tokens[-1].finish_reason == "stop" for tokens in made.values())
-    jsonschema.validate(json.loads(text(made[0])), SCHEMA)
-    assert re.fullmatch(r"[0-9]{3}-[a-f]{1,4}", text(made[1]))
-    assert text(made[2]) in ("yes", "no", 'say "h\u00e9"\n\\')
+    texts = [text(made[slot]) for slot in held]
+    jsonschema.validate(json.loads(texts[0]), SCHEMA)
+    assert re.fullmatch(r"[0-9]{3}-[a-f]{1,4}", texts[1])
+    assert texts[2] in ("yes", "no", 'say "h\u00e9"\n\\')
 
 
 def test_a_row_beside_a_constrained_one_is_as_it_is_alone(engine):
@@ -98,24 +98,25 @@ def test_a_row_beside_a_constrained_one_is_as_it_is_alone(engine):
             [72, 105], Sampling(1.5, 0, 0.9, seed=5), 12, number=number, constraint=constraint
         )
 
-    ask()
-    alone = [(token.id, token.logprob) for token in finish(engine)[0]]
+    first = ask()
+    alone = [(token.id, token.logprob) for token in finish(engine)[first]]
     constraint = engine.constraints.compile(grammar.regex("x{12}"))
-    ask(constraint), ask(), ask(constraint, 1)
+    one, free, two = ask(constraint), ask(), ask(constraint, 1)
     made = finish(engine)
-    assert [token.id for token in made[1]] == [i for i, _ in alone]
-    np.testing.assert_allclose([t.logprob for t in made[1]], [p for _, p in alone], atol=1e-5)
-    assert text(made[0]) == text(made[2]) == "x" * 12
-    # The slot forgets the constraint.
-    ask()
-    assert [token.id for token in finish(engine)[0]] == [i for i, _ in alone]
+    assert [token.id for token in made[free]] == [i for i, _ in alone]
+    np.testing.assert_allclose([t.logprob for t in made[free]], [p for _, p in alone], atol=1e-5)
+    assert text(made[one]) == text(made[two]) == "x" * 12
+    # A slot forgets the constraint.
+    for _ in range(4):
+        ask()
+    assert all([t.id for t in row] == [i for i, _ in alone] for row in finish(engine).values())
 
 
 def test_the_best_allowed_id_is_taken_and_logprobs_are_of_the_model(engine):
     prompt = [72, 105]
-    engine.insert(prompt, max_tokens=6, top=3,
-                  constraint=engine.constraints.compile(grammar.regex("[a-m]{6}")))  # fmt: skip
-    tokens = finish(engine)[0]
+    constraint = engine.constraints.compile(grammar.regex("[a-m]{6}"))
+    slot = engine.insert(prompt, max_tokens=6, top=3, constraint=constraint)
+    tokens = finish(engine)[slot]
     row = np.array([prompt + [token.id for token in tokens]])
     logits = MODEL.apply({"params": params()}, row).logits_BTV[0, 1:-1]
     allowed = np.arange(ord("a"), ord("m") + 1)

@@ -66,31 +66,34 @@ def some_requests(count):
     return prompts, rng.integers(1, 34, count)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_requests_that_come_and_go_get_what_generate_gives(temperature):
-    count = 60
+def come_and_go(running, count, cancel):
+    """Random arrivals and cancellations, each request as if it were alone."""
     prompts, most = some_requests(count)
+    # Some begin as others do.
+    for r in range(1, count, 3):
+        prompts[r] = [*prompts[r - 1][: r % 40], *prompts[r]][:40]
+    heats = np.where(np.arange(count) % 2, 1.3, 0.0)
     # Row r of one call is request number r, whenever it comes and whatever is beside it.
-    want = complete(MODEL, params(), TOKENIZER, prompts, most, temperature=temperature, seed=7)
-    dice, running = random.Random(0), engine()
+    want = complete(MODEL, params(), TOKENIZER, prompts, most, temperature=heats, seed=7)
+    dice = random.Random(0)
     waiting, held, made, cancelled = list(range(count)), {}, {}, set()
     dice.shuffle(waiting)
     while waiting or held:
         while waiting and running.free and dice.random() < 0.5:
             r = waiting.pop()
-            slot = running.insert(
-                prompts[r], Sampling(temperature, seed=7), int(most[r]), number=r
-            )  # fmt: skip
+            sampling = Sampling(float(heats[r]), seed=7)
+            slot = running.insert(prompts[r], sampling, int(most[r]), number=r)
             held[slot], made[r] = r, []
         for slot, token in running.step().items():
             made[held[slot]].append(token)
             if token.finish_reason:
                 del held[slot]
-        if held and dice.random() < 0.05:
+        if held and dice.random() < cancel:
             slot = dice.choice(list(held))
             running.evict(slot)
             cancelled.add(held.pop(slot))
-    assert 5 < len(cancelled) < 40
+    assert 0.08 * count < len(cancelled) < 0.7 * count
+    assert running.reused > 0.4 * count
     for r, tokens in made.items():
         ids = [token.id for token in tokens]
         assert ids == want[r].ids[: len(ids)]
@@ -103,6 +106,24 @@ def test_requests_that_come_and_go_get_what_generate_gives(temperature):
             assert tokens[-1].finish_reason == want[r].finish_reason
 
 
+def test_requests_that_come_and_go_get_what_generate_gives():
+    come_and_go(engine(), 60, cancel=0.05)
+
+
+@pytest.mark.slow
+def test_five_hundred_requests_come_and_go():
+    come_and_go(engine(), 500, cancel=0.05)
+
+
+@pytest.mark.slow
+def test_five_hundred_requests_come_and_go_on_eight_devices():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices()[:8])
+    specs = sharding.shardings(transformer.abstract_params(CONFIG), mesh)
+    with jax.set_mesh(mesh):
+        split = Engine(MODEL, jax.device_put(params(), specs), TOKENIZER, 4, LENGTH)
+        come_and_go(split, 500, cancel=0.05)
+
+
 def test_each_row_has_its_own_settings_and_none_compiles():
     running = engine()
     settings = [Sampling(), Sampling(1.5, seed=3), Sampling(1.0, 5, 0.9, 0.01, seed=4), Sampling()]
@@ -113,10 +134,12 @@ def test_each_row_has_its_own_settings_and_none_compiles():
     running.insert(list(range(20)), max_tokens=1)
     finish(running)
     counts = slots._read._cache_size(), slots._write._cache_size()
-    for sampling in settings:
+    held = [
         running.insert(TOKENIZER.encode("the llama"), sampling, 9, number=2, top=3)
+        for sampling in settings
+    ]
     together = finish(running)
-    for slot, alone in enumerate(finish_alone):
+    for slot, alone in zip(held, finish_alone, strict=True):
         assert [t.id for t in together[slot]] == [t.id for t in alone]
     assert counts == (slots._read._cache_size(), slots._write._cache_size())
     assert len({tuple(t.id for t in row) for row in finish_alone}) == 3
@@ -211,5 +234,9 @@ def test_on_a_mesh():
         split.insert(ids, max_tokens=8)
         assert split.free == 0
         got = [token.id for token in finish(split)[0]]
+        split.insert([*ids, *got[:3]], max_tokens=5)
+        after = [token.id for token in finish(split)[0]]
+    # The slot has left the chunk that 17 ids end in: it gives the chunks of 6 before.
+    assert after == got[3:] and split.reused == 12
     assert counts == (slots._read._cache_size(), slots._write._cache_size())
     assert got == [token.id for token in finish(alone)[0]]

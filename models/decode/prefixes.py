@@ -1,0 +1,48 @@
+"""What the rows of a cache hold, so that a text which begins alike need not be computed again."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Prefixes:
+    """By row of a cache, the ids whose keys and values it holds, from the first on."""
+
+    def __init__(self, rows: int, max_length: int, chunk_size: int):
+        """Begin with empty rows; `chunk_size` is the model's, 0 for none."""
+        self._ids, self._chunk = np.zeros((rows, max_length), np.int32), chunk_size
+        self.forget()
+
+    def forget(self) -> None:
+        """Empty all rows."""
+        # Of its last chunk a row holds the positions from `_since` on in layers with chunks.
+        self._sizes, self._since = np.zeros((2, len(self._ids)), np.int32)
+
+    def add(self, row: int, ids: Sequence[int] | np.ndarray) -> None:
+        """Append what has been computed."""
+        start = self._sizes[row]
+        self._ids[row, start : start + len(ids)] = ids
+        self._sizes[row] += len(ids)
+
+    def shared(self, row: int, ids: np.ndarray) -> int:
+        """How many of the first `ids` a row can give.
+
+        The next token attends to its own chunk and, in layers without chunks, to all before: where
+        the row has left that chunk it can give the chunks before it only.
+        """
+        size, chunk = int(self._sizes[row]), self._chunk
+        width = min(size, len(ids))
+        differs = np.flatnonzero(self._ids[row, :width] != ids[:width])
+        count = int(differs[0]) if len(differs) else width
+        if chunk and count % chunk:
+            start = count // chunk * chunk
+            if (size - 1) // chunk * chunk != start or self._since[row] > start:
+                return start
+        return count
+
+    def copy(self, source: int, row: int, count: int) -> None:
+        """Let a row hold the first `count` tokens of another one, or of itself."""
+        self._ids[row, :count] = self._ids[source, :count]
+        since = int(self._since[source])
+        self._since[row] = since if self._chunk and count % self._chunk else count
+        self._sizes[row] = count
