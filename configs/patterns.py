@@ -1,10 +1,21 @@
-"""Regular expressions, comma separated, that pick parameters by their paths."""
+"""Comma-separated lists in a key: names, and regular expressions that pick parameters by paths."""
 
 import difflib
 import re
 from collections.abc import Sequence
 
 from .errors import ConfigError
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in a list, without the blanks around them."""
+    return tuple(filter(None, (part.strip() for part in text.split(","))))
+
+
+def are_names(text: str) -> bool:
+    """Whether a text is empty or a list of different names."""
+    found = names(text)
+    return not text or len(set(found)) == len(found) > 0
 
 
 def matching(key: str, text: str, paths: Sequence[str]) -> list[str]:
@@ -18,7 +29,7 @@ def matching(key: str, text: str, paths: Sequence[str]) -> list[str]:
       ConfigError: an expression is malformed, or nothing matches it.
     """
     patterns = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    for part in names(text):
         try:
             patterns.append(re.compile(part))
         except re.error as e:

@@ -14,11 +14,13 @@ from typing import Any
 
 from . import paths
 from .errors import ConfigError
+from .patterns import are_names
 from .rules import Rule, at_least, between, check, check_model, more_than, one_of
 
 POSITIVE = at_least(1)
 EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
 NOT_EMPTY = Rule("not be empty", lambda v: bool(v.strip()))
+NAMES = Rule("be different names, comma separated", are_names)
 BELOW_HALF = Rule("be at least 0 and below 0.5", lambda v: 0 <= v < 0.5)
 _COPIED = (
     "a path of this machine: copy there first what a URL names (a model of the Hugging Face Hub by "
@@ -58,6 +60,7 @@ MOE = Only("model.moe_interval")
 WSD = Only("optimizer.schedule", ("wsd",))
 DECAYING = Only("optimizer.schedule", ("cosine", "linear", "wsd"))
 ADAPTED = Only("adapter.rank")
+STARTED = Only("train.init_from")
 ADAM = Only("optimizer.name", ("adamw", "muon"))  # Adafactor has decays of its own
 
 
@@ -175,6 +178,8 @@ class DataConfig:
     tokenizer: str = key("bytes", "bytes, train (a BPE on the training data), or a path", TOKENIZER)
     add_bos: str = key("auto", "begin each text with BOS; auto = as the tokenizer says", ENDS)
     add_eos: str = key("auto", "end each document with EOS; auto = as the tokenizer says", ENDS)
+    new_tokens: str = key("", "control tokens to add to those of train.init_from, comma separated",
+                          NAMES, STARTED)  # fmt: skip
     tokenizer_vocab: int = key(8192, "vocabulary of a BPE trained here", POSITIVE)
     data_dir: str = key("", "where TFDS keeps its data sets; empty = its default", LOCAL)
     workers: int = key(0, "reader processes; 0 = a thread", between(0, 128))

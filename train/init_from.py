@@ -2,11 +2,14 @@
 
 `train.init_from` is what `puna.load` reads, or RUN@STEP. The architecture is the weights' own, the
 tokenizer too where none is named, and the run's checkpoints carry on the licence of the weights.
+With `data.new_tokens` both grow, and the rows of the new tokens are the mean of the others'.
 With `train.with_optimizer` a run keeps the moments of the one it branches from: its parameters
 train on under another mixture, rate, batch, schedule or context length.
 """
 
 import dataclasses
+import math
+import operator
 import pathlib
 import re
 from typing import Any
@@ -14,21 +17,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
-from ..configs import paths, schema
+from ..configs import paths, patterns, schema
 from ..configs.errors import ConfigError, UserError
 from ..configs.schema import Config, ModelConfig
+from ..models.leaf import dense
+from ..models.parallel import sharding
+from ..models.text.tokenizer import load_tokenizer
+from ..models.transformer import abstract_params
 from ..models.weights import run
 from ..models.weights.load import load, open_weights
 from .objectives import Objective
 from .optimizer import Guard
-from .state import TrainState, abstract_state, init_state, state_of
+from .state import TrainState, abstract_state, init_state, state_of, trained
 
 # Keys of the model that say how it is computed and trained, not what it is.
 _OF_TRAINING = {
     *("compute_dtype", "param_dtype", "remat", "pipeline_microbatches", "capacity_factor"),
     *("load_balance_weight", "router_z_weight"),
 }
+# The parameters that have rows of tokens, and which of their dims these are.
+_TABLES = {"embed/table_VD": 0, "unembed/table_DV": 1}
 # Keys that change what the same parameters compute; a run may change them on purpose, for a longer
 # context say. All others must be those of the weights.
 _MAY_CHANGE = re.compile("max_positions|rope_.*|temperature_.*|norm_eps|chunk_size")
@@ -61,7 +71,11 @@ def resolve(config: schema.Config, workdir: pathlib.Path) -> Config:
     path, of_run = source(where)
     old = run.read_config(path) if of_run else Config(model=open_weights(path).config)
     config = _completed(config, old.model, str(path))
+    if config.data.new_tokens:
+        config = _with_new_rows(config)
     schema.check(config)
+    if config.data.new_tokens:
+        _check_new_tokens(config)
     if config.train.with_optimizer:
         if not of_run:
             raise ConfigError(
@@ -78,6 +92,42 @@ def _completed(config: Config, model: ModelConfig, tokenizer: str) -> Config:
     if data.tokenizer == schema.DataConfig.tokenizer:
         data = dataclasses.replace(data, tokenizer=tokenizer)
     return dataclasses.replace(config, model=model, data=data)
+
+
+def _with_new_rows(config: Config) -> Config:
+    """The configuration with a vocabulary that has room for `data.new_tokens`.
+
+    It stays a multiple of 64 where it was one, and of what power of two below divides it else: a
+    mesh that splits the old vocabulary splits the new one.
+    """
+    model, new = config.model, patterns.names(config.data.new_tokens)
+    size = _known_tokens(config) + len(new)
+    step = math.gcd(model.vocab_size, 64)
+    size = max(model.vocab_size, -(-size // step) * step)
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=size))
+
+
+def _known_tokens(config: Config) -> int:
+    """Ids of the tokenizer before any are added."""
+    return load_tokenizer(paths.local(config.data.tokenizer, "data.tokenizer")).vocab_size
+
+
+def _check_new_tokens(config: Config) -> None:
+    if config.train.with_optimizer:
+        raise ConfigError(
+            f"data.new_tokens={config.data.new_tokens} must be left out where "
+            "train.with_optimizer=True: moments have no rows of new tokens"
+        )
+    boxed = abstract_params(config.model)
+    trains, _ = trained(config, boxed)
+    key = "adapter.targets" if config.adapter.rank else "train.trainable"
+    every, training = (traverse_util.flatten_dict(tree, sep="/") for tree in (boxed, trains))
+    for table in _TABLES:
+        if table in every and table not in training:
+            raise ConfigError(
+                f"{key}={operator.attrgetter(key)(config)} must reach {table} where "
+                f"data.new_tokens={config.data.new_tokens}: without it they all stay the same"
+            )
 
 
 def source(where: str) -> tuple[pathlib.Path, bool]:
@@ -159,6 +209,8 @@ def lineage(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
         return run.read_meta(run.find(workdir)).get("origin")
     path, of_run = source(where)
     facts: dict[str, Any] = {"path": where}
+    if config.data.new_tokens:
+        facts["new_tokens"] = list(patterns.names(config.data.new_tokens))
     if not of_run:
         return open_weights(path).origin | {"init_from": facts}
     meta = run.read_meta(path)
@@ -190,6 +242,8 @@ def initial_state(
     merges = of_run and run.read_config(path).adapter.rank
     quantize = "int8" if config.adapter.quantize == "int8" and not merges else ""
     _, params = load(path, dtype, mesh, quantize)
+    if config.data.new_tokens:
+        params = _with_rows(params, config, mesh)
     state = state_of(config, tx, mesh, params, objective)
     if not config.train.with_optimizer:
         return state
@@ -197,6 +251,31 @@ def initial_state(
     rest = {"step": abstract.step, "opt_state": abstract.opt_state}
     moments = run.restore(path, "optimizer", rest)["opt_state"]
     return state.replace(opt_state=_from_step_0(moments))
+
+
+def _with_rows(params, config: Config, mesh):
+    """Parameters whose tables have the rows of `data.new_tokens`.
+
+    These, and what rows fill up the tables, are the mean of the rows of all tokens that there were.
+    """
+    first, count = _known_tokens(config), len(patterns.names(config.data.new_tokens))
+    boxed = abstract_params(config.model)
+    places = traverse_util.flatten_dict(sharding.shardings(boxed, mesh), sep="/")
+    flat = traverse_util.flatten_dict(params, sep="/")
+
+    def grow(leaf, axis):
+        table = dense(leaf)
+        known, rest = jnp.split(table, [first], axis)
+        rest = jax.lax.slice_in_dim(rest, min(count, rest.shape[axis]), None, axis=axis)
+        mean = jnp.mean(known.astype(jnp.float32), axis, keepdims=True).astype(table.dtype)
+        fill = config.model.vocab_size - first - count - rest.shape[axis]
+        new, last = jnp.repeat(mean, count, axis), jnp.repeat(mean, fill, axis)
+        return jnp.concatenate([known, new, rest, last], axis)
+
+    for path in [path for path in _TABLES if path in flat]:
+        grown = jax.jit(grow, static_argnums=1, out_shardings=places[path])
+        flat[path] = grown(flat[path], _TABLES[path])
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _from_step_0(opt_state):

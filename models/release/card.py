@@ -30,6 +30,7 @@ def facts_of_run(home: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if init_from := (meta.get("origin") or {}).get("init_from"):
         step = f", step {init_from['step']}" if "step" in init_from else ""
         facts["init_from"] = f"{init_from['path']}{step}"
+        facts["new_tokens"] = ", ".join(init_from.get("new_tokens", ()))
     if meta["data"]:  # a model of others that was only converted has no data position
         train = config["train"]
         facts["data"] = config["data"]["train"]
@@ -84,6 +85,7 @@ def _text(name, config, origin, facts) -> str:
         "## Data",
         "",
         *([f"- Started from: {facts['init_from']}"] if "init_from" in facts else []),
+        *([f"- New tokens: `{facts['new_tokens']}`"] if facts.get("new_tokens") else []),
         f"- Training data: {facts.get('data', licences.UNKNOWN)}",
         f"- Training: {facts.get('training', licences.UNKNOWN)}",
         "",

@@ -153,7 +153,8 @@ class RunModel:
         self.path, self.to = path, to
         self.folder = run.find(path)
         meta = run.read_meta(self.folder)
-        self.config = schema.build(meta["config"]).model
+        config = schema.build(meta["config"])
+        self.config, self.new_tokens = config.model, config.data.new_tokens
         self.has_tokenizer = bool(meta["tokenizer"])
         unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
         self.origin = unknown | (meta.get("origin") or {})
@@ -179,6 +180,11 @@ class RunModel:
 
     def write_adapters(self, folder: pathlib.Path) -> None:
         """Write the adapters alone, in PEFT's format."""
+        if self.new_tokens:
+            raise UserError(
+                f"{self.path}: its base has rows of data.new_tokens={self.new_tokens}, which no "
+                "base has that PEFT could load: convert the merged model with --to=hf"
+            )
         peft.write(folder, hf_table(self.config)[0], self._stored, self.origin["base_model"])
 
     def _batch(self, first: str) -> list[str]:

@@ -6,6 +6,7 @@ stands beside it (LlamaTokenizer of version 5: a space is put before the first w
 `legacy`); without one, the file is read as Meta's own code reads it.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 
@@ -58,6 +59,23 @@ def tokenizer_json(kind, begin: Iterable[int], end: Iterable[int]) -> bytes:
     if not isinstance(kind, HuggingFaceKind):
         check(kind, HuggingFaceKind(data))
     return data
+
+
+def with_tokens(data: bytes, names: Iterable[str]) -> HuggingFaceKind:
+    """The vocabulary of a `tokenizer.json` and more control tokens, whose ids follow its own.
+
+    Raises:
+      UserError: the vocabulary has a token of such a name.
+    """
+    old, made = HuggingFaceKind(data), json.loads(data)
+    wanted = dict(zip(names, itertools.count(len(old.pieces)), strict=False))
+    for name in wanted:
+        if old.find(name) is not None:
+            raise UserError(f"data.new_tokens: {name!r} is a token already, of id {old.find(name)}")
+    made["added_tokens"] += [added_token(name, i) for name, i in wanted.items()]
+    new = HuggingFaceKind(json.dumps(made, ensure_ascii=False).encode())
+    assert wanted.items() <= new.special.items(), "`tokenizers` gives other ids"
+    return new
 
 
 def check(kind, other) -> None:

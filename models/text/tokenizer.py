@@ -159,6 +159,13 @@ class Tokenizer:
                 settings[key] = (settings[name],) if wanted else ()
         return Tokenizer(self._kind, **settings)
 
+    def with_tokens(self, names: Iterable[str]) -> "Tokenizer":
+        """Return this tokenizer with more control tokens; see `hub.with_tokens`."""
+        names = tuple(names)
+        if not names:
+            return self
+        return Tokenizer(hub.with_tokens(self.tokenizer_json(), names), **self._settings())
+
     def encode(
         self,
         text: str,

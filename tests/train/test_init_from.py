@@ -10,6 +10,7 @@ import pytest
 import puna
 from puna.configs import base, command_line, schema
 from puna.configs.errors import ConfigError, UserError
+from puna.models import leaf
 from puna.models.parallel import sharding
 from puna.models.release.convert import convert
 from puna.models.transformer import abstract_params
@@ -70,6 +71,114 @@ def test_weights_are_where_the_run_starts(first, plain, tmp_path, kind):
         tx = make_optimizer(c, abstract_params(c.model))
         with jax.set_mesh(mesh):
             assert equal(init_from.initial_state(c, tx, mesh).params, params)
+
+
+NEW = "<|tool|>, <|recall|>,<note>"
+
+
+@pytest.mark.parametrize("kind", ["hf", "run"])
+@pytest.mark.parametrize("axes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_rows_of_new_tokens_are_the_mean_of_the_others(first, plain, tmp_path, kind, axes):
+    config = plain(init_from=f"{first}/{kind}")
+    config.data.new_tokens = NEW
+    c = init_from.resolve(schema.build(config), tmp_path)
+    # 259 ids of bytes, and three: 264 rows have room for them.
+    assert c.model.vocab_size == 264
+    mesh = sharding.make_mesh(schema.MeshConfig(**axes))
+    with jax.set_mesh(mesh):
+        tx = make_optimizer(c, abstract_params(c.model))
+        found = init_from.initial_state(c, tx, mesh).params
+    _, old = puna.load(first / kind)
+    for name, was in (
+        ("embed", old["embed"]["table_VD"]),
+        ("unembed", old["unembed"]["table_DV"].T),
+    ):
+        wanted = np.array(was)
+        wanted[259:262] = np.mean(np.float64(wanted[:259]), 0)
+        (table,) = found[name].values()
+        np.testing.assert_allclose(table if name == "embed" else table.T, wanted, atol=1e-7)
+        assert np.array_equal(wanted[262:], np.asarray(was)[262:])
+    assert equal(found["blocks"], old["blocks"])
+
+
+def test_tables_grow_where_new_tokens_need_it(first, plain, tmp_path):
+    config = plain(init_from=f"{first}/hf")
+    config.data.new_tokens = ",".join(f"<|{i}|>" for i in range(10))
+    config.adapter.update(rank=2, targets="/w,embed/,unembed/", quantize="int8")
+    c = init_from.resolve(schema.build(config), tmp_path)
+    assert c.model.vocab_size == 272  # a multiple of 8, as 264 is
+    mesh = sharding.make_mesh(c.mesh)
+    with jax.set_mesh(mesh):
+        state = init_from.initial_state(c, make_optimizer(c, abstract_params(c.model)), mesh)
+    table = state.frozen["base"]["unembed"]["table_DV"]
+    wanted = np.mean(np.asarray(leaf.dense(table))[:, :259], 1, keepdims=True)
+    assert table.shape == (16, 272)
+    assert np.all(np.abs(leaf.dense(table)[:, 259:269] - wanted) <= table.scale[:, 259:269])
+
+
+def test_new_tokens_are_learnt_and_exported(first, plain, tmp_path):
+    config = plain(init_from=f"{first}/hf", seed=1)
+    config.data.new_tokens = NEW
+    config.train.update(steps=2, save_every=1)
+    state = train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")
+    assert equal(state, train(config, tmp_path / "run"))  # resumed
+    convert(tmp_path / "run", tmp_path / "release", name="new")
+    for path in (tmp_path / "run", tmp_path / "release"):
+        tokenizer = puna.load_tokenizer(path)
+        assert [tokenizer.special[n.strip()] for n in NEW.split(",")] == [259, 260, 261]
+        ids = tokenizer.encode("a<|tool|>b<note>", allow_special=True)
+        assert ids == [97, 259, 98, 261]
+        assert tokenizer.encode("<|tool|>") == list(b"<|tool|>")  # as text
+    assert equal(puna.load(tmp_path / "release")[1], state.params)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["init_from"]["new_tokens"] == ["<|tool|>", "<|recall|>", "<note>"]
+    assert (
+        "- New tokens: `<|tool|>, <|recall|>, <note>`"
+        in (tmp_path / "release" / "README.md").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_new_tokens(first, plain, tmp_path):
+    transformers, torch = (pytest.importorskip(name) for name in ("transformers", "torch"))
+    config = plain(init_from=f"{first}/hf")
+    config.data.new_tokens = f"{NEW},<|a|>,<|b|>,<|c|>"
+    config.train.update(steps=2, save_every=2)
+    train(config, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "release", name="new")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "release")
+    ours = puna.load_tokenizer(tmp_path / "release")
+    texts = ["plain", "<|tool|>x", "a <note><|c|> b<|recall|>"]
+    for text in texts:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ids == ours.encode(text, allow_special=True)
+        assert theirs.decode(ids) == text
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "release")
+    assert model.config.vocab_size == 272
+    tokens = np.array([ours.encode(texts[2], allow_special=True)])
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens)).logits.numpy()
+    model, params = puna.load(tmp_path / "run")
+    found = model.apply({"params": params}, tokens).logits_BTV
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"data.new_tokens": "a,,a"}, "data.new_tokens='a,,a' must be different names"),
+        ({"data.new_tokens": "<|end_of_text|>"}, "'<|end_of_text|>' is a token already, of id 257"),
+        ({"data.new_tokens": "<a>", "train.init_from": ""}, "only where train.init_from is set"),
+        ({"data.new_tokens": "<a>", "adapter.rank": 2}, "must reach embed/table.* stay the same"),
+        ({"data.new_tokens": "<a>", "train.trainable": "norm"}, "train.trainable=norm must reach"),
+    ],
+)
+def test_new_tokens_that_cannot_be(first, plain, tmp_path, keys, message):
+    config = plain(init_from=f"{first}/hf")
+    config.update_from_flattened_dict(keys)
+    with pytest.raises(UserError, match=message.replace("|", "[|]")):
+        train(config, tmp_path)
 
 
 def test_a_run_from_weights_resumes_bit_for_bit_and_without_them(first, plain, tmp_path):

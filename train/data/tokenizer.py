@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 
-from ...configs import paths
+from ...configs import paths, patterns
 from ...configs.errors import ConfigError
 from ...configs.schema import Config, DataConfig
 from ...models.parallel.processes import is_first
@@ -39,6 +39,7 @@ def prepare_tokenizer(
         tokenizer = train_bpe(texts, data.tokenizer_vocab)
     else:
         tokenizer = load_tokenizer(paths.local(data.tokenizer, "data.tokenizer"))
+        tokenizer = tokenizer.with_tokens(patterns.names(data.new_tokens))
     tokenizer = with_ends(data, tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
