@@ -4,7 +4,8 @@
 
 Runs `puna train --config=sft --init_from=...` twice, once left alone and once killed halfway and
 started again; prints the held-out loss before and after, whether both runs end with the same bits,
-and the loss that `transformers` gives for the exported release, if it is installed.
+and how far the logits of the exported release are from the run's in `transformers`, if it is
+installed.
 """
 
 import argparse
@@ -20,7 +21,10 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import real_model
+
+import puna
 
 ANIMALS = ("llama", "alpaca", "vicuña", "guanaco")
 
@@ -69,17 +73,17 @@ def main():
             "--config.optimizer.learning_rate=1e-4", "--config.model.compute_dtype=float32",
             "--config.eval.batch_size=8",
         ]  # fmt: skip
-        puna = [sys.executable, "-m", "puna"]
+        program = [sys.executable, "-m", "puna"]
         env = os.environ | {"JAX_PLATFORMS": "cpu"}
         read = [a for a in common if a.startswith("--config") and ".train." not in a]
         where = [f"--checkpoint={base}", f"--workdir={folder}/before"]
-        evaluate = [*puna, "eval", *read, "--config.train.objective=sft", *where]
+        evaluate = [*program, "eval", *read, "--config.train.objective=sft", *where]
         subprocess.run(evaluate, env=env, check=True)
         before = json.loads((folder / "before" / "results.json").read_text())
         facts["held_out_loss_before"] = before["loss"]
         began = time.perf_counter()
         for run in ("alone", "killed"):
-            command = [*puna, "train", *common, f"--workdir={folder}/{run}"]
+            command = [*program, "train", *common, f"--workdir={folder}/{run}"]
             if run == "killed":
                 with subprocess.Popen(command, env=env) as process:
                     while not (folder / run / "checkpoints" / str(half)).is_dir():
@@ -88,7 +92,7 @@ def main():
                     process.send_signal(signal.SIGKILL)
             subprocess.run(command, env=env, check=True)
             if run == "alone":
-                facts["minutes"] = round((time.perf_counter() - began) / 60, 1)
+                facts["minutes_of_a_run"] = round((time.perf_counter() - began) / 60, 1)
         metrics = (folder / "alone" / "metrics.jsonl").read_text().splitlines()
         losses = [m["validation_loss"] for m in map(json.loads, metrics) if "validation_loss" in m]
         facts["held_out_loss_halfway_and_at_the_end"] = losses
@@ -96,7 +100,7 @@ def main():
         facts["the_same_bits_after_a_kill"] = digest(folder / "alone") == digest(folder / "killed")
         release = folder / "release"
         subprocess.run(
-            [*puna, "convert", f"{folder}/killed", str(release), "--name=tuned"],
+            [*program, "convert", f"{folder}/killed", str(release), "--name=tuned"],
             env=env,
             check=True,
         )
@@ -107,8 +111,15 @@ def main():
             tokenizer = AutoTokenizer.from_pretrained(release)
             model = AutoModelForCausalLM.from_pretrained(release, dtype=torch.float32)
             prompt = tokenizer("3 llamas meet 4 more. How many are there?\n", return_tensors="pt")
-            out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+            out = model.generate(**prompt, max_new_tokens=16, do_sample=False)
             facts["transformers_answers"] = tokenizer.decode(out[0][prompt.input_ids.shape[1] :])
+            ids = puna.load_tokenizer(folder / "killed").encode(real_model.PARAGRAPH)
+            with torch.no_grad():
+                theirs = model(torch.tensor([ids])).logits.numpy()
+            tuned, params = puna.load(folder / "killed")
+            logits = tuned.apply({"params": params}, np.array([ids])).logits_BTV
+            error = np.max(np.abs(logits - theirs)) / np.max(np.abs(theirs))
+            facts["error_of_the_logits_in_transformers"] = float(error)
     print(json.dumps(facts, indent=2, ensure_ascii=False))
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

@@ -251,7 +251,7 @@ class PreferenceConfig:
 
     loss: str = key(
         "sigmoid", "loss of a pair: sigmoid is DPO",
-        one_of("sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "orpo"),
+        one_of("sigmoid", "sigmoid_norm", "robust", "ipo", "ipo_norm", "hinge", "simpo", "orpo"),
     )  # fmt: skip
     beta: float = key(0.1, "weight of the difference of log-probabilities", more_than(0))
     label_smoothing: float = key(

@@ -6,7 +6,8 @@ count. Losses (of h, what the chosen answer is ahead by, and s = sigmoid; means 
 - sigmoid: DPO (arXiv 2305.18290), -log s(beta h); with label smoothing conservative DPO.
 - sigmoid_norm: the same with log-ratios a token.
 - robust: unbiased where labels are flipped at a known rate (arXiv 2403.00409).
-- ipo: (h - 1 / (2 beta))^2 with log-ratios a token, as TRL has it; arXiv 2310.12036 sums them.
+- ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036).
+- ipo_norm: the same with log-ratios a token, as TRL's `ipo`.
 - hinge: max(0, 1 - beta h), SLiC (arXiv 2305.10425).
 - simpo: -log s(beta h - margin) with log-probabilities a token and no reference (2405.14734).
 - orpo: cross-entropy of the chosen text, and -beta log s of the log odds ratio; no reference
@@ -31,7 +32,7 @@ from ..state import join
 from . import Loss, Objective
 from .next_token import log_probs
 
-_PER_TOKEN = ("sigmoid_norm", "ipo", "simpo", "orpo")
+_PER_TOKEN = ("sigmoid_norm", "ipo_norm", "simpo", "orpo")
 _WITHOUT_REFERENCE = ("simpo", "orpo")
 
 
@@ -158,7 +159,7 @@ def pair_losses(settings: PreferenceConfig, policy: Pairs, reference: Pairs):
     e = s.label_smoothing
     log_sigmoid = jax.nn.log_sigmoid
     match s.loss:
-        case "ipo":
+        case "ipo" | "ipo_norm":
             return (h - 1.0 / (2.0 * s.beta)) ** 2
         case "hinge":
             return jax.nn.relu(1.0 - s.beta * h)

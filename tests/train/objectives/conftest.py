@@ -53,6 +53,49 @@ def tiny():
     return read
 
 
+class Recorded(NamedTuple):
+    """What TRL made of the pairs of the tests with weights `moved(1)` of llama3_2.
+
+    loss: the mean over the pairs, each alone in its batch.
+    each: TRL's own metrics of each pair.
+    gradient: norm and two projections of every gradient tensor, in the order of their names.
+    """
+
+    loss: float
+    each: list[dict]
+    gradient: list[list[float]]
+
+    def check(self, loss, gradient):
+        """Compare a loss, and gradients by Hugging Face's names.
+
+        A tensor each of whose n elements is off by 1e-5 of its largest has a norm and projections
+        that are off by sqrt(n) times as much.
+        """
+        np.testing.assert_allclose(loss, self.loss, rtol=1e-5)
+        assert len(gradient) == len(self.gradient)
+        for (name, found), (norm, *wanted) in zip(
+            sorted(gradient.items()), self.gradient, strict=True
+        ):
+            found = np.asarray(found, np.float64)
+            directions = np.random.default_rng(7).standard_normal((2, *found.shape))
+            projections = (directions * found).reshape(2, -1).sum(axis=1)
+            got = [np.linalg.norm(found), *projections]
+            tolerance = 1e-5 * np.max(np.abs(found)) * np.sqrt(found.size)
+            np.testing.assert_allclose(got, [norm, *wanted], rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def trl():
+    """Name of a loss -> `Recorded`; tests/reference/make_trl_fixture.py says how it came to be."""
+    stored = json.loads((REFERENCE / "trl.json").read_text())
+
+    def read(name):
+        found = stored[name]
+        return Recorded(found["loss"], found.get("each", []), found["gradient"])
+
+    return read
+
+
 @pytest.fixture(scope="session")
 def oracle():
     """`tests/reference/llama_numpy.py`, which HIPS autograd can differentiate."""

@@ -17,6 +17,8 @@ from puna.configs.schema import DistillConfig
 from puna.models.parallel import sharding
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
 from puna.models.transformer import Transformer, abstract_params, init_params
+from puna.train.data.examples import Example
+from puna.train.data.packing import Cursor, Room, pack_row, to_batch
 from puna.train.loop import train
 from puna.train.objectives.distill import Distill
 
@@ -44,6 +46,17 @@ def batch(rows, vocab_size):
         "tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "segment_ids_BT": segments,
         "positions_BT": positions.astype(np.int32), "weights_BT": weights.astype(np.float32),
     }  # fmt: skip
+
+
+def of_prompts(texts):
+    """One row of prompts and completions, of which the completions weigh 1."""
+    ids = [np.array([*prompt, *completion], np.int32) for prompt, completion in texts]
+    examples = [
+        Example(x, (np.arange(len(x)) >= len(prompt)).astype(np.float32))
+        for x, (prompt, _) in zip(ids, texts, strict=True)
+    ]
+    row = pack_row(Cursor(examples.__getitem__, 0, stop=len(examples)), Room(2 * T))
+    return to_batch({key: x[None] for key, x in row.items()})
 
 
 def objective_of(teacher, /, **settings):
@@ -121,6 +134,23 @@ def test_losses_and_gradients_are_those_of_the_definition(tiny, oracle, settings
     close(numbers["loss"], wanted)
     close(numbers["divergence"], apart[0])
     close(numbers["nll"], apart[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("forward", {"beta": 0.0}),
+        ("reverse", {"beta": 1.0}),
+        ("jensen-shannon", {"beta": 0.3, "temperature": 2.0}),
+    ],
+)
+def test_divergences_and_gradients_are_those_of_trl(tiny, trl, name, settings):
+    student, teacher = tiny("llama3_2"), tiny("llama1")
+    rows = of_prompts([([5, 9], [7, 3, 2]), ([4], [6, 2]), ([3, 3, 8], [10, 2])])
+    objective = objective_of(teacher.config, **settings)
+    run = measured(objective, student.config, teacher.params(teacher.weights), rows)
+    (value, _), gradient = run(student.params(student.moved(1)))
+    trl(f"distill, {name}").check(value, student.by_name(jax.tree.map(np.asarray, gradient)))
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny):

@@ -30,6 +30,7 @@ VARIANTS = [
     {"loss": "sigmoid_norm", "beta": 2.0},
     {"loss": "robust", "beta": 0.7, "label_smoothing": 0.1},
     {"loss": "ipo", "beta": 0.4},
+    {"loss": "ipo_norm", "beta": 0.4},
     {"loss": "hinge", "beta": 0.7},
     {"loss": "simpo", "beta": 2.5, "margin": 0.8},
     {"loss": "orpo", "beta": 0.3},
@@ -95,6 +96,8 @@ def reference(oracle, tiny, weights, before, loss, beta, label_smoothing=0.0, ma
             good, bad = -log_sigmoid(beta * h), -log_sigmoid(-beta * h)
             total += ((1 - e) * good - e * bad) / (1 - 2 * e)
         elif loss == "ipo":
+            total += (h - 0.5 / beta) ** 2
+        elif loss == "ipo_norm":
             total += (per_token - 0.5 / beta) ** 2
         elif loss == "hinge":
             total += anp.maximum(0.0, 1 - beta * h)
@@ -152,6 +155,45 @@ def test_losses_and_gradients_are_those_of_the_papers(tiny, oracle, settings):
     for name, w in sums.items():
         close(numbers[f"log_prob_{name}"], w)
     close(numbers["loss"], wanted)
+
+
+# TRL's `ipo` divides by the lengths of the answers, where arXiv 2310.12036 sums: it is `ipo_norm`
+# here. TRL 1.16 has no conservative DPO: its `sigmoid` takes label_smoothing and ignores it. The
+# cross-entropy of its ORPO is a mean over the tokens of whoever shares a batch, not over pairs, so
+# each pair was alone in its batch there.
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sigmoid", {"loss": "sigmoid", "beta": 0.7}),
+        ("label_smoothing", {"loss": "sigmoid", "beta": 0.7}),
+        ("sigmoid_norm", {"loss": "sigmoid_norm", "beta": 2.0}),
+        ("robust", {"loss": "robust", "beta": 0.7, "label_smoothing": 0.1}),
+        ("ipo", {"loss": "ipo_norm", "beta": 0.4}),
+        ("hinge", {"loss": "hinge", "beta": 0.7}),
+        ("simpo", {"loss": "simpo", "beta": 2.5, "margin": 0.8}),
+        ("orpo", {"loss": "orpo", "beta": 0.3}),
+    ],
+)
+def test_numbers_and_gradients_are_those_of_trl(tiny, trl, name, settings):
+    model, recorded = tiny("llama3_2"), trl(name)
+    objective = objective_of(model.config, **settings)
+    params, frozen = model.params(model.moved(1)), {"reference": model.params(model.weights)}
+    value, gradient, _ = measure(objective, model.config, params, frozen, batch_of(PAIRS))
+    recorded.check(value, model.by_name(jax.tree.map(np.asarray, gradient)))
+
+    @jax.jit
+    def numbers(batch):
+        return objective.loss(Transformer(model.config), params, frozen, batch).rows_B
+
+    for pair, each in zip(PAIRS, recorded.each, strict=True):
+        sums = numbers(batch_of([pair], 1))
+        for side, answer in zip(("chosen", "rejected"), pair[1:], strict=True):
+            # TRL has means a token in some losses where puna has sums, and the other way round.
+            of_sums, per_token = settings["loss"] in ("simpo", "orpo"), "norm" in settings["loss"]
+            log_prob = each[f"logps/{side}"] * (len(answer) if of_sums else 1)
+            close(sums[f"log_prob_{side}"][0], log_prob)
+            reward = each[f"rewards/{side}"] / (len(answer) if per_token else 1)
+            close(sums[f"reward_{side}"][0], reward, settings["beta"] * abs(log_prob))
 
 
 def test_rewards_are_beta_times_the_log_ratios(tiny, oracle):

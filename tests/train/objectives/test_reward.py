@@ -1,5 +1,6 @@
 """The loss of reward models against NumPy in float64, and a run that is resumed and loaded."""
 
+import functools
 import json
 import shutil
 
@@ -88,6 +89,29 @@ def test_loss_and_gradients_are_those_of_bradley_and_terry(tiny, oracle, length)
     close(sums["reward_chosen"].sum(), sum(c for c, _ in pairs))
     close(sums["reward_rejected"].sum(), sum(r for _, r in pairs))
     assert sums["reward_accuracy"].sum() == sum(c > r for c, r in pairs)
+
+
+def test_rewards_and_gradients_are_those_of_trl(tiny, trl):
+    model, recorded = tiny("llama3_2"), trl("reward")
+    head = np.random.default_rng(0).standard_normal(model.config.embed_dim) * 0.3
+    params = model.params(model.moved(1)) | {"reward": {"head_D": np.float32(head)}}
+    objective = reward.Reward(CENTER)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def run(params, rows):
+        found = objective.loss(Transformer(model.config), params, {}, rows)
+        return found.total / objective.weight_B(rows).sum(), found.rows_B
+
+    (loss, _), gradient = run(params, batch(PAIRS, 24))
+    gradient = jax.tree.map(np.asarray, gradient)
+    score = gradient.pop("reward")["head_D"]
+    recorded.check(loss, model.by_name(gradient) | {"score.weight": score[None]})
+    for pair, each in zip(PAIRS, recorded.each, strict=True):
+        (_, sums), _ = run(params, batch([pair], 24))
+        for side in ("chosen", "rejected"):
+            wanted = each[f"rewards/{side}"]
+            np.testing.assert_allclose(sums[f"reward_{side}"].sum(), wanted, rtol=1e-5)
 
 
 def write(path, count, first=0):

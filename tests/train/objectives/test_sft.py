@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import autograd
+import autograd.numpy as anp
 import jax
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import puna
 from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
-from puna.train.data.examples import RecordError
-from puna.train.data.packing import Cursor, Room, pack_row
+from puna.models.transformer import Transformer
+from puna.train.data.examples import Example, RecordError
+from puna.train.data.packing import Cursor, Room, pack_row, to_batch
 from puna.train.loop import train
 from puna.train.objectives import sft
 
@@ -27,6 +30,46 @@ def transform_of(tokenizer, longest=100, **keys):
     config.data.seq_len = longest
     built = schema.build(config)
     return sft.make(built, tokenizer.token_bytes).transform(built, tokenizer)
+
+
+# Ids of prompts and completions, as in tests/reference/make_trl_fixture.py.
+TEXTS = [([5, 9], [7, 3, 2]), ([4], [6, 2]), ([3, 3, 8], [10, 2])]
+
+
+def test_loss_and_gradients_are_those_of_trl_and_of_numpy(tiny, trl, oracle):
+    """The mean over the tokens of all completions, though the texts share a row."""
+    model = tiny("llama3_2")
+    weights = model.moved(1)
+    examples = [
+        Example(np.array(p + c, np.int32), np.array([0] * len(p) + [1] * len(c), np.float32))
+        for p, c in TEXTS
+    ]
+    row = pack_row(Cursor(examples.__getitem__, 0, stop=len(examples)), Room(20))
+    batch = to_batch({key: x[None] for key, x in row.items()})
+    objective = sft.make(schema.Config(model=model.config), np.ones(model.config.vocab_size))
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params):
+        found = objective.loss(Transformer(model.config), params, {}, batch)
+        return found.total / objective.weight_B(batch).sum()
+
+    def mean(weights):
+        total = 0.0
+        for prompt, completion in TEXTS:
+            ids = prompt + completion
+            logits = oracle.forward(model.json, weights, [ids])[0]
+            for t in range(len(prompt) - 1, len(ids) - 1):
+                total += anp.log(anp.sum(anp.exp(logits[t]))) - logits[t][ids[t + 1]]
+        return total / sum(len(completion) for _, completion in TEXTS)
+
+    value, gradient = run(model.params(weights))
+    gradient = model.by_name(jax.tree.map(np.asarray, gradient))
+    trl("sft").check(value, gradient)
+    wanted, wanted_gradient = autograd.value_and_grad(mean)(weights)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for name, w in wanted_gradient.items():
+        np.testing.assert_allclose(gradient[name], w, rtol=0, atol=1e-5 * np.max(np.abs(w)))
 
 
 TEXT = st.text("ab é3?\n", max_size=12)
