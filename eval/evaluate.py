@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping
 
 from ..configs import paths, schema
@@ -10,20 +11,28 @@ from ..configs.errors import ConfigError, UserError
 from ..models.parallel import sharding
 from ..models.text.tokenizer import load_tokenizer
 from ..models.transformer import Transformer, count_params
+from ..models.weights import run
 from ..models.weights.load import load
 from ..train import objectives
 from ..train.data.tokenizer import with_ends
+from ..train.state import restore_for_evaluation
 from ..train.validation import HeldOut
+
+# Objectives that measure a model with what only their own runs hold, and where their settings are.
+_OWN = {"preference": "preference", "reward": "reward", "distill": "distill"}
 
 
 def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Results:
     """Evaluate a run, or any model that `puna.load` reads, on `data.validation`.
 
+    A run whose objective has more than the model (the vector of a reward model, the reference of
+    preferences, a teacher) is measured by it as in training, if `train.objective` names it.
+
     Args:
-      config: a `ConfigDict`; its data, eval and mesh sections and `model.compute_dtype` count.
-        The architecture is the checkpoint's own.
+      config: a `ConfigDict`; its data, eval and mesh sections, `train.objective` and
+        `model.compute_dtype` count. The architecture is the checkpoint's own.
       path: run, checkpoint or model.
-      quantize, adapter: as of `puna.load`.
+      quantize, adapter: as of `puna.load`; not of such a run.
 
     Returns:
       The dict that `results.json` holds; a notebook shows it as a table.
@@ -38,10 +47,25 @@ def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Re
     mesh = sharding.make_mesh(c.mesh)
     # The data before the weights, which may take minutes to load.
     tokenizer = with_ends(c.data, load_tokenizer(path))
-    held_out = HeldOut(c, objectives.make(c, tokenizer.token_bytes), tokenizer, mesh)
-    model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
-    model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
-    numbers = held_out(model, params, {})
+    folder = _run_of(c, path)
+    old = run.read_config(folder) if folder else None
+    if old:
+        if quantize or adapter:
+            raise UserError(
+                f"--quantize={quantize} --adapter={adapter}: {path} is measured by its own "
+                f"train.objective={c.train.objective} as it was trained; leave both out"
+            )
+        c = _with_objective_of(c, old, path)
+    objective = objectives.make(c, tokenizer.token_bytes)
+    held_out = HeldOut(c, objective, tokenizer, mesh)
+    if old and folder:
+        model = Transformer(c.model)
+        params, frozen = restore_for_evaluation(folder, old, objective, mesh)
+    else:
+        model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
+        model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
+        frozen = {}
+    numbers = held_out(model, params, frozen)
     for name, number in numbers.items():
         if not math.isfinite(number):
             raise UserError(
@@ -56,3 +80,29 @@ def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Re
         parameters=count_params(model.config),
         **numbers,
     )
+
+
+def _run_of(c: schema.Config, path: pathlib.Path) -> pathlib.Path | None:
+    """The checkpoint of a run that is to be measured by its own objective, beside the model."""
+    if c.train.objective not in _OWN or not run.is_run(path):
+        return None
+    folder = run.find(path)
+    return folder if run.read_config(folder).train.objective == c.train.objective else None
+
+
+def _with_objective_of(c: schema.Config, old: schema.Config, path) -> schema.Config:
+    """The configuration with the architecture of a run and the settings of its objective.
+
+    Raises:
+      ConfigError: a setting contradicts the run's.
+    """
+    name = _OWN[c.train.objective]
+    mine, theirs = getattr(c, name), getattr(old, name)
+    for field in dataclasses.fields(mine):
+        value, wanted = getattr(mine, field.name), getattr(theirs, field.name)
+        if value not in (wanted, field.default):
+            raise ConfigError(
+                f"{name}.{field.name}={value!r} differs from {wanted!r} of {path}; leave it out"
+            )
+    model = dataclasses.replace(old.model, compute_dtype=c.model.compute_dtype)
+    return dataclasses.replace(c, model=model, **{name: theirs})

@@ -1,6 +1,7 @@
 """What a training step carries: step count, parameters, optimizer state, each with its place."""
 
 import dataclasses
+import pathlib
 
 import flax
 import jax
@@ -17,6 +18,7 @@ from ..models.parallel import sharding
 from ..models.parallel.sharding import Param
 from ..models.quantize import quantize_tree
 from ..models.transformer import abstract_params, init_params
+from ..models.weights import run
 from .objectives import Objective
 
 
@@ -88,11 +90,7 @@ def abstract_state(
     Args:
       objective: may have parameters of its own beside the model's; none where left out.
     """
-    boxed, base = trained(config, abstract_params(config.model))
-    trees = {"base": base} if base else {}
-    if objective:
-        trees |= objective.abstract_frozen(config, boxed)
-        boxed |= objective.added(config)
+    boxed, trees = _boxed(config, objective)
     params, places = sharding.unbox(boxed), sharding.shardings(boxed, mesh)
     frozen = {
         n: (sharding.unbox(tree), sharding.shardings(tree, mesh)) for n, tree in trees.items()
@@ -113,6 +111,40 @@ def abstract_state(
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, state_places
     )
+
+
+def _boxed(config: Config, objective: Objective | None) -> tuple[dict, dict]:
+    """The parameters that train and the trees that do not, boxed."""
+    boxed, base = trained(config, abstract_params(config.model))
+    trees = {"base": base} if base else {}
+    if objective:
+        trees |= objective.abstract_frozen(config, boxed)
+        boxed |= objective.added(config)
+    return boxed, trees
+
+
+def restore_for_evaluation(folder: pathlib.Path, config: Config, objective: Objective, mesh):
+    """The parameters of a checkpoint and its frozen trees, as its run evaluates them.
+
+    Args:
+      config: of that run.
+
+    Returns:
+      (params, frozen), as of `Objective.loss`.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    params, frozen = (
+        jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            sharding.unbox(boxed), sharding.shardings(boxed, mesh),
+        )
+        for boxed in _boxed(config, objective)
+    )  # fmt: skip
+    params = run.restore(folder, "params", params)
+    frozen = frozen and run.restore_frozen(folder, frozen)
+    return join(params, frozen), frozen
 
 
 def _like_params(opt_state, params, places, mesh):

@@ -75,7 +75,7 @@ class Distill(NextToken):
         if "teacher" not in frozen:
             raise UserError(
                 "train.objective=distill is measured with the teacher, which is only there in the "
-                "training run; evaluate with train.objective=next_token"
+                "training run: name that run, or evaluate with train.objective=next_token"
             )
 
         def states(model, params):

@@ -89,7 +89,7 @@ class Preference(Objective):
             if "reference" not in frozen:
                 raise UserError(
                     f"preference.loss={s.loss} is of a model and the reference of its training "
-                    "run, which is only there in that run: train.eval_every measures it"
+                    "run, which is only there in that run: name it"
                 )
             before = join(frozen["reference"], frozen)
             reference_BT, _ = self._log_probs(model, before, batch)

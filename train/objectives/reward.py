@@ -55,7 +55,7 @@ class Reward(Objective):
         if "reward" not in params:
             raise UserError(
                 "train.objective=reward needs the vector of its training run, and these weights "
-                "have none: train.eval_every measures it in that run"
+                "have none: name that run"
             )
         values_BT, router = rewards(model, params, batch)
         last_BT = batch["weights_BT"]

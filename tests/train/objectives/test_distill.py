@@ -226,8 +226,10 @@ def test_a_recipe_learns_and_resumes_bit_for_bit(config, corpus, tmp_path):
         assert np.array_equal(np.asarray(a), np.asarray(b))
     model, _ = puna.load(tmp_path / "whole")
     assert model.config.embed_dim == 8
+    numbers = puna.evaluate(found, tmp_path / "whole")
+    assert numbers["divergence"] == pytest.approx(held_out[-1], rel=1e-5)
     with pytest.raises(UserError, match="evaluate with train.objective=next_token"):
-        puna.evaluate(found, tmp_path / "whole")
+        puna.evaluate(found, tmp_path / "teacher")
     found.model.vocab_size = 300
     with pytest.raises(ConfigError, match="has 264 ids and must have the model.vocab_size=300"):
         train(found, tmp_path / "other")

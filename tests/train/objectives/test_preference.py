@@ -299,10 +299,10 @@ def test_a_recipe_learns_and_resumes_bit_for_bit(config, tmp_path):
     dpo.train.init_from = str(tmp_path / "base")
     whole = train(dpo, tmp_path / "whole")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert found[0]["loss"] == pytest.approx(np.log(2)) and found[0]["reward_margin"] == 0
-    assert found[-1]["loss"] < 0.5 and found[-1]["validation_reward_accuracy"] > 0.8
-    assert found[-1]["validation_pairs"] == 10
+    metrics = [json.loads(line) for line in lines]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2)) and metrics[0]["reward_margin"] == 0
+    assert metrics[-1]["loss"] < 0.5 and metrics[-1]["validation_reward_accuracy"] > 0.8
+    assert metrics[-1]["validation_pairs"] == 10
     _, start = puna.load(tmp_path / "base")
     for a, b in zip(
         jax.tree.leaves(start), jax.tree.leaves(whole.frozen["reference"]), strict=True
@@ -318,8 +318,12 @@ def test_a_recipe_learns_and_resumes_bit_for_bit(config, tmp_path):
     _, tuned = puna.load(tmp_path / "whole")
     for a, b in zip(jax.tree.leaves(tuned), jax.tree.leaves(whole.params), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b))
+    numbers = puna.evaluate(dpo, tmp_path / "whole")
+    for name in ("loss", "reward_accuracy", "reward_margin", "pairs"):
+        wanted = metrics[-1][f"validation_{name}"]
+        assert numbers[name] == pytest.approx(wanted, rel=1e-5), name
     with pytest.raises(UserError, match="which is only there in that run"):
-        puna.evaluate(dpo, tmp_path / "whole")
+        puna.evaluate(dpo, tmp_path / "base")
     (tmp_path / "c.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n')
     dpo.data.train = str(tmp_path / "c.jsonl")
     with pytest.raises(UserError, match="c.jsonl line 1 has the same answer under 'chosen' and"):
@@ -340,6 +344,9 @@ def test_the_reference_of_a_part_that_trains_is_that_part(config, tmp_path, part
     _, params = puna.load(tmp_path / "run")
     whole = jax.tree.leaves((state.params, state.frozen["base"]))
     assert len(jax.tree.leaves(params)) == len(whole)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    wanted = json.loads(lines[-1])["validation_loss"]
+    assert puna.evaluate(dpo, tmp_path / "run")["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -145,9 +145,19 @@ def test_a_recipe_learns_resumes_and_is_loaded(config, tmp_path):
     model, params = reward.load(tmp_path / "whole")
     assert np.array_equal(params["reward"]["head_D"], whole.params["reward"]["head_D"])
     assert "reward" not in puna.load(tmp_path / "whole")[1]
-    with pytest.raises(UserError, match="these weights have none"):
+    # `puna eval` of the run gives the numbers that training gave.
+    numbers = puna.evaluate(found, tmp_path / "whole")
+    for name in ("loss", "reward_accuracy", "reward_margin", "pairs"):
+        assert numbers[name] == pytest.approx(metrics[-1][f"validation_{name}"], rel=1e-6), name
+    with pytest.raises(UserError, match="--quantize=int8 --adapter=: .*as it was trained"):
+        puna.evaluate(found, tmp_path / "whole", quantize="int8")
+    found.reward.center = 0.5
+    with pytest.raises(UserError, match="reward.center=0.5 differs from 0.0 of"):
         puna.evaluate(found, tmp_path / "whole")
+    found.reward.center = 0.0
     config.train.update(steps=2, save_every=2, eval_every=0)
     train(config, tmp_path / "base")
+    with pytest.raises(UserError, match="these weights have none: name that run"):
+        puna.evaluate(found, tmp_path / "base")
     with pytest.raises(UserError, match="is no reward model: train.objective=next_token"):
         reward.load(tmp_path / "base")
