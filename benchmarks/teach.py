@@ -88,12 +88,12 @@ def command(name: str, *flags: str) -> None:
     subprocess.run([sys.executable, "-m", "puna", name, *flags], check=True)
 
 
-def train(workdir: pathlib.Path, *flags: str) -> float:
+def train(workdir: pathlib.Path, config: str, *flags: str) -> float:
     """Train in float32 and give the minutes it took, compiling included."""
     began = time.perf_counter()
     command(
-        "train", f"--workdir={workdir}", "--config.model.param_dtype=float32",
-        "--config.model.compute_dtype=float32", "--config.data.seq_len=128",
+        "train", f"--config={config}", f"--workdir={workdir}", "--config.data.seq_len=128",
+        "--config.model.param_dtype=float32", "--config.model.compute_dtype=float32",
         "--config.train.save_every=1000", "--config.train.eval_every=0", *flags,
     )  # fmt: skip
     return round((time.perf_counter() - began) / 60, 1)
@@ -121,7 +121,7 @@ def of_format(base: pathlib.Path, folder: pathlib.Path) -> dict:
 
     facts = {"asked": len(asked), "before": measure(base)}
     facts["minutes_of_training"] = train(
-        folder / "run", "--config=lora", f"--init_from={base}",
+        folder / "run", "lora", f"--init_from={base}",
         f"--config.data.train={write(folder / 'taught.jsonl', taught)}",
         "--config.train.batch_size=2", "--config.train.steps=22", "--config.adapter.rank=8",
         "--config.optimizer.learning_rate=2e-4",
@@ -148,7 +148,7 @@ def of_preference(base: pathlib.Path, folder: pathlib.Path) -> dict:
 
     facts = {"asked": len(asked), "accuracy_before": measure(base)}
     facts["minutes_of_training"] = train(
-        folder / "run", "--config=dpo", f"--init_from={base}",
+        folder / "run", "dpo", f"--init_from={base}",
         f"--config.data.train={write(folder / 'pairs.jsonl', taught)}",
         f"--config.data.validation={write(folder / 'held_out.jsonl', asked)}",
         "--config.train.batch_size=4", "--config.train.microbatches=1", "--config.train.steps=25",
@@ -163,7 +163,7 @@ def of_preference(base: pathlib.Path, folder: pathlib.Path) -> dict:
 def of_student(base: pathlib.Path, folder: pathlib.Path) -> dict:
     """Distillation: a small student's loss on held-out text, trained alone and with a teacher."""
     same = [
-        "--config=tiny", f"--config.data.tokenizer={base}", "--config.data.validation=",
+        f"--config.data.tokenizer={base}", "--config.data.validation=",
         *(f"--config.model.{key}={value}" for key, value in STUDENT.items()),
         "--config.train.batch_size=4", "--config.train.steps=80",
         "--config.optimizer.warmup_steps=10",
@@ -173,7 +173,7 @@ def of_student(base: pathlib.Path, folder: pathlib.Path) -> dict:
         ("alone", []),
         ("distilled", ["--config.train.objective=distill", f"--config.distill.teacher={base}"]),
     ):
-        minutes = train(folder / name, *same, *objective)
+        minutes = train(folder / name, "tiny", *same, *objective)
         command(
             "eval", "--config=tiny", f"--checkpoint={folder / name}", "--config.data.seq_len=128",
             "--config.eval.max_rows=64", f"--workdir={folder}/{name}.eval",

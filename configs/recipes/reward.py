@@ -5,7 +5,9 @@
 
 A line of the JSONL files is {"prompt": "...", "chosen": "...", "rejected": "..."}, texts or lists
 of messages. One epoch, a batch of 64 pairs and 9e-6 are those of InstructGPT's appendix C; more
-epochs overfit. `puna.train.objectives.reward.load` reads the run with its vector.
+epochs overfit. `puna eval --config=reward --config.data.validation=held_out.jsonl
+--checkpoint=runs/reward` gives loss and accuracy; `puna.train.objectives.reward.load` reads the run
+with its vector.
 """
 
 from puna.configs.recipes import sft
