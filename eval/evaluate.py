@@ -18,8 +18,8 @@ from ..train.data.tokenizer import with_ends
 from ..train.state import restore_for_evaluation
 from ..train.validation import HeldOut
 
-# Objectives that measure a model with what only their own runs hold, and where their settings are.
-_OWN = {"preference": "preference", "reward": "reward", "distill": "distill"}
+# Objectives that measure a model with what their own runs hold; each has a section of its name.
+_OWN = ("preference", "reward", "distill")
 
 
 def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Results:
@@ -96,7 +96,7 @@ def _with_objective_of(c: schema.Config, old: schema.Config, path) -> schema.Con
     Raises:
       ConfigError: a setting contradicts the run's.
     """
-    name = _OWN[c.train.objective]
+    name = c.train.objective
     mine, theirs = getattr(c, name), getattr(old, name)
     for field in dataclasses.fields(mine):
         value, wanted = getattr(mine, field.name), getattr(theirs, field.name)
