@@ -72,7 +72,9 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
     if command in ("eval", "generate", "chat", "serve"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
         flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
-        flags.DEFINE_string("adapter", "", "folder of a PEFT adapter to lay on the model", **text)
+        flags.DEFINE_string(
+            "adapter", "", "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR", **text
+        )
     if command == "eval":
         flags.DEFINE_string(
             "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "
@@ -137,6 +139,9 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
             "of all tensors of DST, q8_0 with --to=gguf; by default each keeps its own", **text,
         )  # fmt: skip
         flags.DEFINE_string("name", None, "of the release; DST's own by default", **text)
+        flags.DEFINE_string(
+            "adapter", "", "folder of a PEFT adapter to merge, or several: 0.7*DIR,0.3*DIR", **text
+        )
         flags.DEFINE_string(
             "base_licence", None, "llama2, llama3, llama3.1, llama3.2, llama3.3, llama4 or none: "
             "of the model that SRC comes from; by default what stands beside its weights", **text,

@@ -27,10 +27,21 @@ from tqdm.auto import tqdm
 from ...configs import paths, schema
 from ...configs.errors import UserError
 from ...configs.files import write_json
+from ..adapters import Adapted
+from ..leaf import dense
 from ..parallel import sharding
 from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..weights import (
+    adapter_sum,
+    huggingface,
+    licences,
+    peft,
+    placing,
+    run,
+    safetensors_files,
+    vision_table,
+)
 from ..weights import config as hf_config
-from ..weights import huggingface, licences, peft, placing, run, safetensors_files, vision_table
 from ..weights.load import open_weights
 from ..weights.tensors import Weights, cast, warn
 from . import card, gguf_release
@@ -58,6 +69,7 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
     dtype: str | None = None,
     tokenizer: str | None = None,
+    adapter: str = "",
 ) -> None:
     """Write the model at `src` in another format.
 
@@ -74,6 +86,8 @@ def convert(
       shard_bytes: largest file of weights, unless a single tensor is larger.
       dtype: one of `DTYPES`, of all tensors, or "q8_0" for "gguf"; by default each keeps its own.
       tokenizer: where the tokenizer lies; "none" to leave it out; by default beside the weights.
+      adapter: of PEFT, as of `load`, to merge into weights of others in float32; the sum is rounded
+        once, to the dtype of the weight.
 
     Raises:
       UserError: nothing readable at `src`, a destination in use, a name the licence forbids, an
@@ -89,6 +103,13 @@ def convert(
     src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
     model = _open(src, np.dtype(dtype) if dtype and to != "gguf" else None)
+    if adapter:
+        if to not in ("hf", "gguf") or isinstance(model, RunModel):
+            raise UserError(
+                f"--adapter={adapter} is merged into weights of others with --to=hf or --to=gguf; "
+                f"{src} with --to={to} is not that: convert it to --to=hf first"
+            )
+        model = AdaptedModel(src, model.weights.to, adapter)
     text = _tokenizer_of(model, tokenizer)
     if base_licence is not None:
         model.origin = model.origin | {"licence": base_licence}
@@ -144,6 +165,41 @@ class OthersModel:
 
     def finish(self) -> None:
         self.weights.warn_of_nonfinite(self.path)
+
+
+class AdaptedModel(OthersModel):
+    """What others wrote with an adapter in it, leaf by leaf."""
+
+    def __init__(self, path: pathlib.Path, to: np.dtype | None, adapter: str):
+        super().__init__(path, to)
+        self.adapter = adapter_sum.read(adapter, path, self.config)
+        self.config = self.adapter.config
+        self.facts = {"init_from": f"{path} and the adapter {adapter}"}
+
+    def _held(self, path: str) -> str:
+        """Where the weights of a parameter lie: an output that was tied is the embedding."""
+        return path if path in self.weights.table else "embed/table_VD"
+
+    def dtype(self, path: str, layer: int) -> np.dtype:
+        return super().dtype(self._held(path), layer)
+
+    def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
+        held, dtype = self._held(path), self.dtype(path, layer)
+        x = super().read(held, leaf, layer)
+        if held != path:
+            x = x.T
+        new = self.adapter.replaced.get(path, {}).get(layer)
+        x = x if new is None else cast(new, dtype, f"parameter {path}")
+        factors = self.adapter.factors.get(path)
+        if factors is None:
+            return x
+        a, b = (f[layer] if leaf.stacked else f for f in factors)
+        m = self.adapter.magnitudes.get(path, {}).get(layer)
+        if m is None and path in self.adapter.magnitudes:  # of another layer alone
+            return x
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            whole = dense(Adapted(np.float32(x), a, b, 1.0, m))
+        return cast(np.asarray(whole), dtype, f"parameter {path}")
 
 
 class RunModel:

@@ -15,7 +15,7 @@ from ..leaf import dense, split_names, with_magnitudes
 from ..parallel import sharding
 from ..quantize import Int8
 from ..transformer import Transformer, abstract_params
-from . import peft, placing, run
+from . import adapter_sum, peft, placing, run
 from .tensors import Weights
 
 
@@ -31,7 +31,7 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
       quantize: "int8" keeps matrices as int8 with a scale for each output channel, a parameter at a
         time, see `models/quantize.py`; dtype is then that of the computation and of the rest.
       adapter: folder of a PEFT LoRA of this model, which is laid on it in float32; `leaf.merge`
-        adds it in.
+        adds it in. Several with weights, "0.7*DIR,0.3*DIR", are their exact sum.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens_BT).logits_BTV`;
@@ -60,8 +60,7 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
     if dtype is not None:
         config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
     if adapter:
-        config, params = _lay_on(peft.read(paths.local(adapter, "adapter"), path, config), config,
-                                 params, mesh)  # fmt: skip
+        config, params = _lay_on(adapter_sum.read(adapter, path, config), config, params, mesh)
     return Transformer(config), params
 
 

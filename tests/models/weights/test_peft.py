@@ -14,6 +14,7 @@ from puna.configs.errors import UserError
 from puna.models import leaf
 from puna.models.adapters import detach, is_adapted
 from puna.models.quantize import Int8
+from puna.models.release.convert import convert
 from puna.models.weights import huggingface, peft
 
 PREFIX = "base_model.model."
@@ -110,6 +111,66 @@ def test_experts_in_either_layout(scout, tmp_path, newer):
     assert model.config.num_experts == 4
 
 
+def test_several_adapters_are_their_weighted_sum(scout, tmp_path):
+    config, base, weights = scout
+    sums, rng = dict(weights), np.random.default_rng(0)
+    for folder, weight, rank, names in (
+        ("a", 0.7, 3, ("2.self_attn.q_proj", "0.feed_forward.down_proj", "1.self_attn.o_proj")),
+        ("b", -1.5, 2, ("2.self_attn.q_proj", "3.self_attn.o_proj")),
+        ("c", 1.0, 3, ("1.self_attn.o_proj",)),
+    ):
+        tensors, own = {}, dict(weights)
+        for name in names:
+            linear(tensors, own, f"model.layers.{name}.weight", rng, rank, ALPHA / rank)
+        if folder != "c":
+            outer = "model.layers.1.feed_forward.experts"
+            experts(tensors, own, f"{outer}.down_proj", rng, PREFIX + outer, True, rank)
+        write(tmp_path / folder, tensors, r=rank, target_parameters=["experts.down_proj"])
+        sums = {n: x + weight * (own[n] - weights[n]) for n, x in sums.items()}
+    text = f"0.7*{tmp_path}/a, -1.5*{tmp_path}/b,{tmp_path}/c"
+    model, params = puna.load(base, adapter=text)
+    assert_sums(config, params, sums)
+    assert params["blocks"]["layer_1"]["moe"]["w_down_EFD"].a.shape[-1] == 5
+    tokens_BT = np.arange(8)[None]
+    on, merged = (
+        np.asarray(model.apply({"params": p}, tokens_BT).logits_BTV)
+        for p in (params, leaf.merge(params))
+    )
+    np.testing.assert_allclose(on, merged, atol=1e-5 * np.abs(on).max())
+    # A release has the same sums.
+    convert(base, tmp_path / "release", adapter=text, tokenizer="none")
+    found = load_file(tmp_path / "release" / "model.safetensors")
+    assert found.keys() == sums.keys()
+    for name, x in found.items():
+        wanted = sums[name]
+        np.testing.assert_allclose(x, wanted, atol=2e-6 * np.abs(wanted).max(), err_msg=name)
+
+
+def test_what_cannot_be_added_is_refused(dense, tmp_path):
+    _, base, weights = dense
+    plain = write(tmp_path / "a", good(weights))
+    whole = good(weights) | {f"{PREFIX}lm_head.weight": weights["lm_head.weight"]}
+    write(tmp_path / "b", whole)
+    lengths = good(weights)
+    key = f"{PREFIX}model.layers.0.self_attn.k_proj.lora_magnitude_vector"
+    lengths[key] = np.ones(len(weights["model.layers.0.self_attn.k_proj.weight"]), np.float32)
+    write(tmp_path / "c", lengths, use_dora=True)
+    for text, message in (
+        (f"{plain},{tmp_path}/b", "b has modules_to_save on unembed/table_DV, which cannot be"),
+        (f"0.5*{tmp_path}/c", "c has DoRA on .*wk_DKH, which cannot be weighed"),
+        (f"0*{plain}", "each with a weight that is not 0"),
+        (f"{plain},", "'' is neither"),
+    ):
+        with pytest.raises(UserError, match=message):
+            puna.load(base, adapter=text)
+    with pytest.raises(UserError, match="with --to=puna is not that"):
+        convert(base, tmp_path / "run", to="puna", adapter=str(plain), tokenizer="none")
+    # Alone and whole, both are.
+    model, params = puna.load(base, adapter=tmp_path / "c")
+    convert(base, tmp_path / "release", adapter=f"{tmp_path}/c", tokenizer="none")
+    assert_sums(model.config, params, load_file(tmp_path / "release" / "model.safetensors"))
+
+
 def test_square_experts_are_told_apart_by_the_version(files, tmp_path):
     config = files.model_config(files.SCOUT | {"expert_dim": 32})
     weights = {n: 0.2 * w for n, w in files.random_tensors(files.hf_shapes(config)).items()}
@@ -164,6 +225,8 @@ def test_a_tied_embedding_is_untied_where_the_output_is_adapted(files, tmp_path)
     model, params = puna.load(base, adapter=write(tmp_path / "a", tensors))
     assert not model.config.tie_embeddings
     assert_sums(model.config, params, sums)  # the embedding as it was
+    convert(base, tmp_path / "release", adapter=str(tmp_path / "a"), tokenizer="none")
+    assert_sums(model.config, params, load_file(tmp_path / "release" / "model.safetensors"))
     assert not is_adapted(params["embed"]["table_VD"])
 
 
