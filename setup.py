@@ -57,6 +57,8 @@ EXTRAS = {
     # Answers that match a JSON schema or a pattern, and calls of functions: token masks without
     # torch.
     "grammar": ["llguidance>=1.9.1"],
+    # Others' programs that slow tests let talk to `puna serve`.
+    "clients": ["openai>=3.57.0", "schemathesis>=4.32.0"],
     # Running the notebooks.
     "notebooks": ["ipykernel>=6.29.0", "nbclient>=0.10.0", "nbformat>=5.10.0"],
     # The independent implementations that golden tests compare with: exact, since numbers are.

@@ -260,7 +260,7 @@ class Server:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:
-        return Json(document())
+        return Json(document(self.name, self.engine.max_length))
 
     async def _page(self, request: Request) -> Response:
         policy = (

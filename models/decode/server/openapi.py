@@ -1,61 +1,167 @@
-"""What the server understands, as an OpenAPI document."""
+"""What the server understands and answers, as an OpenAPI document."""
 
+from ..slots import TOP
 from .protocol import FIELDS, NUMBERS
 
+_TEXT, _FLAG, _OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
+
+
+def _nullable(schema: dict) -> dict:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _list(items: dict, **rules) -> dict:
+    return {"type": "array", "items": items, **rules}
+
+
+def _fields(required, **properties) -> dict:
+    return {"type": "object", "required": required, "properties": properties}
+
+
+_IDS = _list({"type": "integer", "minimum": 0}, minItems=1)
+_PART = _fields(["type", "text"], type={"const": "text"}, text=_TEXT)
+_FUNCTION = _fields(
+    ["name"], name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}, description=_TEXT,
+    parameters=_OBJECT, strict=_FLAG,
+)  # fmt: skip
+_CALL = _fields(
+    ["id", "type", "function"], id=_TEXT, type={"const": "function"},
+    function=_fields(["name", "arguments"], name=_TEXT, arguments=_TEXT),
+)  # fmt: skip
+_MESSAGE = _fields(
+    ["role"], role={"enum": ["system", "developer", "user", "assistant", "tool"]},
+    content=_nullable({"anyOf": [_TEXT, _list(_PART)]}), tool_calls=_list(_CALL),
+    tool_call_id=_TEXT, name=_TEXT,
+)  # fmt: skip
 _TYPES = {
-    "model": {"type": "string"},
-    "messages": {"type": "array", "items": {"type": "object"}},
-    "prompt": {"oneOf": [{"type": "string"}, {"type": "array", "items": {}}]},
-    "stop": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
-    "stream": {"type": "boolean"},
-    "stream_options": {
-        "type": "object",
-        "properties": {"include_usage": {"type": "boolean"}},
+    "messages": _list(_MESSAGE, minItems=1),
+    "prompt": {"anyOf": [_TEXT, _IDS, _list({"anyOf": [_TEXT, _IDS]}, minItems=1)]},
+    "stop": {"anyOf": [_TEXT, _list(_TEXT, maxItems=16)]},
+    "stream": _FLAG,
+    "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}},
+    "top_logprobs": {"type": "integer", "minimum": 0, "maximum": TOP},
+    "response_format": {
+        "anyOf": [
+            _fields(["type"], type={"enum": ["text", "json_object"]}),
+            _fields(
+                ["type", "json_schema"], type={"const": "json_schema"},
+                json_schema=_fields(["name", "schema"], name=_TEXT, schema=_OBJECT, strict=_FLAG),
+            ),
+        ],
     },
-    "top_logprobs": {"type": "integer"},
-    "max_completion_tokens": {"type": "integer", "minimum": 1},
-}
+    "structured_outputs": {
+        "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
+        "properties": {"regex": _TEXT, "json": _OBJECT, "choice": _list(_TEXT, minItems=1)},
+    },
+    "tools": _list(_fields(["type", "function"], type={"const": "function"}, function=_FUNCTION),
+                   maxItems=128),
+    "tool_choice": {
+        "anyOf": [
+            {"enum": ["none", "auto", "required"]},
+            _fields(["type", "function"], type={"const": "function"},
+                    function=_fields(["name"], name=_TEXT)),
+        ],
+    },
+    "parallel_tool_calls": _FLAG,
+}  # fmt: skip
+_STATUSES = {
+    "400": "a bad request", "401": "no or a wrong API key", "403": "a page of another site",
+    "404": "another model", "413": "too large a body", "429": "busy: Retry-After says when",
+    "503": "the server is ending",
+}  # fmt: skip
+_ERROR = _fields(
+    ["error"], error=_fields(
+        ["message", "type", "param", "code"], message=_TEXT, type=_TEXT, param=_nullable(_TEXT),
+        code=_nullable(_TEXT),
+    ),
+)  # fmt: skip
+_MODEL = _fields(
+    ["id", "object", "created", "owned_by"], id=_TEXT, object={"const": "model"},
+    created={"type": "integer"}, owned_by=_TEXT, max_model_len={"type": "integer"},
+)  # fmt: skip
 
 
-def document() -> dict:
-    """The document, version 3.1."""
-    paths = {
-        f"/v1/{name}": {"post": _post(chat)}
-        for name, chat in (("completions", False), ("chat/completions", True))
-    }
-    paths |= {
-        path: {"get": {"responses": {"200": {"description": "OK"}}}}
-        for path in ("/v1/models", "/v1/models/{model}", "/health", "/metrics")
-    }
-    paths["/v1/models/{model}"]["get"]["parameters"] = [
-        {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    ]
+def document(model: str, max_length: int) -> dict:
+    """The document, version 3.1, of a server of one model with texts of `max_length` tokens."""
+    path = {"name": "model", "in": "path", "required": True, "schema": {**_TEXT, "minLength": 1}}
+    listed = _fields(["object", "data"], object={"const": "list"}, data=_list(_MODEL))
+    health = _fields(["status"], status=_TEXT)
     return {
         "openapi": "3.1.0",
         "info": {"title": "puna serve", "version": "1"},
-        "paths": paths,
+        "paths": {
+            "/v1/completions": {"post": _post(False, model, max_length)},
+            "/v1/chat/completions": {"post": _post(True, model, max_length)},
+            "/v1/models": {"get": _get(listed, "401", "403")},
+            "/v1/models/{model}": {
+                "parameters": [{**path, "example": model}],
+                "get": _get(_MODEL, "401", "403", "404"),
+            },
+            "/health": {
+                "get": {"responses": {
+                    "200": _json("OK", health), "503": _json("the engine has stopped", health),
+                }},
+            },
+            "/metrics": {
+                "get": {"responses": {"200": {"description": "OK", "content": {"text/plain": {}}}}},
+            },
+        },
         "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-    }
+    }  # fmt: skip
 
 
-def _post(chat: bool) -> dict:
+def _json(description: str, schema: dict) -> dict:
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+def _errors(*statuses: str) -> dict:
+    return {status: _json(_STATUSES[status], _ERROR) for status in statuses}
+
+
+def _get(schema: dict, *statuses: str) -> dict:
+    responses = {"200": _json("OK", schema), **_errors(*statuses)}
+    return {"security": [{"key": []}, {}], "responses": responses}
+
+
+def _post(chat: bool, model: str, max_length: int) -> dict:
     fields = {name: _TYPES.get(name, {}) for name in sorted(FIELDS[chat])}
-    fields["logprobs"] = {"type": "boolean" if chat else "integer"}
+    fields["logprobs"] = _FLAG if chat else {"type": "integer", "minimum": 0, "maximum": TOP}
     for name, (kind, least, most, doc) in NUMBERS.items():
         fields[name] = {
             "type": "integer" if kind is int else "number",
             "minimum": least, "maximum": most, "description": doc,
         }  # fmt: skip
-    schema = {
-        "type": "object", "properties": fields, "required": ["messages" if chat else "prompt"],
-    }  # fmt: skip
-    statuses = {
-        "200": "the answer, or its events where stream is true", "400": "a bad request",
-        "401": "no or a wrong API key", "404": "another model", "413": "too large a body",
-        "429": "busy: Retry-After says when", "503": "the server is ending",
-    }  # fmt: skip
+    fields["model"] = {"const": model}
+    for name in {"max_tokens", "max_completion_tokens"} & fields.keys():
+        fields[name] = {**fields["max_tokens"], "maximum": max_length}
+    fields = {name: _nullable(schema) for name, schema in fields.items()}
+    needed = "messages" if chat else "prompt"
+    fields[needed] = _TYPES[needed]
+    body = {"application/json": {"schema": _fields([needed], **fields)}}
+    answer = _json("the answer, or its events where stream is true", _answer(chat))
+    answer["content"]["text/event-stream"] = {}
     return {
         "security": [{"key": []}, {}],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {status: {"description": text} for status, text in statuses.items()},
+        "requestBody": {"required": True, "content": body},
+        "responses": {"200": answer, **_errors(*_STATUSES)},
     }
+
+
+def _answer(chat: bool) -> dict:
+    reason = {"enum": ["stop", "length", "tool_calls"]}
+    message = _fields(
+        ["role", "content"], role={"const": "assistant"}, content=_nullable(_TEXT),
+        tool_calls=_list(_CALL),
+    )  # fmt: skip
+    said = {"message": message} if chat else {"text": _TEXT}
+    choice = _fields(
+        ["index", *said, "finish_reason", "logprobs"], index={"type": "integer"},
+        finish_reason=reason, logprobs=_nullable(_OBJECT), **said,
+    )  # fmt: skip
+    counts = ("prompt_tokens", "completion_tokens", "total_tokens")
+    return _fields(
+        ["id", "object", "created", "model", "choices", "usage"], id=_TEXT,
+        object={"const": "chat.completion" if chat else "text_completion"},
+        created={"type": "integer"}, model=_TEXT, choices=_list(choice),
+        usage=_fields(list(counts), **{name: {"type": "integer"} for name in counts}),
+    )  # fmt: skip

@@ -100,7 +100,8 @@ def some_prompts(rng, count):
     """Prompts that begin as others do, up to any token."""
     prompts = []
     for _ in range(count):
-        old = prompts[rng.integers(len(prompts))] if prompts and rng.random() < 0.8 else []
+        # Of those that may be there still.
+        old = prompts[-rng.integers(1, 4)] if len(prompts) > 3 and rng.random() < 0.9 else []
         more = rng.integers(0, 256, rng.integers(1, 18)).tolist()
         prompts.append([*old[: rng.integers(len(old) + 1)], *more][:40])
     return prompts
