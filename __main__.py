@@ -18,6 +18,7 @@ from .train.resilience.background import background_log
 COMMANDS = {
     "train": "train a model; the same command resumes after an interruption",
     "eval": "loss and bits per byte on held-out text, or tasks: puna's own, or lm-eval's",
+    "audit": "what a model has learnt by heart; what of a benchmark stands in a corpus",
     "generate": "continue a prompt",
     "chat": "talk with a model in the terminal, or a message a line from a pipe",
     "serve": "answer requests in the form of OpenAI's API over HTTP",
@@ -125,6 +126,38 @@ def _compare(args):
     files.write_json(workdir / "comparison.json", results)
     files.write_text(workdir / "comparison.html", report.comparison(results, first, second))
     print(f"comparison.json and comparison.html are in {workdir}")
+
+
+def _audit(args):
+    from .eval.audits import contamination, memorisation
+
+    if (args.passages is None) == (args.corpus is None):
+        raise errors.UserError("audit takes either --passages or --corpus; --help shows the flags")
+    if args.corpus is not None:
+        results = contamination.audit_contamination(
+            args.tasks, args.benchmark, args.corpus, ngram=args.ngram, share=args.share,
+            data_dir=args.data_dir,
+        )  # fmt: skip
+        print(contamination.table(results))
+        name = "contamination.json"
+    else:
+        settings = {}
+        if args.config is not None:
+            config = schema.from_dict(args.config)
+            settings = {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
+        if not all(prefix.isdecimal() for prefix in args.prefix):
+            raise errors.UserError(f"--prefix={','.join(args.prefix)} must be like 16,32,64")
+        results = memorisation.audit_memorisation(
+            _required(args, "checkpoint"), args.passages, _required(args, "unseen"),
+            prefixes=[int(prefix) for prefix in args.prefix], suffix=args.suffix,
+            quantize=args.quantize, adapter=args.adapter, batch_size=args.batch_size, **settings,
+        )  # fmt: skip
+        print(memorisation.table(results))
+        name = "memorisation.json"
+    workdir = pathlib.Path(args.workdir or "audit")
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(workdir / name, results)
+    print(f"{name} is in {workdir}")
 
 
 def _asking(args) -> dict:
@@ -333,7 +366,9 @@ def _write_results(workdir: pathlib.Path, results: dict) -> None:
 
 
 def _asks(args) -> bool:
-    """Whether this is a form of `puna eval` that needs no configuration."""
+    """Whether this needs no configuration: an audit, or some forms of `puna eval`."""
+    if "passages" in args:
+        return True
     forms = ("harness", "tasks", "compare", "replay")
     return "harness" in args and any(getattr(args, form) is not None for form in forms)
 
@@ -399,7 +434,7 @@ def _run(argv: list[str]) -> None:
         _join(args, command)
     commands = {
         "train": _train, "eval": _eval, "generate": _generate, "chat": _chat, "serve": _serve,
-        "plan": _plan, "data": _data,
+        "plan": _plan, "data": _data, "audit": _audit,
     }  # fmt: skip
     commands[command](args)
 

@@ -12,14 +12,14 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
     args = flags.FlagValues()
     text = {"flag_values": args}
     flags.DEFINE_bool("help", False, "show the flags", short_name="h", **text)
-    if command in ("train", "eval", "data", "plan"):
+    if command in ("train", "eval", "audit", "data", "plan"):
         from ml_collections import config_flags
 
         config_flags.DEFINE_config_file(
             "config", None, f"one of {', '.join(names())}, or a config file; with :VARIANT",
             sys_argv=arguments, **text,
         )  # fmt: skip
-    if command in ("train", "eval", "generate", "plan"):
+    if command in ("train", "eval", "audit", "generate", "plan"):
         flags.DEFINE_string("workdir", None, "folder for what the command writes", **text)
     if command in ("train", "eval", "generate"):
         flags.DEFINE_string(
@@ -69,7 +69,7 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)
         flags.DEFINE_integer("limit", 1000, "examples that the summary is of", **text)
         flags.DEFINE_bool("json", False, 'print {"ids", "weights"} a line, nothing else', **text)
-    if command in ("eval", "generate", "chat", "serve"):
+    if command in ("eval", "audit", "generate", "chat", "serve"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
         flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
         flags.DEFINE_string(
@@ -99,6 +99,24 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("batch_size", 8, "rows at a time", **text)
         flags.DEFINE_integer("max_length", None, "longest context, tokens", **text)
         flags.DEFINE_bool("apply_chat_template", False, "ask in a chat", **text)
+    if command == "audit":
+        flags.DEFINE_string(
+            "passages", None, 'memorisation: records that were trained on, with "text" and, if '
+            'known, "repeats"', **text,
+        )  # fmt: skip
+        flags.DEFINE_string("unseen", None, "memorisation: the same, never trained on", **text)
+        flags.DEFINE_list("prefix", ["16", "32", "64"], "tokens that the model is given", **text)
+        flags.DEFINE_integer("suffix", 32, "tokens that it must give back", **text)
+        flags.DEFINE_integer("batch_size", 8, "rows at a time", **text)
+        flags.DEFINE_string(
+            "corpus", None, "contamination: the data in which --tasks or --benchmark is looked "
+            "for; needs no checkpoint", **text,
+        )  # fmt: skip
+        flags.DEFINE_list("tasks", [], "contamination: tasks, as of puna eval", **text)
+        flags.DEFINE_string("benchmark", "", "contamination: records to look for", **text)
+        flags.DEFINE_string("data_dir", None, "what paths of tasks are relative to", **text)
+        flags.DEFINE_integer("ngram", 13, "words of a run", **text)
+        flags.DEFINE_float("share", 0.5, "of its runs, in a contaminated document", **text)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)

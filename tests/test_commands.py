@@ -29,8 +29,8 @@ DOCSTRINGS = [
 ]
 STARTS = ("puna", "python", "pytest", "make", "pip", "bash")
 STARTERS = (
-    "_join", "_train", "_eval", "_generate", "_chat", "_serve", "_data", "_plan", "_launch",
-    "_convert",
+    "_join", "_train", "_eval", "_audit", "_generate", "_chat", "_serve", "_data", "_plan",
+    "_launch", "_convert",
 )  # fmt: skip
 
 

@@ -70,6 +70,18 @@ def test_they_are_those_of_the_whole_pass_on_one_device_and_on_eight(params, tex
         assert eight[number].greedy == found.greedy
 
 
+def test_batches_that_are_known_are_passed_over_and_the_others_are_the_same(params, texts):
+    mesh = sharding.make_mesh(schema.MeshConfig(fsdp=1), jax.devices()[:1])
+    placed = jax.device_put(params, sharding.replicated(mesh))
+    with jax.set_mesh(mesh):
+        whole = list(scoring.score(Transformer(CONFIG), placed, texts, 3))
+        first = {number for number, _ in whole[:4]}
+        rest = list(scoring.score(Transformer(CONFIG), placed, texts, 3, first))
+        assert not list(scoring.score(Transformer(CONFIG), placed, texts, 3, range(len(texts))))
+    # Equal to the bit; a text that is known is asked again only with others of its batch.
+    assert set(rest) < set(whole) and {n for n, _ in rest} >= set(range(len(texts))) - first
+
+
 def test_what_cannot_be_scored(params):
     one = schema.MeshConfig(fsdp=1)
     with pytest.raises(UserError, match=r"gives id 64 and the model has ids 0\.\.63"):

@@ -16,7 +16,7 @@ from ...configs.errors import UserError
 from ...configs.schema import DataConfig
 from . import files, tfds_documents
 from .documents import Examples, Parsed
-from .examples import Transform
+from .examples import Record, Transform
 from .quarantine import Quarantine, Screened
 from .transforms import Text
 
@@ -97,6 +97,23 @@ def _open(name: str, config: DataConfig, transform: Transform, quarantine: Quara
     parsed = Parsed(records, transform)
     screened = Screened(parsed, name, config.bad_records, quarantine)
     return Examples(parsed, screened, transform)
+
+
+def iter_records(sources: str, max_bytes: int = 64 << 20) -> Iterator[Record]:
+    """Yield each record of each part once, in order, as it stands; weights change nothing.
+
+    Raises:
+        UserError: the data is missing or empty, or a record is malformed.
+    """
+    for part in parse_sources(sources):
+        if part.name.startswith("tfds:"):
+            spec = part.name.removeprefix("tfds:")
+            records = tfds_documents.TfdsRecords(spec, None, None, max_bytes)
+        else:
+            records = files.FileRecords(files.find_files(part.name), max_bytes)
+        if not len(records):
+            raise UserError(f"{part.name} holds no document: it is empty")
+        yield from (records[i] for i in range(len(records)))
 
 
 def iter_text(
