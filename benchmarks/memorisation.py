@@ -63,8 +63,6 @@ def main():
         }  # fmt: skip
         config = puna.get_config("tiny", [f"{key}={value}" for key, value in settings.items()])
         puna.train(config, work / "run")
-        for found in (planted, unseen):
-            print(f"{len(found)} passages, the first: {found[0]}")
         results = memorisation.audit_memorisation(
             work / "run", str(work / "planted.jsonl"), str(work / "unseen.jsonl"),
             prefixes=(6, 18, 36), suffix=30,

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class Document(NamedTuple):
 
 
 def documents(task: Task, tokenizer, limit: int | None = None) -> list[Document]:
-    """The documents of a task, or `limit` of them at equal distances.
+    """The documents of a task, or `limit` of them, chosen at random once and for all.
 
     Args:
       task: where the data are, and the templates.
@@ -79,10 +80,10 @@ def right(task: Task, document: Document) -> str:
 
 
 def _chosen(count: int, limit: int | None) -> list[int]:
-    """Numbers at equal distances: data are often sorted by subject."""
+    """Numbers in order: the first ones may be one subject, every n-th may have one answer."""
     if limit is None or limit >= count:
         return list(range(count))
-    return [i * count // limit for i in range(limit)]
+    return sorted(random.Random(0).sample(range(count), limit))
 
 
 def _open(task: Task, source: str) -> Sequence:

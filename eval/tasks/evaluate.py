@@ -52,7 +52,7 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
       data_dir: what relative paths of data are relative to.
       batch_size: rows at a time.
       max_length: longest context in tokens, the model's own by default.
-      limit: documents of each task, taken at equal distances.
+      limit: documents of each task, a random choice that is always the same.
       num_fewshot: instead of what each task says.
       apply_chat_template: ask in a conversation; a system message and shots are its turns.
 

@@ -16,8 +16,17 @@ def summary(values: Sequence[float], weights: Sequence[float] | None = None) -> 
     """Weighted mean of a score over documents: value, stderr, low and high (95%), documents.
 
     The standard error is that of a ratio of sums; both it and the interval take documents as drawn
-    independently. stderr is None for one document.
+    independently. stderr is None for one document. Where all documents have 0, or all 1, the
+    interval is that of `proportion`.
     """
+    found = _summary(values, weights)
+    if found["low"] == found["high"] and found["value"] in (0.0, 1.0):
+        # Drawing the same again shows no doubt.
+        found["low"], found["high"] = proportion(round(found["value"] * len(values)), len(values))
+    return found
+
+
+def _summary(values: Sequence[float], weights: Sequence[float] | None) -> dict:
     x, w = np.asarray(values, np.float64), np.ones(len(values))
     if weights is not None:
         w = np.asarray(weights, np.float64)
@@ -55,7 +64,7 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict:
     n, k = better + worse, min(better, worse)
     tail = sum(math.comb(n, i) for i in range(k + 1))
     p = 1.0 if 2 * tail >= 2**n else 2 * tail / 2**n
-    return summary(difference.tolist()) | {"better": better, "worse": worse, "p": p}
+    return _summary(difference.tolist(), None) | {"better": better, "worse": worse, "p": p}
 
 
 def proportion(hits: int, trials: int) -> tuple[float, float]:

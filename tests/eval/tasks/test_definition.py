@@ -213,10 +213,12 @@ def test_what_is_no_task(tmp_path):
             definition.load_task(name)
 
 
-def test_a_limit_takes_documents_at_equal_distances():
+def test_a_limit_takes_the_same_random_documents():
     task = definition.load_task("lookup")
     found = documents.documents(task, None, 4)
-    assert [d.number for d in found] == [0, 50, 100, 150]
+    numbers = [d.number for d in found]
+    assert len(set(numbers)) == 4 and numbers == sorted(numbers) and numbers[-1] > 50
+    assert documents.documents(task, None, 4) == found
     whole = documents.documents(task, None)
     assert found == [whole[d.number] for d in found]
     assert documents.fingerprint(found) != documents.fingerprint(found[:3])

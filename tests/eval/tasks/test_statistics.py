@@ -14,6 +14,8 @@ def test_a_mean_and_its_error():
     assert found["stderr"] == pytest.approx(0.5 / 2)  # sd of the sample over sqrt(n)
     assert found["low"] == 0.25 and found["high"] == 1.0
     assert statistics.summary([0.5])["stderr"] is None
+    low, high = (statistics.summary([1.0] * 12)[name] for name in ("low", "high"))
+    assert 0.7 < low < 0.8 and high == pytest.approx(1.0)
     assert statistics.summary([])["value"] is None
     weighted = statistics.summary([1.0, 4.0], [3.0, 1.0])
     assert weighted["value"] == 1.75 and weighted["low"] == 1.0 and weighted["high"] == 4.0
