@@ -200,6 +200,27 @@ def test_a_leak_is_found_before_anything_runs(monkeypatch, tmp_path):
         judge.check_isolation.cache_clear()
 
 
+@needs_isolation
+@pytest.mark.parametrize(
+    "call",
+    ["_new_root()", '_limit(request["seconds"], request["memory"])', "_drop()",
+     "os.environ.clear()"],
+)  # fmt: skip
+def test_the_probe_finds_each_protection_that_is_missing(monkeypatch, tmp_path, call):
+    with open(judge.sandbox.__file__) as file:
+        source = file.read()
+    assert source.count(f"        {call}\n") == 1
+    (tmp_path / "sandbox.py").write_text(source.replace(f"        {call}\n", "        pass\n"))
+    monkeypatch.setattr(judge.sandbox, "__file__", str(tmp_path / "sandbox.py"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/nowhere")  # all that is handed on
+    judge.check_isolation.cache_clear()
+    try:
+        with pytest.raises(UserError, match="isolates no programs"):
+            judge.check_isolation()
+    finally:
+        judge.check_isolation.cache_clear()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="unshare is Linux's")
 @needs_isolation
 def test_what_the_sandbox_mounts_is_not_seen_outside():
