@@ -31,7 +31,8 @@ COMMANDS = {
 _REPLAY_SETTINGS = ("quantize", "adapter", "mesh_config")
 _SETTINGS = ("max_tokens", "stop", "dtype")
 _PLAN_SETTINGS = (
-    *("tokens", "mfu", "country", "power_mw", "context", "batch", "quantize", "facts"),
+    *("search", "budget_s", "tokens", "mfu", "country", "power_mw", "days", "context", "batch"),
+    *("quantize", "facts"),
 )
 
 
@@ -206,26 +207,45 @@ def _generate(args):
 
 def _plan(args):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what compilers say of missing hardware
+    if args.fit or args.flops:
+        _scaling(args)
+        return
     import jax
 
-    from .train.plan import plan
+    from .train.plan import plan, report
 
     topology = _required(args, "topology")
     jax.config.update("jax_platforms", "cpu")  # whatever is here is not what is asked about
-    if not args.no_compile:
-        # A program for other hardware is of no use to any run here.
-        jax.config.update("jax_enable_compilation_cache", False)
     settings = {name: args[name].value for name in _PLAN_SETTINGS if args[name].present}
-    found = plan(args.config, topology, compile=not args.no_compile, **settings)
+    found = plan(
+        args.config, topology, compile=not args.no_compile, **settings,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
     if args.workdir:
         workdir = pathlib.Path(args.workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_json(workdir / "plan.json", found.to_dict())
+        files.write_text(workdir / "plan.html", found.html())
     if found.fits is False:
         raise errors.UserError(found.verdict)
     print(found)
+    if found.candidates:
+        given = args["config"]
+        print(report.train_command(given.config_filename, given.override_values, found))
     if args.workdir:
-        print(f"plan.json is in {args.workdir}")
+        print(f"plan.json and plan.html are in {args.workdir}")
+
+
+def _scaling(args):
+    """Size and tokens by scaling laws, instead of a plan."""
+    from .train.plan import budget, figures, report, scaling
+
+    facts = budget.read_facts(pathlib.Path(args.facts or budget.FACTS))
+    experts = 0 if args.config is None else schema.from_dict(args.config).model.num_experts
+    sections = scaling.answer(args.fit, args.flops, experts, facts)
+    print(report.text(sections))
+    if args.workdir:
+        _write_results(pathlib.Path(args.workdir), figures.plain(sections))
 
 
 def _chat(args):
@@ -366,8 +386,8 @@ def _write_results(workdir: pathlib.Path, results: dict) -> None:
 
 
 def _asks(args) -> bool:
-    """Whether this needs no configuration: an audit, or some forms of `puna eval`."""
-    if "passages" in args:
+    """Whether this needs no configuration: an audit, some forms of `puna eval` and `puna plan`."""
+    if "passages" in args or ("fit" in args and (args.fit or args.flops)):
         return True
     forms = ("harness", "tasks", "compare", "replay")
     return "harness" in args and any(getattr(args, form) is not None for form in forms)

@@ -24,6 +24,7 @@ REQUIREMENTS = [
     "optax>=0.2.6",  # optimizers and schedules
     "orbax-checkpoint>=0.12.0",  # sharded checkpoints that survive being killed
     "safetensors>=0.5.0",  # Hugging Face weight files
+    "scipy>=1.14.0",  # L-BFGS with bounds, for the fit of scaling laws; jax brings it anyway
     "tensorstore>=0.1.84",  # reads arrays of checkpoints piece by piece; orbax brings it anyway
     "tensorboardX>=2.6.2.2",  # event files without TensorFlow: 0.7 MB and nothing not here already
     "tensorflow-datasets>=4.9.9",  # dataset catalogue; reads array_record without TensorFlow

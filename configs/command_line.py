@@ -50,18 +50,33 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_string(
             "topology",
             None,
-            "what to plan for, such as v5p-256, 2xv5e-256, h100-8 or cpu-8",
+            "what to plan for, such as v5p-256, 2xv5e-256, h100-8 or cpu-8; auto or v5p-auto = the "
+            "cheapest that fits",
             **text,
         )
         flags.DEFINE_bool("no_compile", False, "arithmetic alone, in seconds", **text)
+        flags.DEFINE_bool(
+            "search", False, "look for the mesh, remat and microbatches that fit and take least "
+            "time", **text,
+        )  # fmt: skip
+        flags.DEFINE_float("budget_s", 900.0, "seconds that all compiles may take", **text)
         flags.DEFINE_float("tokens", 0.0, "of a run: its time, energy, carbon and cost", **text)
         flags.DEFINE_float("mfu", 0.4, "share of the peak FLOP/s that such a run reaches", **text)
         flags.DEFINE_string("country", "us", "whose electricity it uses", **text)
         flags.DEFINE_float("power_mw", 0.0, "of a site: how many devices that is", **text)
+        flags.DEFINE_float("days", 60.0, "of that site: which Llamas it trains in them", **text)
         flags.DEFINE_integer("context", 0, "tokens of a row; plans generation instead", **text)
         flags.DEFINE_integer("batch", 1, "rows that are generated at one time", **text)
         flags.DEFINE_enum(
-            "quantize", "none", ["none", "int8", "int4"], "weights of generation", **text
+            "quantize", "none", ["none", "int8", "int4", "auto"], "weights of generation; auto = "
+            "the first of them that fits", **text,
+        )  # fmt: skip
+        flags.DEFINE_float(
+            "flops", 0.0, "of training: the best size and tokens by scaling laws, nothing else; "
+            "--config says how many experts", **text,
+        )  # fmt: skip
+        flags.DEFINE_multi_string(
+            "fit", [], "folders of runs, such as runs/*: the law that fits them instead", **text
         )
         flags.DEFINE_string("facts", None, "published numbers, edited: a TOML file", **text)
     if command == "data":

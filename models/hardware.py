@@ -19,6 +19,7 @@ class TpuCompiler(NamedTuple):
     cores_per_chip: int  # the number in a slice's name counts cores: v5p-256 has 128 chips
     torus_dims: int
     most_chips: int
+    flops_per_cycle: int  # bfloat16, of the matrix units of a chip; the clock is peak / this
 
 
 class GpuCompiler(NamedTuple):
@@ -39,6 +40,8 @@ class Chip(NamedTuple):
       flops: peak dense bfloat16 FLOP/s.
       memory_bytes: of a TPU as its compiler counts it, of a GPU as its driver does.
       memory_bandwidth: bytes a second.
+      link: bytes a second one way, over one link of a TPU's torus or a GPU's NVLink as a whole.
+      network: bytes a second one way and a device, between slices or nodes.
       compiler: facts to compile for it where it is not present; None if that is not supported.
     """
 
@@ -46,32 +49,38 @@ class Chip(NamedTuple):
     flops: float
     memory_bytes: int
     memory_bandwidth: float
+    link: float = 0
+    network: float = 0
     compiler: TpuCompiler | GpuCompiler | None = None
 
 
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * _GIB, 1.228e12),
     "v5e": Chip(
-        ("TPU v5 lite",), 197e12, int(15.75 * _GIB), 0.819e12, TpuCompiler("v5e", 1, 2, 256)
+        ("TPU v5 lite",), 197e12, int(15.75 * _GIB), 0.819e12, 50e9, 3.125e9,
+        TpuCompiler("v5e", 1, 2, 256, 131_072),
     ),
     "v5p": Chip(
-        ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, TpuCompiler("v5", 2, 3, 4096)
+        ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9,
+        TpuCompiler("v5", 2, 3, 4096, 262_144),
     ),
     "v6e": Chip(
-        ("TPU v6 lite",), 918e12, int(31.25 * _GIB), 1.64e12, TpuCompiler("v6e", 1, 2, 256)
+        ("TPU v6 lite",), 918e12, int(31.25 * _GIB), 1.64e12, 112e9, 12.5e9,
+        TpuCompiler("v6e", 1, 2, 256, 524_288),
     ),
     "a100": Chip(
-        ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_000_000, 2.04e12,
+        ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_000_000, 2.04e12, 300e9, 25e9,
         GpuCompiler(8, 108, 164, 40, 1.41),
     ),
     "a100-40gb": Chip(("NVIDIA A100-SXM4-40GB",), 312e12, 42_400_000_000, 1.555e12),
     "h100": Chip(
-        ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3.35e12,
+        ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3.35e12, 450e9, 50e9,
         GpuCompiler(9, 132, 228, 50, 1.98),
     ),
     "h100-pcie": Chip(("NVIDIA H100 PCIe",), 756e12, 84_900_000_000, 2.0e12),
     "h200": Chip(
-        ("NVIDIA H200",), 989e12, 150_700_000_000, 4.8e12, GpuCompiler(9, 132, 228, 50, 1.98)
+        ("NVIDIA H200",), 989e12, 150_700_000_000, 4.8e12, 450e9, 50e9,
+        GpuCompiler(9, 132, 228, 50, 1.98),
     ),
     "b200": Chip(("NVIDIA B200",), 2250e12, 191_500_000_000, 8.0e12),
 }  # fmt: skip

@@ -104,6 +104,19 @@ def parse(topology: str) -> tuple[int, str, int]:
     )
 
 
+def require(topology: str) -> None:
+    """Ask for the compiler of a topology without loading it.
+
+    Raises:
+      UserError: there is no such topology, or its compiler is not installed.
+    """
+    chip = hardware.compilable().get(parse(topology)[1])
+    if chip and isinstance(chip.compiler, TpuCompiler):
+        _require("libtpu", topology, "tpu")
+    elif chip:
+        _require("jax_cuda12_plugin", topology, "cuda")
+
+
 def _cpus(topology, count):
     """Devices that run, too: as many as are asked for if JAX has not begun, else what is there."""
     with contextlib.suppress(RuntimeError):  # it has begun
@@ -118,7 +131,7 @@ def _cpus(topology, count):
 
 
 def _tpus(topology, tpu: TpuCompiler, slices, chips):
-    _require("libtpu", topology, "tpu")
+    require(topology)
     dims, power = tpu.torus_dims, chips.bit_length() - 1
     sides = [2 ** ((power + i) // dims) for i in range(dims)]
     if chips == 4 and dims == 3:
@@ -145,7 +158,7 @@ def _environment(**variables: str):
 
 
 def _gpus(topology, chip: Chip, count):
-    _require("jax_cuda12_plugin", topology, "cuda")
+    require(topology)
     nodes, each = (1, count) if count <= 8 else (count // 8, 8)
     found = topologies.get_topology_desc(
         "", "cuda", target_config=_target(chip), topology=f"1x{nodes}x{each}"

@@ -25,7 +25,7 @@ def read_facts(path: pathlib.Path = FACTS) -> dict:
         facts = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"--facts={path} cannot be read as TOML: {e}") from e
-    wanted = {"power", "pue", "price", "failures", "recovery", "grid"}
+    wanted = {"power", "pue", "price", "failures", "recovery", "grid", "scaling", "trained"}
     if missing := sorted(wanted - facts.keys()):
         raise UserError(f"--facts={path} must have the sections of {FACTS}; no {missing[0]} there")
     return facts
@@ -77,6 +77,15 @@ def goodput(interval: float, save: float, restart: float, mtbf: float) -> float:
     return interval / wall
 
 
+def expected(devices: int, facts: Mapping) -> tuple[float, float, float]:
+    """Seconds between failures, best seconds between checkpoints, and the goodput with them."""
+    recovery = facts["recovery"]
+    save, restart = recovery["checkpoint_seconds"], recovery["restart_seconds"]
+    mtbf = mean_time_between_failures(devices, facts["failures"])
+    interval = checkpoint_interval(save, mtbf)
+    return mtbf, interval, goodput(interval, save, restart, mtbf)
+
+
 def training(flops_per_token, tokens, mfu, peak, devices, kind, country, facts) -> dict:
     """What training on so many tokens takes.
 
@@ -103,9 +112,7 @@ def training(flops_per_token, tokens, mfu, peak, devices, kind, country, facts) 
     save, restart = recovery["checkpoint_seconds"], recovery["restart_seconds"]
     total = tokens * flops_per_token
     seconds = total / (mfu * peak * devices)
-    mtbf = mean_time_between_failures(devices, facts["failures"])
-    interval = checkpoint_interval(save, mtbf)
-    useful = goodput(interval, save, restart, mtbf)
+    mtbf, interval, useful = expected(devices, facts)
     found = {
         "tokens": Figure(tokens, "", "given"),
         "utilisation": Figure(mfu, "", "given", "model FLOPs / peak"),
@@ -172,4 +179,51 @@ def site(megawatts: float, kind: str, facts: Mapping) -> dict:
                 watts // power["watts"], "devices", "modelled",
                 f"power / PUE / {power['watts']} W; nothing for the servers around them",
             )  # fmt: skip
+    return found
+
+
+def trained(megawatts: float, days: float, mfu: float, kind: str, peak: float, facts) -> dict:
+    """How far the devices of a site get in so many days: FLOPs, and the days of Meta's models.
+
+    All devices at one run: 6 * active parameters * tokens at a share `mfu` of the peak, with the
+    failures of so many devices.
+
+    Args:
+      megawatts: of the whole site.
+      kind: of device, whose power the facts have.
+      peak: FLOP/s of one.
+
+    Raises:
+      UserError: a value that cannot be.
+    """
+    if not 0 < days < math.inf:
+        raise UserError(f"--days={days:g} must be more than 0")
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu:g} must be more than 0 and at most 1")
+    per_device = facts["pue"]["value"] * facts["power"][kind]["server_watts"]
+    devices = int(megawatts * 1e6 // per_device)
+    if not devices:
+        raise UserError(f"--power_mw={megawatts:g} must be at least {per_device / 1e6:g}")
+    mtbf, interval, useful = expected(devices, facts)
+    done = devices * peak * mfu * useful  # FLOPs of steps that count, a second
+    found = {
+        "devices": Figure(devices, "devices", "modelled", f"{kind} in their servers"),
+        "accelerators": Figure(
+            devices * facts["power"][kind]["watts"] / 1e6 / megawatts, "", "modelled",
+            "share of the power; the rest is for servers, network, cooling",
+        ),
+        "time_between_failures": Figure(mtbf, "s", "modelled"),
+        "best_checkpoint_interval": Figure(interval, "s", "modelled"),
+        "goodput": Figure(useful, "", "modelled"),
+        "flops": Figure(
+            done * days * 86400, "FLOPs", "modelled", f"{days:g} days, {mfu:.0%} of the peak"
+        ),
+    }  # fmt: skip
+    for name, model in facts["trained"].items():
+        flops = 6 * model["parameters"] * model["tokens"]
+        note = f"{flops:.2g} FLOPs: {model['source']}"
+        takes = flops / done / 86400 if done else math.inf
+        if takes > days:
+            note += "; more than there are"
+        found[name] = Figure(takes, "days", "modelled", note)
     return found

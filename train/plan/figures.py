@@ -1,5 +1,6 @@
 """What a plan consists of: numbers that say where they come from."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 # counted: exact, from shapes and their places. compiled: the compiler's word for this program.
@@ -51,3 +52,11 @@ def shown(value: float, unit: str) -> str:
             return f"{value / scale:,.4g} {name}"
     number = f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
     return f"{number} {unit}".rstrip()
+
+
+def plain(sections: Mapping[str, Mapping[str, Figure]]) -> dict:
+    """Figures as JSON holds them."""
+    return {
+        section: {name: figure._asdict() for name, figure in figures.items()}
+        for section, figures in sections.items()
+    }

@@ -13,7 +13,9 @@ from ...models.transformer import abstract_params
 from .. import ahead
 from ..metrics import flops_per_token
 from ..state import TrainState
+from . import timing
 from .figures import Figure, shown
+from .program import Program
 
 
 def counted(state: TrainState, batch) -> dict[str, Figure]:
@@ -39,24 +41,68 @@ def counted(state: TrainState, batch) -> dict[str, Figure]:
     return found
 
 
-def compiled(config: Config, devices: list, state: int) -> dict[str, Figure]:
-    """What the compiler says that one device needs.
+def compiled(config: Config, topology: str, state: int) -> dict[str, dict[str, Figure]]:
+    """What the compiler says that one device needs, and how long its program takes.
 
     Args:
       state: bytes of a device's state and batch.
+
+    Returns:
+      Figures of "memory" and, unless the compiler refused the program, of "time".
     """
+    devices = ahead.devices(topology)
     try:
-        memory = ahead.memory(ahead.compile_step(config, devices))
+        found = ahead.compile_step(config, devices)
     except jax.errors.JaxRuntimeError as e:
         if (needs := refused(str(e), state)) is None:
             raise
-        return {"peak": Figure(needs, "bytes", "compiled", "the compiler refused it")}
+        return {"memory": {"peak": Figure(needs, "bytes", "compiled", "the compiler refused it")}}
+    memory = ahead.memory(found)
+    mesh = sharding.make_mesh(config.mesh, devices)
     return {
-        "arguments": Figure(memory.arguments, "bytes", "compiled", "state and batch"),
-        "temporaries": Figure(memory.temporaries, "bytes", "compiled"),
-        "program": Figure(memory.code, "bytes", "compiled"),
-        "peak": Figure(memory.peak, "bytes", "compiled"),
+        "memory": {
+            "arguments": Figure(memory.arguments, "bytes", "compiled", "state and batch"),
+            "temporaries": Figure(memory.temporaries, "bytes", "compiled"),
+            "program": Figure(memory.code, "bytes", "compiled"),
+            "peak": Figure(memory.peak, "bytes", "compiled"),
+        },
+        "time": _times(config, topology, Program(found.as_text(), len(devices)), mesh),
     }
+
+
+def _times(config, topology, program, mesh):
+    """Figures of the time of one step, by what takes it."""
+    kind = ahead.parse(topology)[1]
+    chip = hardware.CHIPS.get(kind)
+    rates = timing.published(chip) if chip else timing.Rates(math.inf, math.inf)
+    times = timing.measure(program, timing.Links(mesh, chip), rates)
+    found = {
+        "matrix_flops": Figure(times.cost.flops, "FLOPs", "compiled", "loops as often as they run"),
+        "memory_traffic": Figure(times.cost.bytes, "bytes", "compiled"),
+        "collectives": Figure(times.collectives, "", "compiled"),
+        "asynchronous": Figure(times.asynchronous, "", "compiled", "of them, beside computation"),
+    }
+    for axes, wire in sorted(times.wire.items()):
+        found[f"received_{axes}"] = Figure(wire, "bytes", "compiled", "by a device")
+    if chip is None:  # whose rates nobody publishes
+        return found
+    found["products"] = Figure(
+        times.products, "s", "modelled", "matrix products and kernels: cycles, FLOPs or traffic"
+    )
+    found["other"] = Figure(times.other, "s", "modelled", "what else is computed: traffic")
+    for axes in sorted(times.wire):
+        found[f"waiting_{axes}"] = Figure(
+            times.exposed[axes], "s", "modelled",
+            f"for links; {shown(times.hidden[axes], 's')} more beside computation",
+        )  # fmt: skip
+    tokens = config.train.batch_size * config.data.seq_len
+    found["step_time"] = Figure(times.seconds, "s", "modelled", "the sum: at least this long")
+    found["tokens_per_second"] = Figure(tokens / times.seconds, "", "modelled", "at most")
+    if config.model.compute_dtype == "bfloat16":
+        flops = flops_per_token(config.model, config.data.seq_len) * tokens / mesh.size
+        share = flops / chip.flops / times.seconds
+        found["mfu"] = Figure(share, "", "modelled", "model FLOPs / peak / time, at most")
+    return found
 
 
 def refused(message: str, state: int) -> int | None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from puna.configs.errors import UserError
 from puna.train.plan import budget
 
 FACTS = budget.read_facts()
@@ -89,7 +90,30 @@ def test_150_megawatts_feed_about_100_000_h100():
     assert 100_000 < found["h100_in_servers"].value < 110_000
 
 
+def test_which_llama_150_megawatts_train_in_60_days():
+    found = budget.trained(150, 60, 0.4, "h100", 989e12, FACTS)
+    value = {name: figure.value for name, figure in found.items()}
+    assert value["devices"] == budget.site(150, "h100", FACTS)["h100_in_servers"].value
+    assert value["accelerators"] == pytest.approx(0.5, abs=0.01)  # 700 of 1275 W, PUE 1.1
+    assert value["flops"] == pytest.approx(
+        value["devices"] * 989e12 * 0.4 * value["goodput"] * 60 * 86400
+    )
+    # Days of each are its FLOPs over those of a day.
+    assert value["Llama 3.1 405B"] == pytest.approx(
+        6 * 405e9 * 15.6e12 / value["flops"] * 60, rel=1e-6
+    )
+    assert value["Llama 4 Behemoth"] < 60 and "more than" not in found["Llama 4 Behemoth"].note
+    short = budget.trained(150, 10, 0.4, "h100", 989e12, FACTS)
+    assert "more than there are" in short["Llama 4 Behemoth"].note
+    with pytest.raises(UserError, match="--days=0"):
+        budget.trained(150, 0, 0.4, "h100", 989e12, FACTS)
+    with pytest.raises(UserError, match="--power_mw=0.001"):
+        budget.trained(0.001, 60, 0.4, "h100", 989e12, FACTS)
+
+
 def test_every_published_number_has_a_source_and_a_date():
     entries = [FACTS["pue"], FACTS["failures"], FACTS["recovery"], FACTS["grid"]]
-    for entry in (*entries, *FACTS["power"].values(), *FACTS["price"].values()):
+    for section in ("power", "price", "scaling", "trained"):
+        entries += FACTS[section].values()
+    for entry in entries:
         assert entry["source"] and entry["date"].year > 2000

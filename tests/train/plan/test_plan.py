@@ -154,7 +154,7 @@ def test_the_command_writes_where_each_figure_comes_from(tmp_path, capsys):
     origins = {f["origin"] for f in figures if isinstance(f, dict) and "origin" in f}
     assert origins == {"counted", "modelled", "published", "assumed", "given"}
     out = capsys.readouterr().out
-    assert "least time" in out and "(modelled)" in out and "plan.json is in" in out
+    assert "least time" in out and "(modelled)" in out and "plan.json and plan.html are in" in out
     # 8.03B parameters * 6 and attention, at 8 * 989 TFLOP/s.
     seconds = written["step"]["time_of_flops"]["value"]
     tokens = written["step"]["tokens"]["value"]
@@ -173,6 +173,10 @@ def test_the_command_writes_where_each_figure_comes_from(tmp_path, capsys):
         (["--topology=h100-8", "--context=8", "--batch=0"], "--batch=0 must be at least 1"),
         (["--topology=h100-8", "--no_compile", "--facts=nowhere"], "nowhere"),
         (["--topology=h100-8", "--no_compile", "--config.mesh.fsdp=3"], "does not divide the 8"),
+        (["--topology=h100-8", "--no_compile", "--power_mw=1", "--days=0"], "--days=0 must be"),
+        (["--topology=h100-8", "--search", "--budget_s=0"], "--budget_s=0 must be more than 0"),
+        (["--topology=auto", "--context=8"], "--context needs a topology"),
+        (["--topology=v9-auto"], "must name one of v5e, v5p"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, message):

@@ -1,0 +1,149 @@
+"""FLOPs, bytes and trip counts read from HLO text, against arithmetic and real programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from puna.train.plan.program import Program, size
+
+TEXT = """HloModule step, is_scheduled=true
+
+%fused (p0: f32[8,4,16], p1: s32[]) -> f32[4,16] {
+  %p0 = f32[8,4,16]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,4,16]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,4,16}
+  ROOT %b = f32[4,16]{1,0} bitcast(%slice)
+}
+
+%scatter (x: f32[64]) -> f32[16] {
+  %x = f32[64]{0} parameter(0)
+  %all-reduce.1 = f32[64]{0} all-reduce(%x), replica_groups={{0,1,2,3}}, to_apply=%add
+  %id = u32[] partition-id()
+  ROOT %part = f32[16]{0} dynamic-slice(%all-reduce.1, %id), dynamic_slice_sizes={16}
+}
+
+%condition (c: (s32[], f32[8])) -> pred[] {
+  %end = s32[]{:T(128)} constant(7)
+  %c = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+ENTRY %main (a: f32[8,4,16], n: s32[], w: f32[64]) -> f32[4,16] {
+  %a = f32[8,4,16]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %w = f32[64]{0} parameter(2)
+  %loop = (s32[], f32[8]) while(%n), condition=%condition, body=%fused
+  %kernel = f32[4,16]{1,0:T(8,128)S(1)} custom-call(%a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"blocks":"{\\"q\\": 8}"
+}}, backend_config={"x":1}
+  %own = f32[16]{0} fusion(%w), kind=kCustom, calls=%scatter
+  %told = f32[4,16]{1,0} fusion(%a, %n), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"500","cost_model_type":"COST_MODEL_TYPE_CLASSIC"}}
+  ROOT %out = f32[4,16]{1,0} fusion(%a, %n), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"900","cost_model_type":"COST_MODEL_TYPE_INVALID"}}
+}
+"""  # noqa: E501
+
+
+def ops(program):
+    return {op.name: op for op in program.computations[program.entry]}
+
+
+def test_a_slice_counts_as_what_it_takes_and_cycles_only_from_a_cost_model():
+    program = Program(TEXT, 4)
+    found = ops(program)
+    # A slice of [4, 16] is read, the index, and the same written.
+    assert program.cost(found["out"]).bytes == 4 * 16 * 4 * 2 + 4
+    assert program.cost(found["out"]).cycles == 0
+    assert program.cost(found["told"]).cycles == 500
+    # What lies in a TPU's fast memory is no traffic.
+    assert program.cost(found["kernel"]).bytes == 8 * 4 * 16 * 4
+    assert program.trips(found["loop"]) == 7
+
+
+def test_a_fused_reduce_scatter_is_one():
+    program = Program(TEXT, 4)
+    found = program.collective(ops(program)["own"])
+    assert (found.kind, found.bytes, found.group) == ("reduce-scatter", 256, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("[2,4]<=[8]", (0, 1, 2, 3)),
+        ("[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        ("mesh['a'=4,'b'=2] {'a','b'}", tuple(range(8))),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", (0, 2, 4, 6)),
+        ("mesh['a'=8] {'a':(2)2}", (0, 2)),
+        ("{}", tuple(range(8))),
+    ],
+)
+def test_the_devices_of_a_group(groups, first):
+    text = f"ENTRY %m (x: f32[4]) -> f32[4] {{\n  %x = f32[4]{{0}} parameter(0)\n  ROOT %r = f32[4]{{0}} all-reduce(%x), replica_groups={groups}, to_apply=%add\n}}\n"  # noqa: E501
+    program = Program(text, 8)
+    assert program.collective(ops(program)["r"]).group == first
+
+
+def test_sizes_of_types():
+    assert size("(f32[2,3]{1,0}, bf16[4]{0}, pred[8]{0}, s4[3]{0}, token[])") == 24 + 8 + 8 + 1.5
+    assert size("f32[4]{0:T(128)S(1)}") == 0
+
+
+def flops(program, operations=None):
+    total = 0.0
+    for op in operations or program.computations[program.entry]:
+        total += program.cost(op).flops
+        if op.code == "while":
+            total += program.trips(op) * flops(program, program.called(op, "body"))
+        elif op.code == "call":
+            total += flops(program, program.called(op, "to_apply"))
+    return total
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_a_loop_counts_as_often_as_it_runs(layers):
+    def f(x_BD, w_LDD):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x_BD, w_LDD)[0]
+
+    shapes = (
+        jax.ShapeDtypeStruct((32, 64), "float32"),
+        jax.ShapeDtypeStruct((layers, 64, 64), "float32"),
+    )
+    compiled = jax.jit(f).lower(*shapes).compile()
+    assert flops(Program(compiled.as_text(), 1)) == layers * 2 * 32 * 64 * 64
+
+
+def test_flops_of_a_batched_product_and_of_a_padded_convolution():
+    def product(a, b):
+        return jnp.einsum("bij,bjk->bik", a, b)
+
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((3, 8, 16), (3, 16, 24))]
+    compiled = jax.jit(product).lower(*shapes).compile()
+    assert flops(Program(compiled.as_text(), 1)) == 2 * 3 * 8 * 16 * 24
+    # A window of 3 on 8 positions with a border of 1: 3 * 8 - 2 pairs lie inside.
+    text = """ENTRY %m (x: f32[2,8,5], k: f32[3,5,7]) -> f32[2,8,7] {
+  %x = f32[2,8,5]{2,1,0} parameter(0)
+  %k = f32[3,5,7]{2,1,0} parameter(1)
+  ROOT %c = f32[2,8,7]{2,1,0} convolution(%x, %k), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f
+}
+"""
+    assert flops(Program(text, 1)) == 2 * 2 * 5 * 7 * 22
+
+
+def test_flops_of_attention_kernels():
+    text = """ENTRY %m (x: f32[2]) -> f32[2] {
+  %t = s8[1,8,8]{2,1,0} parameter(0)
+  %q = bf16[32,8192,128]{2,1,0} parameter(1)
+  %k = bf16[8,8192,128]{2,1,0} parameter(2)
+  %splash_fwd.1 = bf16[32,8192,128]{2,1,0} custom-call(%t, %t, %q, %k, %k), custom_call_target="tpu_custom_call"
+  %splash_mha_dkv.1 = bf16[32,8192,128]{2,1,0} custom-call(%t, %t, %q, %k, %k), custom_call_target="tpu_custom_call"
+  ROOT %gmm.1 = bf16[8192,128]{1,0} custom-call(%q2, %w), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+    program = Program(text, 1)
+    forward = 4 * 32 * 8192 * 8192 * 128 / 2
+    found = ops(program)
+    assert program.cost(found["splash_fwd.1"]).flops == forward
+    assert program.cost(found["splash_mha_dkv.1"]).flops == 2.5 * forward
