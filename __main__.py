@@ -31,8 +31,7 @@ COMMANDS = {
 _REPLAY_SETTINGS = ("quantize", "adapter", "mesh_config")
 _SETTINGS = ("max_tokens", "stop", "dtype")
 _PLAN_SETTINGS = (
-    *("search", "budget_s", "tokens", "mfu", "country", "power_mw", "days", "context", "batch"),
-    *("quantize", "facts"),
+    "search budget_s tokens mfu country power_mw days context batch quantize facts".split()
 )
 
 
@@ -208,8 +207,7 @@ def _generate(args):
 def _plan(args):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what compilers say of missing hardware
     if args.fit or args.flops:
-        _scaling(args)
-        return
+        return _scaling(args)
     import jax
 
     from .train.plan import plan, report
@@ -222,30 +220,24 @@ def _plan(args):
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     if args.workdir:
-        workdir = pathlib.Path(args.workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_json(workdir / "plan.json", found.to_dict())
-        files.write_text(workdir / "plan.html", found.html())
+        found.write(pathlib.Path(args.workdir))
     if found.fits is False:
         raise errors.UserError(found.verdict)
     print(found)
     if found.candidates:
-        given = args["config"]
-        print(report.train_command(given.config_filename, given.override_values, found))
+        print(report.train_command(args["config"], found))
     if args.workdir:
         print(f"plan.json and plan.html are in {args.workdir}")
 
 
 def _scaling(args):
     """Size and tokens by scaling laws, instead of a plan."""
-    from .train.plan import budget, figures, report, scaling
+    from .train.plan import figures, report, scaling
 
-    facts = budget.read_facts(pathlib.Path(args.facts or budget.FACTS))
-    experts = 0 if args.config is None else schema.from_dict(args.config).model.num_experts
-    sections = scaling.answer(args.fit, args.flops, experts, facts)
-    print(report.text(sections))
+    found = scaling.answer(args.fit, args.flops, args.config, args.facts)
+    print(report.text(found))
     if args.workdir:
-        _write_results(pathlib.Path(args.workdir), figures.plain(sections))
+        _write_results(pathlib.Path(args.workdir), figures.plain(found))
 
 
 def _chat(args):

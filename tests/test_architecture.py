@@ -61,7 +61,7 @@ TESTED_WITH = {
     ],
     # A run's folder is read as training leaves it.
     "train/test_checkpoint.py": ["models/weights/checksum.py", "models/weights/run.py"],
-    "train/plan/test_plan.py": ["train/plan/step.py"],
+    "train/plan/test_plan.py": ["train/plan/figures.py", "train/plan/step.py"],
     "train/test_loop.py": ["train/data/tokenizer.py", "train/step.py"],
 }  # fmt: skip
 

@@ -4,9 +4,10 @@ import dataclasses
 import html
 import pathlib
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ...configs import schema
+from ...configs.files import write_json, write_text
 from ...models.parallel import sharding
 from .figures import Figure, plain, shown
 from .search import Candidate
@@ -47,6 +48,12 @@ class Plan:
             ]
         return facts | {"config": schema.to_dict(self.config)}
 
+    def write(self, folder: pathlib.Path) -> None:
+        """`plan.json` and `plan.html` in a folder, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "plan.json", self.to_dict())
+        write_text(folder / "plan.html", self.html())
+
     def __str__(self):
         lines = [f"{self.topology}: {self.devices} devices. {self.verdict}"]
         lines.append(text(self.sections))
@@ -80,13 +87,14 @@ class Plan:
         return f"<div class=puna-plan><style>{_STYLE}</style>{body}</div>"
 
 
-def train_command(path: str, overrides: Mapping, found: Plan) -> str:
+def train_command(flag, found: Plan) -> str:
     """How to train with the first candidate.
 
     Args:
-      path: of the config, with its variant; of a packaged one the name is enough.
-      overrides: keys and values given on the command line.
+      flag: `--config` with what else of it was given, as ml_collections has it. Of a packaged
+        config the name is enough.
     """
+    path, overrides = flag.config_filename, flag.override_values
     stem, colon, variant = pathlib.Path(path).name.partition(":")
     if pathlib.Path(schema.__file__).parent in pathlib.Path(path).parents:
         path = stem.removesuffix(".py") + colon + variant

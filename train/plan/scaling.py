@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...configs import schema
 from ...configs.errors import UserError
 from .. import metrics
+from . import budget
 from .figures import Figure
 
 LEAST_RUNS = 6  # a law has five coefficients
@@ -82,9 +84,17 @@ def figures(laws: Mapping[str, Law], flops: float, facts: Mapping) -> dict[str, 
     return found
 
 
-def answer(patterns: Iterable[str], flops: float, experts: int, facts: Mapping) -> dict:
-    """Sections of figures: a law fitted to runs if there are patterns of their folders, else the
-    published laws at so many FLOPs.
+def answer(
+    patterns: Iterable[str], flops: float, config: Mapping | None = None,
+    file: str | pathlib.Path | None = None,
+) -> dict:  # fmt: skip
+    """Sections of figures: a law fitted to runs, or what published laws say.
+
+    Args:
+      patterns: of the folders of runs; none = published laws.
+      flops: of training; 0 = the fitted law alone.
+      config: a `ConfigDict` whose experts count; None = dense.
+      file: of published numbers, as `budget.FACTS`, the default.
 
     Raises:
       UserError: a value that cannot be, or runs that allow no fit.
@@ -94,6 +104,8 @@ def answer(patterns: Iterable[str], flops: float, experts: int, facts: Mapping) 
     if patterns:
         folders = sorted(path for pattern in patterns for path in glob.glob(pattern))
         return {"fit": fitted(read_runs(folders), flops)}
+    facts = budget.read_facts(pathlib.Path(file or budget.FACTS))
+    experts = 0 if config is None else schema.from_dict(config).model.num_experts
     return {"compute_optimal": figures(published(facts, experts), flops, facts)}
 
 
