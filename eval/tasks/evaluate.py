@@ -34,12 +34,19 @@ _PACKAGES = ("puna", "jax", "jaxlib", "flax", "numpy", "tokenizers", "jinja2", "
              "reasoning-gym", "langdetect")  # fmt: skip
 
 
+class TaskResults(Results):
+    """What `results.json` holds; in a notebook the table of the report."""
+
+    def _repr_html_(self) -> str:
+        return report.scores(self)
+
+
 def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
                    compute_dtype: str = "float32", quantize: str = "", adapter: str = "",
                    data_dir: str | None = None, batch_size: int = 8,
                    max_length: int | None = None, limit: int | None = None,
                    num_fewshot: int | None = None, apply_chat_template: bool = False,
-                   ) -> Results:  # fmt: skip
+                   ) -> TaskResults:  # fmt: skip
     """Evaluate a model on tasks.
 
     Args:
@@ -104,10 +111,10 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
     asker = Asker(model, params, tokenizer, mesh, batch_size, answers, identity)
     lines = asker.ask([r for asked in requests.values() for one in asked for r in one])
     if not processes.is_first():
-        return Results()
+        return TaskResults(tasks={})
     answers.finish(lines)
     samples = list(_samples(asking, found, requests, lines))
-    results = Results(checkpoint=str(path), tasks=summarise(tasks, samples))
+    results = TaskResults(checkpoint=str(path), tasks=summarise(tasks, samples))
     files.write_json(workdir / "record.json", record)
     files.write_text(
         workdir / "samples.jsonl", "".join(files.to_json(line) + "\n" for line in samples)

@@ -1,8 +1,9 @@
 """Instructions that a program can check: the 25 kinds of IFEval (arXiv 2311.07911).
 
-The names, arguments and meanings are those of its data. Where the original splits sentences with a
-trained model, a sentence here ends at `.`, `!` or `?` before white space; counts of sentences can
-differ by abbreviations.
+The names, arguments and meanings are those of its data, with two differences. Where the original
+splits sentences with a trained model, a sentence here ends at `.`, `!` or `?` before white space,
+so counts can differ by abbreviations. Where it also guesses whether a text in capitals or in lower
+case is English, which fails for short ones, any language will do here.
 """
 
 import json
@@ -119,8 +120,8 @@ def _first_word(text, num_paragraphs, nth_paragraph, first_word):
     parts = [part for part in re.split(r"\n\n", text) if part.strip()]
     if len(parts) != num_paragraphs or nth_paragraph > len(parts):
         return False
-    words = _words(parts[nth_paragraph - 1].strip().split()[0])
-    return bool(words) and words[0].lower() == first_word.lower()
+    word = parts[nth_paragraph - 1].split()[0].lstrip("'\"")
+    return re.split(r"[.,?!'\"]", word)[0].lower() == first_word.lower()
 
 
 def _placeholders(text, num_placeholders):
@@ -128,8 +129,9 @@ def _placeholders(text, num_placeholders):
 
 
 def _postscript(text, postscript_marker):
-    letters = r"\.?\s?".join(map(re.escape, postscript_marker.replace(".", "").replace(" ", "")))
-    return re.search(rf"\s*{letters}.*$", text, re.IGNORECASE | re.MULTILINE) is not None
+    forms = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
+    form = forms.get(postscript_marker, re.escape(postscript_marker))
+    return re.search(form, text, re.IGNORECASE) is not None
 
 
 def _bullets(text, num_bullets):

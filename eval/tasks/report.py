@@ -22,6 +22,23 @@ def page(results: Mapping, samples: Sequence[Mapping], record: Mapping) -> str:
     Args:
       results, samples, record: what `results.json`, `samples.jsonl` and `record.json` hold.
     """
+    parts = [scores(results), _image(_bars(results))]
+    for name, found in results["tasks"].items():
+        mine = [line for line in samples if line["task"] == name]
+        parts.append(f"<h2>{html.escape(name)}</h2>")
+        if all("depth" in line for line in mine) and mine:
+            parts.append(_image(_heat(mine, found["metric"])))
+        parts += _worst(mine, found["metric"])
+    told = {k: v for k, v in record.items() if k not in ("tasks", "config", "chat_template")}
+    parts += ["<h2>Record</h2>", html_table([[k, str(v)] for k, v in told.items()])]
+    asked = [[name, t["definition"], t["data_hash"], t["documents"]]
+             for name, t in record["tasks"].items()]  # fmt: skip
+    parts.append(html_table(asked, ["task", "definition", "data", "documents"]))
+    return _whole(f"Evaluation of {results['checkpoint']}", parts)
+
+
+def scores(results: Mapping) -> str:
+    """The table of an evaluation's results."""
     rows = [
         [
             name,
@@ -36,19 +53,7 @@ def page(results: Mapping, samples: Sequence[Mapping], record: Mapping) -> str:
         if isinstance(s, Mapping) and s["value"] is not None
     ]
     head = ["task", "metric", "value", "standard error", "95% interval", "documents"]
-    parts = [html_table(rows, head), _image(_bars(results))]
-    for name, found in results["tasks"].items():
-        mine = [line for line in samples if line["task"] == name]
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        if all("depth" in line for line in mine) and mine:
-            parts.append(_image(_heat(mine, found["metric"])))
-        parts += _worst(mine, found["metric"])
-    told = {k: v for k, v in record.items() if k not in ("tasks", "config", "chat_template")}
-    parts += ["<h2>Record</h2>", html_table([[k, str(v)] for k, v in told.items()])]
-    asked = [[name, t["definition"], t["data_hash"], t["documents"]]
-             for name, t in record["tasks"].items()]  # fmt: skip
-    parts.append(html_table(asked, ["task", "definition", "data", "documents"]))
-    return _whole(f"Evaluation of {results['checkpoint']}", parts)
+    return html_table(rows, head)
 
 
 def comparison(results: Mapping, first: Sequence[Mapping], second: Sequence[Mapping]) -> str:

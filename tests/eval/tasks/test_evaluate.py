@@ -146,6 +146,8 @@ def test_the_report_holds_the_worst_first_and_nothing_from_outside(folder):
         '{"q": "plain", "c": ["a", "b"], "t": 1}\n'
     )
     out = run(folder, "a", names="choice")
+    results = evaluate.TaskResults(json.loads((out / "results.json").read_text()))
+    assert results._repr_html_() in (out / "report.html").read_text()
     page = (out / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "http" not in page and "data:image/png;base64" in page

@@ -20,7 +20,7 @@ TABLE = [
      {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "two"}, "One.\n\nTwo is.",
      "Two.\n\nOne"),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] [b]", "[a]"),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "x\nP.S. y", "x"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "x\nP. S. y", "x\nP.P.S y"),
     ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, "x\nP.P.S y", "x\nP.S. y"),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
     ("detectable_format:constrained_response", {}, "My answer is no.", "No."),
