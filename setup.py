@@ -50,9 +50,9 @@ EXTRAS = {
     # The field's own tasks, asked in this process: `puna eval --harness`. Brings no torch.
     "harness": ["lm-eval>=0.4.13"],
     # Tasks of our own: mathematics compared symbolically; which language a text is in (IFEval).
-    "tasks": ["math-verify>=0.8.0", "langdetect>=1.0.9"],
+    "tasks": ["langdetect>=1.0.9", "math-verify>=0.9.0"],
     # Questions that are made and graded without a download; brings a dozen small packages.
-    "reasoning": ["reasoning-gym>=0.1.19"],
+    "reasoning": ["reasoning-gym>=0.1.25"],
     # `puna serve`: routes, and HTTP.
     "serve": ["starlette>=0.46.0", "uvicorn>=0.34.0"],
     # Answers that match a JSON schema or a pattern, and calls of functions: token masks without
@@ -78,6 +78,8 @@ EXTRAS = {
         "hypothesis>=6.112.0",
         "jsonschema>=4.23.0",  # judges what structured output gives
         "llguidance>=1.9.1",
+        "langdetect>=1.0.9",
+        "math-verify>=0.9.0",
         "pyarrow>=17.0.0",
         "zstandard>=0.23.0",
         "pytest>=8.3.0",
