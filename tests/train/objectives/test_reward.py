@@ -17,6 +17,7 @@ from puna.train.data.packing import Cursor, Room, pack_row, to_batch
 from puna.train.data.pairs import PairTransform
 from puna.train.loop import train
 from puna.train.objectives import reward
+from puna.train.state import join
 
 PAIRS = [([5, 9], [7, 3, 2], [11, 2]), ([4], [6, 2], [8, 13, 9, 2]), ([3, 3, 8], [10, 2], [12, 2])]
 CENTER = 0.1
@@ -161,3 +162,30 @@ def test_a_recipe_learns_resumes_and_is_loaded(config, tmp_path):
         puna.evaluate(found, tmp_path / "base")
     with pytest.raises(UserError, match="is no reward model: train.objective=next_token"):
         reward.load(tmp_path / "base")
+
+
+def test_adapters_and_the_vector_train_together(config, tmp_path):
+    found = puna.get_config("reward")
+    found.model.update(config.model)
+    found.data.update(train=write(tmp_path / "a.jsonl", 40), seq_len=64)
+    found.optimizer.update(learning_rate=1e-2, warmup_steps=1)
+    found.train.update(steps=8, batch_size=16, microbatches=2, save_every=4, eval_every=0)
+    found.adapter.update(rank=2, targets="blocks/.*/w", quantize="int8")
+    whole = train(found, tmp_path / "whole")
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert losses[0] == pytest.approx(np.log(2)) and losses[-1] < 0.6
+    assert set(whole.params) == {"blocks", "reward"}
+    assert np.any(np.asarray(whole.params["blocks"]["layer_0"]["attention"]["wq_DNH"].b))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "8")
+    resumed = train(found, tmp_path / "cut")
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    model, params = reward.load(tmp_path / "whole")
+    rows = batch(PAIRS, 24)
+    values = [
+        np.asarray(reward.rewards(model, x, rows)[0])
+        for x in (params, join(whole.params, whole.frozen))
+    ]
+    assert np.array_equal(*values) and np.any(values[0])
