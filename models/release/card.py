@@ -62,7 +62,9 @@ def write(
 
 def _text(name, config, origin, facts) -> str:
     licence = licences.LICENCES.get(origin["licence"])
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    lines = ["---", "library_name: transformers"]
+    task = "text-classification" if facts.get("rewards") else "text-generation"
+    lines.append(f"pipeline_tag: {task}")
     if origin["licence"] in _KNOWN:
         lines.append(f"license: {origin['licence']}")
     elif origin["licence"] not in (licences.UNKNOWN, licences.NONE):

@@ -10,7 +10,6 @@ import base64
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import re
@@ -27,29 +26,15 @@ from tqdm.auto import tqdm
 from ...configs import paths, schema
 from ...configs.errors import UserError
 from ...configs.files import write_json
-from ..adapters import Adapted
-from ..leaf import dense
 from ..parallel import sharding
 from ..text.tokenizer import Tokenizer, load_tokenizer
-from ..weights import (
-    adapter_sum,
-    huggingface,
-    licences,
-    peft,
-    placing,
-    run,
-    safetensors_files,
-    vision_table,
-)
-from ..weights import config as hf_config
-from ..weights.load import open_weights
-from ..weights.tensors import Weights, cast, warn
+from ..weights import huggingface, licences, placing, run, safetensors_files
+from ..weights.tensors import warn
 from . import card, gguf_release
+from .source import AdaptedModel, OthersModel, RunModel, open_model
 
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("bfloat16", "float16", "float32")
-# Small leaves of a run are read together up to this.
-_READ_BYTES = 2**28
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
 # Copied as they are from a directory of others; what they mean is the tokenizer's business.
 _TOKENIZER_FILES = (
@@ -102,7 +87,7 @@ def convert(
     licences.check_choice(base_licence)
     src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
-    model = _open(src, np.dtype(dtype) if dtype and to != "gguf" else None)
+    model = open_model(src, np.dtype(dtype) if dtype and to != "gguf" else None)
     if adapter:
         if to not in ("hf", "gguf") or isinstance(model, RunModel):
             raise UserError(
@@ -114,6 +99,8 @@ def convert(
     if base_licence is not None:
         model.origin = model.origin | {"licence": base_licence}
     name = name or dst.absolute().name
+    if isinstance(model, RunModel) and model.rewards and to != "hf":
+        raise UserError(f"{src}: is a reward model, which is written with --to=hf alone")
     if to == "puna":
         if not isinstance(model, OthersModel):
             raise UserError(f"{src}: is a run of puna already")
@@ -139,126 +126,6 @@ def convert(
                 f"{dst}: the licence of the base model ({model.origin['licence']}) must be "
                 "copied beside the weights, and the source has no copy: add it as LICENSE"
             )
-
-
-class OthersModel:
-    """What others wrote, leaf by leaf."""
-
-    def __init__(self, path: pathlib.Path, to: np.dtype | None):
-        self.path = path
-        self.weights: Weights = dataclasses.replace(open_weights(path), to=to)
-        self.config = self.weights.config
-        self.origin = self.weights.origin
-        self.facts: dict[str, Any] = {}
-        names = ("tokenizer.json", "tokenizer.model", "puna_tokenizer.json")
-        self.has_tokenizer = path.is_file() or any(
-            (path / name).exists() for name in names
-        ) or any(path.glob("*.gguf"))  # fmt: skip
-
-    def dtype(self, path: str, layer: int) -> np.dtype:
-        source = self.weights.table[path].sources[layer]
-        return self.weights.to or self.weights.tensors[source.name].dtype
-
-    def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
-        """One layer of a leaf (0 where it is not stacked)."""
-        return self.weights.read(self.weights.table[path].sources[layer])
-
-    def finish(self) -> None:
-        self.weights.warn_of_nonfinite(self.path)
-
-
-class AdaptedModel(OthersModel):
-    """What others wrote with an adapter in it, leaf by leaf."""
-
-    def __init__(self, path: pathlib.Path, to: np.dtype | None, adapter: str):
-        super().__init__(path, to)
-        self.adapter = adapter_sum.read(adapter, path, self.config)
-        self.config = self.adapter.config
-        self.facts = {"init_from": f"{path} and the adapter {adapter}"}
-
-    def _held(self, path: str) -> str:
-        """Where the weights of a parameter lie: an output that was tied is the embedding."""
-        return path if path in self.weights.table else "embed/table_VD"
-
-    def dtype(self, path: str, layer: int) -> np.dtype:
-        return super().dtype(self._held(path), layer)
-
-    def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
-        held, dtype = self._held(path), self.dtype(path, layer)
-        x = super().read(held, leaf, layer)
-        if held != path:
-            x = x.T
-        new = self.adapter.replaced.get(path, {}).get(layer)
-        x = x if new is None else cast(new, dtype, f"parameter {path}")
-        factors = self.adapter.factors.get(path)
-        if factors is None:
-            return x
-        a, b = (f[layer] if leaf.stacked else f for f in factors)
-        m = self.adapter.magnitudes.get(path, {}).get(layer)
-        if m is None and path in self.adapter.magnitudes:  # of another layer alone
-            return x
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            whole = dense(Adapted(np.float32(x), a, b, 1.0, m))
-        return cast(np.asarray(whole), dtype, f"parameter {path}")
-
-
-class RunModel:
-    """A checkpoint of ours, leaf by leaf, in the dtypes that it has on disk or in one for all."""
-
-    def __init__(self, path: pathlib.Path, to: np.dtype | None):
-        self.path, self.to = path, to
-        self.folder = run.find(path)
-        meta = run.read_meta(self.folder)
-        config = schema.build(meta["config"])
-        self.config, self.new_tokens = config.model, config.data.new_tokens
-        self.has_tokenizer = bool(meta["tokenizer"])
-        unknown = {"base_model": licences.UNKNOWN, "licence": licences.UNKNOWN, "files": {}}
-        self.origin = unknown | (meta.get("origin") or {})
-        home = path if (path / run.CHECKPOINTS).is_dir() else self.folder.parent.parent
-        self.facts = card.facts_of_run(home, meta)
-        self._held: dict[str, np.ndarray] = {}
-        self._stored = run.Parameters(self.folder)
-        self._paths = list(hf_table(self.config)[0])
-
-    def dtype(self, path: str, layer: int) -> np.dtype:
-        return self.to or self._stored.dtype(path)
-
-    def read(self, path: str, leaf: huggingface.Leaf, layer: int) -> np.ndarray:
-        if path not in self._held:
-            self._held = self._stored.read(self._batch(path))
-        value = self._held[path]
-        if value.shape != leaf.shape:
-            raise UserError(
-                f"{self.folder}: parameter {path} has shape {value.shape}, "
-                f"its config says {leaf.shape}"
-            )
-        return cast(value[layer] if leaf.stacked else value, self.to, f"parameter {path}")
-
-    def write_adapters(self, folder: pathlib.Path) -> None:
-        """Write the adapters alone, in PEFT's format."""
-        if self.new_tokens:
-            raise UserError(
-                f"{self.path}: its base has rows of data.new_tokens={self.new_tokens}, which no "
-                "base has that PEFT could load: convert the merged model with --to=hf"
-            )
-        peft.write(folder, hf_table(self.config)[0], self._stored, self.origin["base_model"])
-
-    def _batch(self, first: str) -> list[str]:
-        """A leaf and those that follow it while they are small: their checksums are one program."""
-        paths, size = [], 0
-        for path in self._paths[self._paths.index(first) :]:
-            size += math.prod(self._stored.shape(path)) * self._stored.dtype(path).itemsize
-            if paths and size > _READ_BYTES:
-                break
-            paths.append(path)
-        return paths
-
-    def finish(self) -> None:
-        pass
-
-
-def _open(src: pathlib.Path, to: np.dtype | None) -> OthersModel | RunModel:
-    return RunModel(src, to) if run.is_run(src) else OthersModel(src, to)
 
 
 def _tokenizer_of(model: OthersModel | RunModel, told: str | None) -> Tokenizer | None:
@@ -341,7 +208,7 @@ def _write_release(
     model, tokenizer: Tokenizer | None, home: pathlib.Path | None, folder: pathlib.Path,
     name: str, shard_bytes: int,
 ) -> None:  # fmt: skip
-    table, config_json = hf_table(model.config)
+    table, config_json = model.table()
     if tokenizer is not None:
         _write_tokenizer(tokenizer, home or folder, folder)
     main_dtype = _write_weights(model, table, folder, shard_bytes)
@@ -361,29 +228,6 @@ def _write_release(
     write_json(folder / "generation_config.json", generation | ids)
     card.write(folder, name, model.config, model.origin, model.facts)
     model.finish()
-
-
-def hf_table(config: schema.ModelConfig) -> tuple[dict[str, huggingface.Leaf], dict[str, Any]]:
-    """The table and the config.json that a model has on Hugging Face.
-
-    Raises:
-      UserError: an architecture that Hugging Face's Llamas cannot express.
-    """
-    if not config.vision.num_layers:
-        return huggingface.leaves(config), hf_config.to_hf(config)
-    text = dataclasses.replace(config, vision=schema.VisionConfig())
-    if hf_config.family(text) != hf_config.LLAMA4:
-        raise UserError("model.vision.num_layers must be 0: only Llama 4 has an image encoder")
-    text_json = hf_config.to_hf(text)
-    del text_json["architectures"]
-    config_json = {
-        "architectures": ["Llama4ForConditionalGeneration"],
-        "model_type": "llama4",
-        "tie_word_embeddings": config.tie_embeddings,
-        "text_config": text_json,
-    } | vision_table.to_hf(config.vision)
-    leaves = huggingface.leaves(config, "language_model.", hf_config.LLAMA4)
-    return leaves | vision_table.leaves(config), config_json
 
 
 @dataclasses.dataclass(frozen=True)

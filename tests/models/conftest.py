@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from puna.models.release import convert
+from puna.models.release import source
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "reference"
 
@@ -23,4 +23,4 @@ def files():
 def tiny(files):
     """A dense model: its config, its config.json, its tensors in Hugging Face's layout."""
     config = files.model_config(files.TINY)
-    return config, convert.hf_table(config)[1], files.random_tensors(files.hf_shapes(config))
+    return config, source.hf_table(config)[1], files.random_tensors(files.hf_shapes(config))

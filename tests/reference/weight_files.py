@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from puna.configs import schema
-from puna.models.release import convert
+from puna.models.release import source
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -71,11 +71,11 @@ def write_hf(folder, config_json, tensors, shards=1):
 
 
 def hf_table(config):
-    return convert.hf_table(config)
+    return source.hf_table(config)
 
 
 def hf_shapes(config):
-    table, _ = convert.hf_table(config)
+    table, _ = source.hf_table(config)
     return {s.name: s.hf_shape for leaf in table.values() for s in leaf.sources}
 
 
@@ -83,7 +83,7 @@ def hf_family(name):
     """config.json and float32 tensors of a small model of a family."""
     if name == "vision":
         config = model_config(VISION)
-        return convert.hf_table(config)[1], random_tensors(hf_shapes(config))
+        return source.hf_table(config)[1], random_tensors(hf_shapes(config))
     with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as stored:
         tensors = {k[7:]: stored[k] for k in stored.files if k.startswith("weight/")}
         return json.loads(str(stored["config"])), tensors

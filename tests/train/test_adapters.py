@@ -15,7 +15,8 @@ from puna.models import leaf
 from puna.models.adapters import attach, detach, is_adapted
 from puna.models.parallel import sharding
 from puna.models.quantize import Int8
-from puna.models.release.convert import convert, hf_table
+from puna.models.release.convert import convert
+from puna.models.release.source import hf_table
 from puna.models.transformer import abstract_params
 from puna.models.weights import huggingface, run
 from puna.train import init_from

@@ -89,8 +89,9 @@ def make(config: Config, token_bytes_V) -> Reward:
 
 
 def head(config: Config) -> dict[str, Param]:
-    """The vector, abstract."""
-    shape = jax.ShapeDtypeStruct((config.model.embed_dim,), jnp.dtype(config.model.param_dtype))
+    """The vector, abstract; beside adapters in float32 as they are: nothing there is rounded."""
+    dtype = "float32" if config.adapter.rank else config.model.param_dtype
+    shape = jax.ShapeDtypeStruct((config.model.embed_dim,), jnp.dtype(dtype))
     return {"head_D": Param(shape, ("norm",))}
 
 

@@ -9,9 +9,11 @@ import autograd.numpy as anp
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import puna
 from puna.configs.errors import UserError
+from puna.models.release.convert import convert
 from puna.models.transformer import Transformer
 from puna.train.data.packing import Cursor, Room, pack_row, to_batch
 from puna.train.data.pairs import PairTransform
@@ -171,11 +173,12 @@ def test_adapters_and_the_vector_train_together(config, tmp_path):
     found.optimizer.update(learning_rate=1e-2, warmup_steps=1)
     found.train.update(steps=8, batch_size=16, microbatches=2, save_every=4, eval_every=0)
     found.adapter.update(rank=2, targets="blocks/.*/w", quantize="int8")
+    found.model.param_dtype = "bfloat16"
     whole = train(found, tmp_path / "whole")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses[0] == pytest.approx(np.log(2)) and losses[-1] < 0.6
-    assert set(whole.params) == {"blocks", "reward"}
+    assert {x.dtype.name for x in jax.tree.leaves(whole.params)} == {"float32"}
     assert np.any(np.asarray(whole.params["blocks"]["layer_0"]["attention"]["wq_DNH"].b))
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "checkpoints" / "8")
@@ -189,3 +192,40 @@ def test_adapters_and_the_vector_train_together(config, tmp_path):
         for x in (params, join(whole.params, whole.frozen))
     ]
     assert np.array_equal(*values) and np.any(values[0])
+    for to in ("gguf", "peft"):
+        with pytest.raises(UserError, match="is a reward model, which is written with --to=hf"):
+            convert(tmp_path / "whole", tmp_path / "none", to=to)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_gives_a_release_s_texts_the_same_rewards(config, tmp_path, tied):
+    transformers, torch = (pytest.importorskip(name) for name in ("transformers", "torch"))
+    found = puna.get_config("reward")
+    found.model.update(config.model, tie_embeddings=tied)
+    found.data.update(train=write(tmp_path / "a.jsonl", 40), seq_len=64)
+    found.optimizer.update(learning_rate=1e-2, warmup_steps=1)
+    found.train.update(steps=4, batch_size=16, microbatches=2, save_every=4, eval_every=0)
+    if tied:
+        found.adapter.update(rank=2, targets="/w")
+    train(found, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "release", name="scores")
+    names = load_file(tmp_path / "release" / "model.safetensors")
+    assert names["score.weight"].shape == (1, 16) and "lm_head.weight" not in names
+    card = (tmp_path / "release" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "release")
+    assert type(theirs).__name__ == "LlamaForSequenceClassification" and theirs.num_labels == 1
+    pipe = transformers.AutoTokenizer.from_pretrained(tmp_path / "release")
+    model, params = reward.load(tmp_path / "run")
+    tokenizer = puna.load_tokenizer(tmp_path / "run")
+    texts = ["3 llamas eat grass", "3 llamas eat stones", "a longer text, to be padded beside"]
+    with torch.no_grad():
+        found = theirs(**pipe(texts, return_tensors="pt", padding=True)).logits[:, 0].numpy()
+    for text, score in zip(texts, found, strict=True):
+        ids = np.array([[*tokenizer.begin_ids, *tokenizer.encode(text)]])
+        ones = np.ones_like(ids)
+        rows = {"tokens_BT": ids, "positions_BT": np.arange(ids.size)[None],
+                "segment_ids_BT": ones}  # fmt: skip
+        values_BT, _ = reward.rewards(model, params, rows)
+        np.testing.assert_allclose(values_BT[0, -1], score, rtol=1e-5, atol=1e-6)

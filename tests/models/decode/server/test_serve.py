@@ -11,7 +11,7 @@ import pytest
 
 from puna import __main__ as cli
 from puna.configs.errors import UserError
-from puna.models.release import convert
+from puna.models.release import source
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
 
 httpx = pytest.importorskip("httpx", reason="a client")
@@ -23,7 +23,7 @@ def release(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     config = files.model_config(files.TINY | {"vocab_size": 304, "max_positions": 128})
     files.write_hf(
-        folder, convert.hf_table(config)[1], files.random_tensors(files.hf_shapes(config))
+        folder, source.hf_table(config)[1], files.random_tensors(files.hf_shapes(config))
     )
     train_bpe(["the llama walks over the puna"] * 9, 290).save(folder)
     return folder
