@@ -222,7 +222,9 @@ class TrainConfig:
     microbatches: int = key(1, "parts the batch is split into, one after another", POSITIVE)
     seed: int = key(0, "of the parameters and of the data order", between(0, 2**31 - 1))
     z_loss: float = key(0.0, "weight of log(Z)^2 in the loss", at_least(0),
-                        Only("train.objective", ("next_token", "sft")))  # fmt: skip
+                        Only("train.objective", ("next_token", "sft", "multi_token")))  # fmt: skip
+    mtp_weight: float = key(0.3, "weight of the loss of the token after the next one", at_least(0),
+                            Only("train.objective", ("multi_token",)))  # fmt: skip
     loss_chunk: int = key(1024, "tokens whose logits exist at one time, a device", POSITIVE)
     bad_step: str = key("skip", "what to do where the gradient is not finite or spikes",
                         one_of("skip", "rewind", "stop"))  # fmt: skip

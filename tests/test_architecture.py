@@ -37,7 +37,9 @@ TESTED_WITH = {
     ],
     "models/weights/test_peft.py": ["models/weights/adapter_sum.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
-    "models/release/test_convert.py": ["models/release/card.py", "models/weights/licences.py"],
+    "models/release/test_convert.py": [
+        "models/release/card.py", "models/release/source.py", "models/weights/licences.py",
+    ],
     "models/test_quantize.py": ["models/leaf.py"],
     "models/test_vision.py": ["models/encoder.py", "models/weights/vision_table.py"],
     "models/text/test_files.py": ["models/text/gguf.py"],

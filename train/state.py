@@ -204,7 +204,9 @@ def state_of(
     if objective:
         frozen |= objective.initial_frozen(config, mesh, params)
         new = {name: abstract.params[name] for name in objective.added(config)}
-        params |= jax.tree.map(lambda x: jnp.zeros(x.shape, device=x.sharding), new)
+        out = jax.tree.map(lambda x: x.sharding, new)
+        key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
+        params |= jax.jit(lambda key: objective.init_added(config, key), out_shardings=out)(key)
     # Without explicit places optax's counters would all land on one device.
     places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from ...configs.errors import ConfigError
 from ...configs.schema import Config
+from ...models.parallel.sharding import Param
 from ...models.transformer import Transformer
 from ..data.examples import Transform
 
@@ -47,8 +49,15 @@ class Objective(Protocol):
         ...
 
     def added(self, config: Config) -> dict[str, Any]:
-        """Parameters beside the model's own, boxed; they start as zeros, and all of them train."""
+        """Parameters beside the model's own, boxed; all of them train."""
         return {}
+
+    def init_added(self, config: Config, key) -> dict[str, Any]:
+        """Those parameters as a run starts: zeros, unless an objective has others."""
+        return jax.tree.map(
+            lambda p: jnp.zeros(p.value.shape),
+            self.added(config), is_leaf=lambda x: isinstance(x, Param),
+        )  # fmt: skip
 
     def abstract_frozen(self, config: Config, boxed) -> dict[str, Any]:
         """Trees beside the model's own that do not train, by name: a reference, a teacher.

@@ -72,15 +72,10 @@ class NextToken(Objective):
           batch: tokens, targets, positions, segment ids and weights, each [B, T]; and tiles and
             frames of the rows, if there are any, whose own tokens should weigh nothing.
         """
-        images = audio = None
-        if "tiles_BIYXC" in batch:
-            images = Images(batch["tiles_BIYXC"], batch["num_tiles_B"])
-        if "frames_BISM" in batch:
-            audio = Audio(batch["frames_BISM"], batch["num_frames_BI"])
-        out = model.apply(
-            {"params": params}, batch["tokens_BT"], batch["positions_BT"],
-            batch["segment_ids_BT"], images=images, audio=audio, method="states",
-        )  # fmt: skip
+        return self.of_states(model, params, self.states(model, params, batch), batch)
+
+    def of_states(self, model, params, out, batch) -> Loss:
+        """`loss` of what the layers gave."""
         weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
         total, nll_BT = cross_entropy(
             out.hidden_BTD, unembed_table(model.config, params), targets_BT, weights_BT,
@@ -93,6 +88,18 @@ class NextToken(Objective):
             "bytes": jnp.sum(bytes_BT, axis=1),
         }
         return Loss(total, rows_B, out.router)
+
+    def states(self, model, params, batch):
+        """What the layers give for a batch."""
+        images = audio = None
+        if "tiles_BIYXC" in batch:
+            images = Images(batch["tiles_BIYXC"], batch["num_tiles_B"])
+        if "frames_BISM" in batch:
+            audio = Audio(batch["frames_BISM"], batch["num_frames_BI"])
+        return model.apply(
+            {"params": params}, batch["tokens_BT"], batch["positions_BT"],
+            batch["segment_ids_BT"], images=images, audio=audio, method="states",
+        )  # fmt: skip
 
     def summary(self, sums):
         """`loss` in nats a target, and `bits_per_byte` of the text that the targets stand for."""
