@@ -12,7 +12,7 @@ import traceback
 
 from absl import flags
 
-from .configs import command_line, errors, files, paths, schema
+from .configs import command_line, errors, files, paths, schema, storage
 from .train.resilience.background import background_log
 
 COMMANDS = {
@@ -40,9 +40,11 @@ def _train(args):
     from .models.weights import run
     from .train.loop import train
 
-    workdir = _required(args, "workdir")
-    folder = pathlib.Path(workdir) / run.CHECKPOINTS
-    if (args.fresh or not args.resume) and folder.is_dir() and any(folder.iterdir()):
+    workdir = storage.at(_required(args, "workdir"))
+    folder = workdir / run.CHECKPOINTS
+    with storage.explained(folder):
+        taken = folder.is_dir() and any(folder.iterdir())
+    if (args.fresh or not args.resume) and taken:
         raise errors.UserError(
             f"--fresh: {folder} holds checkpoints already, which puna never deletes; "
             "move it away, or take another --workdir"
@@ -50,7 +52,7 @@ def _train(args):
     train(args.config, workdir)
     if not is_first():
         return
-    results = json.loads((pathlib.Path(workdir) / "results.json").read_text())
+    results = json.loads((workdir / "results.json").read_text())
     _summary(results)
     print(f"checkpoints, metrics.jsonl, loss.png and results.json are in {workdir}")
 
@@ -63,10 +65,12 @@ def _eval(args):
     if args.compare is not None:
         _compare(args)
         return
-    checkpoint = pathlib.Path(_required(args, "checkpoint"))
-    # Beside the checkpoints of a run of ours; nothing is written into models of others.
-    beside = checkpoint / "eval" if is_run(checkpoint) else pathlib.Path(f"eval-{checkpoint.stem}")
-    workdir = pathlib.Path(args.workdir or beside)
+    checkpoint = storage.at(_required(args, "checkpoint"))
+    # Beside the checkpoints of a run of ours; nothing is written into models of others, and records
+    # of single requests, which grow, not into a bucket.
+    is_home = is_run(checkpoint) and not (_asks(args) and paths.in_bucket(checkpoint))
+    beside = checkpoint / "eval" if is_home else pathlib.Path(f"eval-{checkpoint.stem}")
+    workdir = storage.at(args.workdir or beside)
     if args.harness is not None:
         _harness(args, checkpoint, workdir)
         return
@@ -201,7 +205,7 @@ def _generate(args):
     if args.workdir and show:
         settings = {name: getattr(args, name) for name in _SETTINGS} | sampling._asdict()
         results = {"checkpoint": path, "prompt": args.prompt, "text": text, **settings}
-        _write_results(pathlib.Path(args.workdir), results)
+        _write_results(storage.at(args.workdir), results)
 
 
 def _plan(args):
@@ -220,7 +224,7 @@ def _plan(args):
         tell=lambda line: print(line, file=sys.stderr, flush=True),
     )  # fmt: skip
     if args.workdir:
-        found.write(pathlib.Path(args.workdir))
+        found.write(storage.at(args.workdir))
     if found.fits is False:
         raise errors.UserError(found.verdict)
     print(found)
@@ -437,7 +441,7 @@ def _run(argv: list[str]) -> None:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
     for name in ("workdir", "checkpoint", "facts"):
         if name in args and args[name].value:
-            args[name].value = str(paths.local(args[name].value, f"--{name}"))
+            args[name].value = str(storage.anywhere(args[name].value, f"--{name}"))
     if "config" in args and (args.config is not None or not _asks(args)):
         _required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration

@@ -1,12 +1,13 @@
 """Kill a run at random moments until it is done, and compare it with one that was left alone.
 
     python benchmarks/kill_anywhere.py [--kills=20] [--steps=120] [--processes=1] [--experts=0]
+        [--bucket=gs://BUCKET]
 
 Each time the same command is started again. SIGKILL may hit anything: start-up, compiling, a step,
 a save, the removal of an old checkpoint; of several processes all or one. After each kill every
 array of the newest checkpoint must be, bit for bit, what the run left alone had after that step; so
 must be every loss and the last checkpoint at the end. If that comes before all kills, there is
-another run.
+another run. With --bucket the runs that are killed have their folders there, and no local disk.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import json
 import os
 import pathlib
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -86,7 +88,7 @@ def strike(process: subprocess.Popen, workdir, first: float, processes: int, rng
         # Some steps on from where it was, and then at any moment of a step or a save.
         goal = at(workdir) + rng.randint(1, 8)
         while process.poll() is None and at(workdir) < goal:
-            time.sleep(0.01)
+            time.sleep(0.01 if isinstance(workdir, pathlib.Path) else 0.2)
         wait(process, rng.uniform(0, 0.3))
     if process.poll() is not None:
         return False
@@ -129,6 +131,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--experts", type=int, default=0, help="0 = a dense model")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", default="", help="gs://BUCKET for the runs that are killed")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
@@ -148,19 +151,26 @@ def main() -> None:
         first = time.monotonic() - began
         end(process)
         print(f"left alone: {args.steps} steps, the first after {first:.1f} s", flush=True)
+        homes, there = folder, ()
+        if args.bucket:
+            from puna.configs import storage
+
+            homes = storage.at(f"{args.bucket}/{secrets.token_hex(4)}")
+            there = (*alone, "--config.train.save_every=2")
         kills = same = runs = 0
         same_ends, aside = True, []
         while kills < args.kills:
             runs += 1
-            cut = folder / f"cut{runs}"
-            process = start(folder, cut, args.processes)
+            cut = homes / f"cut{runs}"
+            local = [] if args.bucket else [folder / "local" / cut.relative_to("/")]
+            process = start(folder, cut, args.processes, *there)
             while kills < args.kills and strike(process, cut, first, args.processes, rng):
                 kills += 1
-                step, well = alike(whole, cut, folder / "local" / cut.relative_to("/"))
+                step, well = alike(whole, cut, *local)
                 same += well
                 how = f"checkpoint {step} {'the same' if well else 'DIFFERS'}"
                 print(f"kill {kills} after step {at(cut)}: {how}", flush=True)
-                process = start(folder, cut, args.processes)
+                process = start(folder, cut, args.processes, *there)
             end(process)
             step, well = alike(whole, cut)
             well = well and step == args.steps and losses(cut) == losses(whole)

@@ -9,6 +9,9 @@ import secrets
 import time
 from collections.abc import Mapping
 
+from . import storage
+from .paths import is_url
+
 _STALE_SECONDS = 3600  # no small file takes that long to write
 
 
@@ -19,7 +22,12 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
     Raises:
       OSError: it cannot be written; the old file is then as it was, and no part is left.
+      UserError, MachineError: the same of a file in object storage.
     """
+    if is_url(path):
+        with storage.explained(path):
+            storage.at(path).write_bytes(data)
+        return
     path = pathlib.Path(os.path.realpath(path))  # a link stays one
     part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:

@@ -15,6 +15,16 @@ def is_url(path: str | os.PathLike) -> bool:
     return bool(_URL.match(os.fspath(path)))  # one slash is what pathlib leaves of two
 
 
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Whether this names something in the object storage that runs may lie in."""
+    return os.fspath(path).startswith("gs:/")
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """`Path.absolute`, which for a path of a bucket would be one in the current folder."""
+    return path if is_url(path) else path.absolute()
+
+
 def local(path, name: str) -> pathlib.Path:
     """The path of this machine that a user means, `~` and `~user` expanded.
 
@@ -50,7 +60,7 @@ def real(text: str) -> str:
 
     `~` is expanded, links are followed, and what is relative is so to the current folder.
     """
-    return os.path.realpath(os.path.expanduser(text))
+    return text if is_url(text) else os.path.realpath(os.path.expanduser(text))
 
 
 def missing(path: pathlib.Path) -> UserError:

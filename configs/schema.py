@@ -26,8 +26,13 @@ _COPIED = (
     "a path of this machine: copy there first what a URL names (a model of the Hugging Face Hub by "
     "`hf download ID --local-dir DIR`)"
 )
+_OF_RUNS = f"a run in object storage (gs://BUCKET/RUN), or {_COPIED}"
 LOCAL = Rule(f"be {_COPIED}", lambda v: not paths.is_url(v))
-TOKENIZER = Rule(f"be bytes, train or {_COPIED}", lambda v: v.strip() and not paths.is_url(v))
+RUN = Rule(f"be {_OF_RUNS}", lambda v: not paths.is_url(v) or paths.in_bucket(v))
+TOKENIZER = Rule(
+    f"be bytes, train, {_OF_RUNS}",
+    lambda v: v.strip() and (not paths.is_url(v) or paths.in_bucket(v)),
+)
 AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v: v == -1 or v >= 1)
 DTYPE = one_of("float32", "bfloat16")
 ENDS = one_of("auto", "always", "never")
@@ -214,7 +219,7 @@ class TrainConfig:
 
     objective: str = key("next_token", "the loss: a file of train/objectives", NOT_EMPTY)
     init_from: str = key("", "weights to start from: a model, a run or RUN@STEP; empty = random",
-                         LOCAL)  # fmt: skip
+                         RUN)  # fmt: skip
     with_optimizer: bool = key(False, "init_from is a run, whose moments are kept too")
     trainable: str = key("", "regular expressions of parameters that train; empty = all")
     steps: int = key(1000, "optimizer updates", POSITIVE)

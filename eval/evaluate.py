@@ -5,7 +5,7 @@ import math
 import pathlib
 from collections.abc import Mapping
 
-from ..configs import paths, schema
+from ..configs import schema, storage
 from ..configs.display import Results
 from ..configs.errors import ConfigError, UserError
 from ..models.parallel import sharding
@@ -43,7 +43,7 @@ def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Re
     c = schema.from_dict(config)
     if not c.data.validation:
         raise ConfigError("data.validation='' must name what to evaluate on")
-    path = paths.local(path, "checkpoint")
+    path = storage.anywhere(path, "checkpoint")
     mesh = sharding.make_mesh(c.mesh)
     # The data before the weights, which may take minutes to load.
     tokenizer = with_ends(c.data, load_tokenizer(path))

@@ -6,10 +6,9 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 
-from ..configs import files, paths, schema
+from ..configs import files, paths, schema, storage
 from ..configs.errors import UserError
 from ..models.parallel import processes, sharding
 from ..models.text.tokenizer import load_tokenizer
@@ -47,7 +46,7 @@ def evaluate_harness(path, tasks: Sequence[str], workdir, *, mesh_config=None,
     lm_eval = _lm_eval()
     from lm_eval.utils import handle_non_serializable
 
-    path, workdir = paths.local(path, "checkpoint"), pathlib.Path(workdir)
+    path, workdir = storage.anywhere(path, "checkpoint"), paths.local(workdir, "--workdir")
     # The weights last: they may take minutes to load.
     tokenizer = load_tokenizer(path)
     manager = _task_manager(tasks, include_path)

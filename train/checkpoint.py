@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from ..configs import errors, paths
+from ..configs import errors, paths, storage
 from ..configs.errors import UserError
 from ..configs.schema import Config, build, flatten, keys, to_dict
 from ..models.parallel import processes
@@ -72,7 +72,7 @@ class Checkpoints:
         if config.train.local_dir:
             # Runs that share the disk must not take each other's.
             disk = paths.local(config.train.local_dir, "train.local_dir")
-            self.local = disk.joinpath(*workdir.absolute().parts[1:])
+            self.local = disk.joinpath(*paths.absolute(workdir).parts[1:])
         # The configuration that the newest restored checkpoint was saved with.
         self.restored: Config | None = None
         # Step -> validation loss, where it is known.
@@ -134,8 +134,7 @@ class Checkpoints:
         if not any(processes.gather(not run.steps(folder))):
             return
         with _explained(folder, "save"):
-            path = (folder / run.CHECKPOINTS).absolute()
-            path.mkdir(parents=True, exist_ok=True)
+            path = _made(folder / run.CHECKPOINTS)
             with ocp.CheckpointManager(path) as manager:
                 meta = ocp.args.JsonSave(run.seal({}, {"params": sums}))
                 manager.save(0, args=ocp.args.Composite(params=_in_chunks(frozen), meta=meta))
@@ -209,8 +208,7 @@ class Checkpoints:
                 preservation_policy=self if main else LatestN(1), cleanup_tmp_directories=True
             )
             with _explained(folder, "save"):
-                path = (folder / run.CHECKPOINTS).absolute()
-                path.mkdir(parents=True, exist_ok=True)
+                path = _made(folder / run.CHECKPOINTS)
                 self._managers[folder] = ocp.CheckpointManager(path, options=options)
         return self._managers[folder]
 
@@ -300,11 +298,18 @@ def newest_whole(folders: list[pathlib.Path], read: Callable):
     return None
 
 
+def _made(folder: pathlib.Path) -> pathlib.Path:
+    folder = paths.absolute(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def _set_aside(folder: pathlib.Path, why: str) -> pathlib.Path:
-    """Rename a folder to a name that nothing has yet."""
+    """Rename a folder to a name that nothing has yet; in object storage by copying it."""
     names = (f"{folder.name}.{why}{n or ''}" for n in itertools.count())
-    free = next(p for p in map(folder.with_name, names) if not p.exists())
-    return folder.rename(free)
+    with storage.explained(folder):
+        free = next(p for p in map(folder.with_name, names) if not p.exists())
+        return folder.rename(free)
 
 
 def _in_chunks(tree) -> ocp.args.StandardSave:
@@ -319,6 +324,11 @@ def _explained(workdir: pathlib.Path, what: str):
         yield
     except Exception as error:
         said, status = errors.system_error(error), errors.status(error)
+        if paths.is_url(workdir) and (kind := storage.fault(error)):
+            raise kind(
+                f"{workdir}: cannot {what} a checkpoint: {errors.one_line(str(error))[:300]}; "
+                "the checkpoint before it is whole"
+            ) from error
         if said is None:
             raise
         kind = errors.MachineError if status == errors.MACHINE else UserError

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from ..configs import paths, patterns, schema
+from ..configs import paths, patterns, schema, storage
 from ..configs.errors import ConfigError, UserError
 from ..configs.schema import Config, ModelConfig
 from ..models.leaf import dense
@@ -136,14 +136,19 @@ def source(where: str) -> tuple[pathlib.Path, bool]:
     Raises:
       UserError: it is a run without that step, or without any.
     """
-    path, step = paths.local(where, "train.init_from"), None
-    if not path.exists() and (found := re.fullmatch(r"(.+)@(\d+)", str(path))):
-        path, step = pathlib.Path(found[1]), int(found[2])
+    path, step = storage.anywhere(where, "train.init_from"), None
+    if (found := re.fullmatch(r"(.+)@(\d+)", str(path))) and not _exists(path):
+        path, step = storage.at(found[1]), int(found[2])
     if run.is_run(path):
         return run.find(path, step), True
     if step is not None:
         raise UserError(f"train.init_from={where}: {path} is not a run of puna, so it has no steps")
     return path, False
+
+
+def _exists(path: pathlib.Path) -> bool:
+    with storage.explained(path):
+        return path.exists()
 
 
 def meaning(where: str) -> str:
@@ -187,7 +192,7 @@ def _check_moments(config: Config, old: Config, path: pathlib.Path) -> None:
             raise ConfigError(
                 f"{key}={mine!r} must be {theirs!r}, as in {path}, where train.with_optimizer=True"
             )
-    if not (path / "optimizer").is_dir():
+    if not _exists(path / "optimizer"):
         raise ConfigError(
             f"train.with_optimizer=True: {path} has no optimizer state; it was converted, not "
             "trained"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from ..configs import paths, schema
+from ..configs import paths, schema, storage
 from ..configs.errors import UserError
 from ..configs.files import write_json
 from ..models import adapters
@@ -27,6 +27,7 @@ from .resilience.background import FILE as BACKGROUND
 from .resilience.background import background_log
 from .resilience.bad_steps import Watch
 from .resilience.goodput import Ledger, process_start
+from .resilience.mirror import PUSH_SECONDS, Mirror
 from .resilience.replicas import check_replicas
 from .resilience.signals import Interrupted, Signals
 from .state import TrainState, abstract_state, join
@@ -44,7 +45,8 @@ def train(
 
     Args:
       config: a `ConfigDict`, as from `puna.get_config`.
-      workdir: folder for checkpoints, tokenizer, config, metrics, plot and results.
+      workdir: folder for checkpoints, tokenizer, config, metrics, plot and results; also one in
+        object storage, `gs://BUCKET/RUN`.
       evaluators: name -> function of (config, model, params, tokenizer, mesh) giving numbers,
         called every `train.eval_every` steps and at the end; they are logged as `name_number`.
         None evaluates the loss on `data.validation`, if there is one, as `validation`.
@@ -56,26 +58,32 @@ def train(
       UserError: the config, the data or the folder will not do; one line says why.
       Interrupted: SIGTERM or Ctrl-C came; the state is saved.
     """
-    workdir = paths.local(workdir, "workdir")
+    workdir = storage.anywhere(workdir, "workdir")
     prepare_to_resume(workdir)
     c = resolve(schema.build(config), workdir)
-    workdir = _writable(workdir)
     number = "" if processes.is_first() else f"{jax.process_index()}."
-    with background_log(workdir / f"{number}{BACKGROUND}"):
-        return _train(c, workdir, evaluators)
+    with (
+        Mirror(_writable(workdir)) as mirror,
+        background_log(mirror.folder / f"{number}{BACKGROUND}"),
+    ):
+        return _train(c, mirror, evaluators)
 
 
-def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
+def _train(c: schema.Config, mirror: Mirror, evaluators) -> TrainState:
     """`train`, of a complete configuration and in a folder that is there."""
-    ledger = Ledger(workdir, started=process_start())
+    workdir, folder = mirror.home, mirror.folder
+    ledger = Ledger(folder, started=process_start())
     _keep_programs()
     mesh = sharding.make_mesh(c.mesh)
     check_batch(c, mesh)
     origin = lineage(c, workdir)
     rows = sharding.local_rows(mesh, c.train.batch_size)
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
-        quarantine = prepare_quarantine(workdir)
-        tokenizer = prepare_tokenizer(c, workdir, quarantine)
+        if not processes.is_first():
+            mirror.pull()
+        quarantine = prepare_quarantine(workdir, folder)
+        tokenizer = prepare_tokenizer(c, workdir, quarantine, folder)
+        mirror.push()
         objective = objectives.make(c, tokenizer.token_bytes)
         loader = make_train_loader(
             c.data, objective.transform(c, tokenizer), c.train.batch_size, rows, c.train.seed,
@@ -105,7 +113,7 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
 
     with (
         jax.set_mesh(mesh),
-        Checkpoints(workdir, c, tokenizer_files(workdir), origin) as checkpoints,
+        Checkpoints(workdir, c, tokenizer_files(workdir, folder), origin) as checkpoints,
         Signals() as signals,
     ):
         start_anew = functools.partial(initial_state, c, tx, mesh, objective)
@@ -115,11 +123,11 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
         start = step = int(state.step)
         ledger.going_on_from(start)
         if processes.is_first():
-            write_json(workdir / "config.json", schema.to_dict(c))
+            write_json(folder / "config.json", schema.to_dict(c))
             print(_how_it_resumes(c, checkpoints.restored, start), flush=True)
-        log = metrics.RunLog(c, workdir, start, ledger, (origin or {}).get("init_from"))
+        log = metrics.RunLog(c, folder, start, ledger, (origin or {}).get("init_from"))
         checkpoints.losses |= processes.gather(log.validation_losses())[0]
-        watch = Watch(c, workdir, int(state.opt_state.bad))
+        watch = Watch(c, folder, int(state.opt_state.bad), workdir)
         step_fn = make_train_step(c, model, tx, objective, places)
         if step < c.train.steps:
             with ledger.doing("compile"):
@@ -136,7 +144,10 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
                 for name, evaluator in (evaluators or {}).items():
                     found = evaluator(c, model, params, tokenizer, mesh)
                     numbers |= {f"{name}_{k}": v for k, v in found.items()}
+            if mirror.remote:
+                quarantine.share()
             log.add(step, numbers | {EVALUATED: quarantine.count()})
+            mirror.push()
             checkpoints.losses[step] = numbers.get(metrics.LOSS, math.nan)
 
         ledger.running()
@@ -151,6 +162,8 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
             batch = sharding.put_batch(mesh, log.fetch(loader), rows, c.train.batch_size)
             state, values = step_fn(state, batch)
             log.dispatched(step, values)
+            with ledger.doing("save"):
+                mirror.push(every=PUSH_SECONDS)
             if watch.look(step, values, position) or (saves and watch.last()):
                 # Back to the last checkpoint, and over the data that made a step bad.
                 with ledger.doing("lost_to_failure"):
@@ -169,6 +182,9 @@ def _train(c: schema.Config, workdir: pathlib.Path, evaluators) -> TrainState:
             if saves:
                 log.flush(wanted=_evaluates(c, step))
                 with ledger.doing("save"):
+                    if mirror.remote:
+                        quarantine.share()
+                    mirror.push()
                     # Of all rows of the global batch, whichever process reads them.
                     checkpoints.save(state, step, processes.merge(loader.get_state()))
                     ledger.saving(step)
@@ -219,6 +235,8 @@ def _keep_programs() -> None:
 
 
 def _writable(workdir: pathlib.Path) -> pathlib.Path:
+    if paths.is_url(workdir):
+        return workdir  # which putting the first file finds out
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -136,6 +136,8 @@ class RunLog:
           wanted: whether there must be a record, which `add` joins; else as `log_every` has it.
         """
         self._flush(self._timing, wanted)
+        if self.events is not None:
+            self.events.flush()
 
     def add(self, step: int, numbers: dict[str, float]) -> None:
         """Join the numbers of an evaluation to the record of a step, the last one there is."""

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from tqdm.auto import tqdm
 
-from ...configs import paths, schema
+from ...configs import paths, schema, storage
 from ...configs.errors import UserError
 from ...configs.files import write_json
 from ..parallel import sharding
@@ -85,7 +85,7 @@ def convert(
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} must be one of {', '.join(dtypes)} with to={to}")
     licences.check_choice(base_licence)
-    src, dst = paths.local(src, "SRC"), paths.local(dst, "DST")
+    src, dst = storage.anywhere(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
     model = open_model(src, np.dtype(dtype) if dtype and to != "gguf" else None)
     if adapter:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...configs import paths
+from ...configs import paths, storage
 from ...configs.errors import UserError
 from ...configs.files import write_bytes, write_json
 from . import bpe, files, hub
@@ -397,11 +397,14 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     from . import gguf
 
-    path = paths.local(path, "path")
-    if not path.exists():
-        raise paths.missing(path)
-    if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
-        return _load_from_run(path)
+    path = storage.anywhere(path, "path")
+    with storage.explained(path):
+        if not path.exists():
+            raise paths.missing(path)
+        if (path / "checkpoints").is_dir() or (path / "meta").is_dir():
+            return _load_from_run(path)
+    if paths.is_url(path):
+        raise UserError(f"{path} is no run of puna; copy a tokenizer to this machine first")
     if path.is_dir():
         names = (_SAVED, "tokenizer.json", "tokenizer.model")
         found = [path / name for name in names if (path / name).is_file()]

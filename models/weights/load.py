@@ -1,13 +1,14 @@
 """`puna.load`: recognise what a path holds and read it."""
 
 import dataclasses
+import os
 
 import jax
 import numpy as np
 from flax import traverse_util
 from jax.sharding import NamedSharding
 
-from ...configs import paths, schema
+from ...configs import paths, schema, storage
 from ...configs.errors import UserError
 from .. import quantize as quantization
 from ..adapters import Adapted, is_adapted
@@ -24,7 +25,7 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
 
     Args:
       path: a Hugging Face directory, a Meta directory, a GGUF file, a run's folder (its newest
-        checkpoint) or one checkpoint of it.
+        checkpoint) or one checkpoint of it; a run also in object storage, `gs://BUCKET/RUN`.
       dtype: "float32" or "bfloat16", of the parameters and of the computation; None leaves every
         parameter as it is stored.
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
@@ -48,7 +49,7 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         )
     each = quantization.quantize if quantize else None
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
-    path = paths.local(path, "path")
+    path = storage.anywhere(path, "path")
     if run.is_run(path):
         model, params = run.load(path, dtype, mesh, each=each)
         config = model.config
@@ -110,6 +111,11 @@ def open_weights(path) -> Weights:
     Raises:
       UserError: nothing there can be read, or it is damaged.
     """
+    if isinstance(path, str | os.PathLike) and paths.in_bucket(path):
+        raise UserError(
+            f"{path} is no run of puna with a finished checkpoint, and what others wrote is read "
+            "from a path of this machine: copy it there first"
+        )
     path = paths.local(path, "path")
     if not path.exists():
         raise paths.missing(path)

@@ -3,7 +3,8 @@
 A run is DIR/checkpoints/STEP/ with the Orbax items `params`, `optimizer` and `meta`; `meta` is
 JSON: the resolved config, the data position, the tokenizer's files, a checksum of every array and
 one of itself. `train/checkpoint.py` writes them. What is read is compared with its checksum, so a
-damaged checkpoint is an error and never other numbers.
+damaged checkpoint is an error and never other numbers. DIR may be in object storage, where nothing
+can be renamed at once: there a checkpoint is finished once the file COMMITTED is in it.
 """
 
 import base64
@@ -22,8 +23,9 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import SingleDeviceSharding
 
-from ...configs import schema
+from ...configs import schema, storage
 from ...configs.errors import MACHINE, MachineError, UserError, status, system_error
+from ...configs.paths import absolute, is_url
 from .. import adapters
 from ..adapters import attach, is_adapted
 from ..leaf import dense
@@ -37,6 +39,7 @@ from .tensors import warn
 CHECKPOINTS = "checkpoints"
 # What does not train is saved once, in FROZEN/CHECKSUM/checkpoints/0/params.
 FROZEN = "frozen"
+COMMITTED = "commit_success.txt"  # as Orbax has it
 
 # The arrays of a weight that is int8, and of an adapter, after the path of the weight.
 _ENDS = ("/values", "/scale", "/a", "/b", "/m")
@@ -55,8 +58,10 @@ _FAULTS = (MachineError, UserError, Damaged)
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 
 
-def _fault(error: Exception) -> type[Exception]:
+def _fault(error: Exception, folder: pathlib.Path) -> type[Exception]:
     """Which of the faults an error is: only files that are missing or wrong are damage."""
+    if is_url(folder):
+        return storage.fault(error) or Damaged
     said = system_error(error)
     if status(error) == MACHINE:
         return MachineError
@@ -69,15 +74,22 @@ def _failed(fault: type[Exception], folder: pathlib.Path, what: str) -> Exceptio
 
 def steps(path) -> list[int]:
     """Steps of the finished checkpoints of a run, oldest first; empty where there is no run."""
-    folder = pathlib.Path(path) / CHECKPOINTS
-    if not _is_folder(folder):
-        return []
-    found = (p for p in folder.iterdir() if p.name.isdigit() and _is_folder(p / "meta"))
-    return sorted(int(p.name) for p in found)
+    folder = storage.at(path) / CHECKPOINTS
+    with storage.explained(folder):
+        if not _is_folder(folder):
+            return []
+        found = (p for p in folder.iterdir() if p.name.isdigit() and _is_finished(p))
+        return sorted(int(p.name) for p in found)
+
+
+def _is_finished(folder: pathlib.Path) -> bool:
+    return (folder / COMMITTED).exists() if is_url(folder) else _is_folder(folder / "meta")
 
 
 def _is_folder(path: pathlib.Path) -> bool:
     """`Path.is_dir`, which in newer Pythons says of a disk that fails that there is nothing."""
+    if is_url(path):
+        return path.is_dir()
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -86,8 +98,9 @@ def _is_folder(path: pathlib.Path) -> bool:
 
 def is_run(path) -> bool:
     """Whether a path is a run, or one checkpoint of a run."""
-    path = pathlib.Path(path)
-    return (path / CHECKPOINTS).is_dir() or ((path / "meta").is_dir() and path.name.isdigit())
+    path = storage.at(path)
+    with storage.explained(path):
+        return (path / CHECKPOINTS).is_dir() or ((path / "meta").is_dir() and path.name.isdigit())
 
 
 def find(path, step: int | None = None) -> pathlib.Path:
@@ -96,9 +109,10 @@ def find(path, step: int | None = None) -> pathlib.Path:
     Raises:
       UserError: there is none.
     """
-    path = pathlib.Path(path)
-    if path.name.isdigit() and (path / "meta").is_dir():
-        return path
+    path = storage.at(path)
+    with storage.explained(path):
+        if path.name.isdigit() and (path / "meta").is_dir():
+            return path
     have = steps(path)
     if not have:
         raise UserError(f"{path} holds no finished checkpoint; is it the --workdir of a run?")
@@ -147,8 +161,11 @@ def read_meta(folder: pathlib.Path) -> dict:
         meta = json.loads((folder / "meta" / "metadata").read_bytes())
         digest = meta.pop("sha256", None)
         whole = digest == _digest(meta) or (digest is None and meta.keys() in _UNSEALED)
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise _failed(_fault(e), folder, f"meta: {_first_line(e)}") from e
+    except Exception as e:
+        malformed = isinstance(e, OSError | ValueError | AttributeError | TypeError)
+        if not malformed and not is_url(folder):
+            raise
+        raise _failed(_fault(e, folder), folder, f"meta: {_first_line(e)}") from e
     if not whole:
         raise Damaged(f"{folder}: damaged checkpoint: meta is not what was saved")
     return meta
@@ -185,7 +202,7 @@ def restore(folder: pathlib.Path, item: str, abstract):
         found = Item(folder / item).read(abstract)
     except Exception as e:  # damage shows in many ways
         error = e
-    faults = processes.gather(error and _FAULTS.index(_fault(error)))
+    faults = processes.gather(error and _FAULTS.index(_fault(error, folder)))
     if any(fault is not None for fault in faults):
         fault = _FAULTS[min(fault for fault in faults if fault is not None)]
         reason = _first_line(error) if error else "another process cannot read its part"
@@ -222,11 +239,11 @@ def restore_frozen(folder: pathlib.Path, abstract):
 def _frozen_home(folder: pathlib.Path, sums: dict[str, str]):
     try:
         # Absolute: a checkpoint may be given as `2`, or `.`, from within.
-        home = find(folder.absolute().parent.parent / FROZEN / frozen_name(sums))
+        home = find(absolute(folder).parent.parent / FROZEN / frozen_name(sums))
         read_meta(home)
         return home
     except UserError as error:
-        raise _failed(_fault(error), folder, f"its frozen parameters: {error}") from None
+        raise _failed(_fault(error, folder), folder, f"its frozen parameters: {error}") from None
 
 
 class Parameters:
@@ -266,7 +283,7 @@ class Parameters:
         except ValueError as error:
             if "NOT_FOUND" in str(error):
                 raise UserError(f"{self.folder}: parameter {path} is missing") from None
-            raise _failed(_fault(error), self.folder, _first_line(error)) from None
+            raise _failed(_fault(error, self.folder), self.folder, _first_line(error)) from None
 
     def shape(self, path: str) -> tuple[int, ...]:
         return self._open(self._parts(path)[0]).shape
@@ -323,7 +340,7 @@ class Parameters:
                 found[path] = item.read({name: leaf})[name]
             except ValueError as error:
                 what = f"cannot restore {path}: {_first_line(error)}"
-                raise _failed(_fault(error), self.folder, what) from None
+                raise _failed(_fault(error, self.folder), self.folder, what) from None
         if self._sums:
             _compare(self.folder, "params", checksums(found), saved)
         return {path: np.asarray(x) for path, x in found.items()}

@@ -6,6 +6,7 @@ how many is bounded by their bytes. Orbax itself would hold every array of an it
 
 import collections
 import math
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import tensorstore
 
+from ...configs import paths
 from ..parallel import sharding
 from . import placing
 
@@ -38,7 +40,8 @@ class Item:
     def __init__(self, folder: pathlib.Path):
         # The table of what lies where is read once, not for each array anew.
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 2 * _PIECE_BYTES}})
-        self._base = f"file://{folder.absolute()}/"
+        base = os.fspath(paths.absolute(folder))
+        self._base = f"{base if paths.is_url(base) else f'file://{base}'}/"
         self._arrays: dict[str, tensorstore.TensorStore] = {}
 
     def open(self, paths: Iterable[str]) -> list[tensorstore.TensorStore]:

@@ -88,7 +88,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize("path", ["gs://bucket/run", "hf://org/name", "file:///x"])
+@pytest.mark.parametrize("path", ["s3://bucket/run", "hf://org/name", "file:///x"])
 def test_every_flag_and_key_refuses_urls_by_name(name, path, home):
     with pytest.raises(UserError, match=f"{name.rstrip('=')}=.*{path}") as caught:
         cli._run([part.format(path) for part in COMMANDS[name]])
@@ -114,7 +114,7 @@ def test_functions_refuse_urls_by_name(home):
         byte_tokenizer().save,
         lambda url: convert(url, "x"),
     ):
-        for url in ("gs://bucket/run", pathlib.Path("s3://bucket/run")):
+        for url in ("az://bucket/run", pathlib.Path("s3://bucket/run")):
             with pytest.raises(UserError, match="is not supported here yet"):
                 call(url)
 

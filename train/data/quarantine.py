@@ -7,6 +7,7 @@ that begins with mostly bad records is refused under either policy: the records 
 `data.text_key` or the file is wrong.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -59,10 +60,12 @@ class Quarantine:
 
     Args:
         folder: where they are written down; None to have them counted only.
+        workdir: the run's folder, for messages, where that is another.
     """
 
-    def __init__(self, folder: pathlib.Path | None = None):
+    def __init__(self, folder: pathlib.Path | None = None, workdir: pathlib.Path | None = None):
         self._path = folder / FILE if folder else None
+        self._shown = str((workdir or folder or pathlib.Path()) / FILE)
         self._known: set[tuple[str, int]] | None = None
         self.first: BadRecord | None = None  # that was added in this process
 
@@ -83,12 +86,29 @@ class Quarantine:
         if self._path:
             _append(self._path, bad)
             if not known:
-                print(f"puna: bad record left out: {bad}; all are in {self._path}", file=sys.stderr)
+                print(
+                    f"puna: bad record left out: {bad}; all are in {self._shown}", file=sys.stderr
+                )
         known.add((bad.source, bad.record))
 
     def count(self) -> int:
         """Return how many records are noted, by all processes, now and before restarts."""
         return len(set(_read(self._path))) if self._path else len(self._records())
+
+    def share(self) -> None:
+        """Note what other processes noted in folders of their own; all call this together."""
+        from ...models.parallel.processes import gather  # reader processes need no JAX
+
+        assert self._path is not None
+        notes = gather(self._path.read_text() if self._path.exists() else "")
+        known = set(_read(self._path))
+        for line in "".join(notes).splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                note = json.loads(line)
+                if (key := (note["source"], note["record"])) not in known:
+                    _append_line(self._path, line)
+                    known.add(key)
+        self._known = known
 
     def _records(self) -> set[tuple[str, int]]:
         if self._known is None:
@@ -96,16 +116,21 @@ class Quarantine:
         return self._known
 
 
-def prepare_quarantine(workdir: pathlib.Path) -> Quarantine:
-    """The run's quarantine: that of its checkpoints, else an empty one."""
+def prepare_quarantine(workdir: pathlib.Path, folder: pathlib.Path | None = None) -> Quarantine:
+    """The run's quarantine: that of its checkpoints, else an empty one.
+
+    Args:
+        workdir: the run's folder.
+        folder: of the quarantine, where that is not `workdir`, see `resilience/mirror.py`.
+    """
     # Here and not above: reader processes need no JAX.
     from ...models.parallel.processes import is_first
     from ...models.weights import run
 
     if is_first() and not run.steps(workdir):
         # What an attempt on data that may have been mended since has left.
-        (workdir / FILE).unlink(missing_ok=True)
-    return Quarantine(workdir)
+        ((folder or workdir) / FILE).unlink(missing_ok=True)
+    return Quarantine(folder or workdir, workdir)
 
 
 class Screened(Sequence):
@@ -178,11 +203,15 @@ def _append(path: pathlib.Path, bad: BadRecord) -> None:
         "reason": bad.reason,
         "beginning": text,
     }
+    _append_line(path, json.dumps(note))
+
+
+def _append_line(path: pathlib.Path, line: str) -> None:
     try:
         # One write of one line at the end of the file, so that processes do not mix theirs.
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
-            os.write(file, json.dumps(note).encode() + b"\n")
+            os.write(file, line.encode() + b"\n")
         finally:
             os.close(file)
     except OSError as error:

@@ -8,7 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from ...configs.errors import MachineError, UserError
+from ...configs.errors import UserError
+from ...configs.storage import explained
 from .formats import compression
 
 # By which servers tell that a file is another one now.
@@ -30,7 +31,7 @@ def find(pattern: str) -> list[str]:
       UserError: there is none, its scheme is not known, or a package is missing that reads it.
       MachineError: the server cannot be asked.
     """
-    with _explain(pattern):
+    with explained(pattern):
         system, path = _system(pattern)
         # In http://host/a?b=c the question mark is no pattern.
         if "*" in path or (not path.startswith("http") and any(c in path for c in "?[")):
@@ -53,7 +54,7 @@ def state(url: str) -> tuple[int, str]:
     Raises:
       UserError, MachineError: it is not there, or cannot be asked for.
     """
-    with _explain(url):
+    with explained(url):
         system, path = _system(url)
         info = system.info(path)
         versions = {name: str(info[name]) for name in _VERSIONS if info.get(name) is not None}
@@ -67,7 +68,7 @@ def opened(url: str) -> Iterator[BinaryIO]:
     Raises:
       UserError, MachineError: it is not there, or cannot be read.
     """
-    with _explain(url):
+    with explained(url):
         system, path = _system(url)
         with system.open(path, "rb") as file:
             yield compression.stream(iter(lambda: file.read(1 << 20), b""))
@@ -89,20 +90,3 @@ def _system(url: str) -> tuple[Any, str]:
 
 def _protocols(system) -> tuple[str, ...]:
     return (system.protocol,) if isinstance(system.protocol, str) else tuple(system.protocol)
-
-
-@contextlib.contextmanager
-def _explain(url: str) -> Iterator[None]:
-    """Turn what a backend raises, each its own, into one line."""
-    try:
-        yield
-    except (UserError, MachineError):
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{url}: no such file") from None
-    except PermissionError as error:
-        raise UserError(f"{url}: no permission to read it ({error})") from None
-    except Exception as error:
-        if "Credential" in type(error).__name__:
-            raise UserError(f"{url}: {error}") from error
-        raise MachineError(f"{url} cannot be read ({type(error).__name__}: {error})") from error

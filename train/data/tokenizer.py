@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 
-from ...configs import paths, patterns
+from ...configs import patterns, storage
 from ...configs.errors import ConfigError
 from ...configs.schema import Config, DataConfig
 from ...models.parallel.processes import is_first
@@ -16,17 +16,22 @@ FOLDER = "tokenizer"
 
 
 def prepare_tokenizer(
-    config: Config, workdir: pathlib.Path, quarantine: Quarantine | None = None
-) -> Tokenizer:
+    config: Config, workdir: pathlib.Path, quarantine: Quarantine | None = None,
+    kept: pathlib.Path | None = None,
+) -> Tokenizer:  # fmt: skip
     """The run's tokenizer: that of its checkpoints, else what `data.tokenizer` says.
 
     Of several processes the first has to go first; the others take what it has made. The quarantine
     takes the bad records of the data that a tokenizer is trained on.
 
+    Args:
+      workdir: the run's folder, which may have checkpoints.
+      kept: where the tokenizer's files lie if not in `workdir`, see `resilience/mirror.py`.
+
     Raises:
       UserError: no such tokenizer, or one with more ids than the model has.
     """
-    data, folder = config.data, workdir / FOLDER
+    data, folder = config.data, (kept or workdir) / FOLDER
     if run.steps(workdir):
         tokenizer = load_tokenizer(workdir)
     elif not is_first():
@@ -38,7 +43,7 @@ def prepare_tokenizer(
         texts = iter_text(data, data.train, quarantine)
         tokenizer = train_bpe(texts, data.tokenizer_vocab)
     else:
-        tokenizer = load_tokenizer(paths.local(data.tokenizer, "data.tokenizer"))
+        tokenizer = load_tokenizer(storage.anywhere(data.tokenizer, "data.tokenizer"))
         tokenizer = tokenizer.with_tokens(patterns.names(data.new_tokens))
     tokenizer = with_ends(data, tokenizer)
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -63,8 +68,9 @@ def with_ends(data: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.with_ends(told[data.add_bos], told[data.add_eos])
 
 
-def tokenizer_files(workdir: pathlib.Path) -> dict[str, bytes]:
+def tokenizer_files(workdir: pathlib.Path, kept: pathlib.Path | None = None) -> dict[str, bytes]:
     """The files of the run's tokenizer by name, for its checkpoints."""
     if run.steps(workdir):
         return run.tokenizer_files(run.find(workdir))
-    return {p.name: p.read_bytes() for p in sorted((workdir / FOLDER).iterdir())}
+    folder = (kept or workdir) / FOLDER
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}

@@ -23,12 +23,15 @@ class Watch:
 
     Args:
       config: reads `train.bad_step`.
-      workdir: the run's folder.
+      folder: gets the list of bad steps.
       known: bad steps until now, as the state counts them.
+      workdir: the run's folder, for messages, where that is another.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, known: int):
-        self._policy, self._path, self._known = config.train.bad_step, workdir / FILE, known
+    def __init__(self, config: Config, folder: pathlib.Path, known: int,
+                 workdir: pathlib.Path | None = None):  # fmt: skip
+        self._policy, self._path, self._known = config.train.bad_step, folder / FILE, known
+        self._shown = (workdir or folder) / FILE
         self._pending: tuple[int, dict, dict] | None = None
         self._rewinds: dict[int, int] = {}
 
@@ -60,8 +63,8 @@ class Watch:
         if self._rewinds[step] > _MOST_REWINDS:
             raise UserError(
                 f"train.bad_step=rewind: {_MOST_REWINDS} rewinds to step {step} met a bad step "
-                f"each; {self._path} lists them; resume with train.bad_step=skip, or start another "
-                "--workdir with a lower learning rate"
+                f"each; {self._shown} lists them; resume with train.bad_step=skip, or start "
+                "another --workdir with a lower learning rate"
             )
 
     def _judge(self, pending) -> bool:
@@ -81,7 +84,7 @@ class Watch:
         if self._policy == "stop":
             raise UserError(
                 f"train.bad_step=stop: step {step} has a gradient norm of {norm:.4g} and a loss of "
-                f"{loss:.4g}; {self._path} says which data; resume with train.bad_step=skip "
+                f"{loss:.4g}; {self._shown} says which data; resume with train.bad_step=skip "
                 "or rewind"
             )
         return self._policy == "rewind"
