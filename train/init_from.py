@@ -109,7 +109,7 @@ def _with_new_rows(config: Config) -> Config:
 
 def _known_tokens(config: Config) -> int:
     """Ids of the tokenizer before any are added."""
-    return load_tokenizer(paths.local(config.data.tokenizer, "data.tokenizer")).vocab_size
+    return load_tokenizer(storage.anywhere(config.data.tokenizer, "data.tokenizer")).vocab_size
 
 
 def _check_new_tokens(config: Config) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 from tqdm import tqdm
 
-from ...configs import files, paths, schema
+from ...configs import files, paths, schema, storage
 from ...configs.display import Results
 from ...configs.errors import UserError
 from ...models.decode.engine import for_decoding
@@ -70,7 +70,7 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
     Raises:
       UserError: a task, its data or a package is not there, or the model cannot be asked.
     """
-    path, workdir = paths.local(path, "checkpoint"), pathlib.Path(workdir)
+    path, workdir = storage.anywhere(path, "checkpoint"), paths.local(workdir, "--workdir")
     tokenizer = load_tokenizer(path)
     tasks = _tasks(names, data_dir, num_fewshot)
     if limit is not None and limit < 1 or batch_size < 1:
@@ -137,7 +137,7 @@ def replay(folder, path, **options) -> Results:
     """
     folder = paths.local(folder, "--replay")
     record, lines = _read(folder / "record.json"), read_lines(folder / "requests.jsonl")
-    path = paths.local(path, "checkpoint")
+    path = storage.anywhere(path, "checkpoint")
     tokenizer = load_tokenizer(path)
     mesh = sharding.make_mesh(options.get("mesh_config") or schema.MeshConfig())
     model, params = load(
