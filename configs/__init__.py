@@ -23,6 +23,7 @@ _NOT_EXPERIMENTS = {
     "patterns",
     "rules",
     "schema",
+    "storage",
 }
 
 
