@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ...configs import paths, schema
+from ...configs import schema, storage
 from ...configs.display import Results
 from ...configs.errors import UserError
 from ...models.decode.engine import for_decoding
@@ -61,7 +61,7 @@ def audit_memorisation(path, passages: str, unseen: str, *, prefixes: Sequence[i
     Raises:
       UserError: no passage is long enough, the data or the model is not there.
     """
-    path = paths.local(path, "checkpoint")
+    path = storage.anywhere(path, "checkpoint")
     if not prefixes or min(prefixes) < 1 or suffix < 1:
         raise UserError(f"prefixes={list(prefixes)} and suffix={suffix} must be 1 or more")
     tokenizer = load_tokenizer(path)
