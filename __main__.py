@@ -41,13 +41,10 @@ def _train(args):
     from .train.loop import train
 
     workdir = storage.at(_required(args, "workdir"))
-    folder = workdir / run.CHECKPOINTS
-    with storage.explained(folder):
-        taken = folder.is_dir() and any(folder.iterdir())
-    if (args.fresh or not args.resume) and taken:
+    if (args.fresh or not args.resume) and run.holds_checkpoints(workdir):
         raise errors.UserError(
-            f"--fresh: {folder} holds checkpoints already, which puna never deletes; "
-            "move it away, or take another --workdir"
+            f"--fresh: {workdir / run.CHECKPOINTS} holds checkpoints already, which puna never "
+            "deletes; move it away, or take another --workdir"
         )
     train(args.config, workdir)
     if not is_first():
@@ -66,8 +63,7 @@ def _eval(args):
         _compare(args)
         return
     checkpoint = storage.at(_required(args, "checkpoint"))
-    # Beside the checkpoints of a run of ours; nothing is written into models of others, and records
-    # of single requests, which grow, not into a bucket.
+    # Beside a run's checkpoints; not into models of others, nor what grows into a bucket.
     is_home = is_run(checkpoint) and not (_asks(args) and paths.in_bucket(checkpoint))
     beside = checkpoint / "eval" if is_home else pathlib.Path(f"eval-{checkpoint.stem}")
     workdir = storage.at(args.workdir or beside)

@@ -103,6 +103,13 @@ def is_run(path) -> bool:
         return (path / CHECKPOINTS).is_dir() or ((path / "meta").is_dir() and path.name.isdigit())
 
 
+def holds_checkpoints(workdir: pathlib.Path) -> bool:
+    """Whether anything is where the checkpoints of a run would be, finished or not."""
+    folder = workdir / CHECKPOINTS
+    with storage.explained(folder):
+        return folder.is_dir() and any(folder.iterdir())
+
+
 def find(path, step: int | None = None) -> pathlib.Path:
     """The folder of a checkpoint: the newest of a run, or that of `step`.
 
