@@ -96,6 +96,17 @@ def with_magnitudes(adapters: dict, base: dict) -> dict:
     return {name: one(new, base[name]) for name, new in adapters.items()}
 
 
+def settled(params):
+    """Parameters whose gains are all known: for many calls of the model, once and not at each."""
+
+    def one(leaf):
+        if not is_adapted(leaf) or leaf.m is None:
+            return leaf
+        return leaf.replace(m=None, gain=jax.jit(lambda leaf: settle(leaf).gain)(leaf))
+
+    return jax.tree.map(one, params, is_leaf=is_adapted)
+
+
 def merge(params, dtype=None):
     """Parameters with their adapters added into what they adapt.
 

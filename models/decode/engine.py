@@ -16,6 +16,7 @@ import numpy as np
 from ...configs.errors import UserError
 from .. import bits
 from ..cache import LayerCache, init_cache
+from ..leaf import settled
 from ..parallel import sharding
 from .sampling import Sampling, check, per_row, sample
 
@@ -182,6 +183,7 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens, sampling
 def _blocks(model, params, prompts, most_B, sampling, first_row, stop_ids, vocab_size, finished_B,
             block):  # fmt: skip
     mesh = jax.sharding.get_abstract_mesh()
+    params = settled(params)
     kept = bits.view(params)
     B = len(prompts)
     rows = B if mesh.empty else B + -B % sharding.parts("batch", mesh)

@@ -22,6 +22,7 @@ import numpy as np
 from ...configs.errors import UserError
 from .. import bits
 from ..cache import LayerCache, init_cache
+from ..leaf import settled
 from ..parallel import sharding
 from .engine import (
     check_fit,
@@ -192,6 +193,7 @@ class Engine:
         # Rows of one prompt, and of the cache: as many as the mesh can split.
         self._parts = 1 if mesh.empty else sharding.parts("batch", mesh)
         self._rows = num_slots + -num_slots % self._parts
+        params = settled(params)
         self.model, self.params, self.tokenizer = for_decoding(model), params, tokenizer
         self.num_slots = num_slots
         self.max_length = min(max_length, model.config.max_positions)

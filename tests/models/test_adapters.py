@@ -209,21 +209,22 @@ def prune(tree):
     return {name: x for name, x in found.items() if x is not None and x != {}}
 
 
-def test_decoding_gives_the_forward_pass_s_log_probabilities():
-    _, params, _ = made("scout")
+@pytest.mark.parametrize("name", ["scout", "dense dora"])
+def test_decoding_gives_the_forward_pass_s_log_probabilities(name):
+    _, params, _ = made(name)
     prompts = [[5, 65], [7, *range(30, 43)]]
-    made_ = next(engine.decode(Transformer(MODELS["scout"]), params, prompts, 8, block=8))
+    made_ = next(engine.decode(Transformer(MODELS[name]), params, prompts, 8, block=8))
     for r, prompt in enumerate(prompts):
         row = np.array([[*prompt, *made_.ids_BT[r]]])
-        logp_TV = np.asarray(jax.nn.log_softmax(forward("scout")(params, row)))[0]
+        logp_TV = np.asarray(jax.nn.log_softmax(forward(name)(params, row)))[0]
         at = len(prompt) - 1 + np.arange(8)
         wanted = logp_TV[at, made_.ids_BT[r]]
         np.testing.assert_allclose(made_.logprobs_BT[r], wanted, atol=2e-5)
 
-    model = Transformer(MODELS["scout"])
+    model = Transformer(MODELS[name])
     hidden_BTD = model.apply({"params": params}, TOKENS_BT, method="states").hidden_BTD
-    targets_BT, table = np.roll(TOKENS_BT, -1, 1), unembed_table(MODELS["scout"], params)
-    logp_BTV = np.asarray(jax.nn.log_softmax(forward("scout")(params, TOKENS_BT)))
+    targets_BT, table = np.roll(TOKENS_BT, -1, 1), unembed_table(MODELS[name], params)
+    logp_BTV = np.asarray(jax.nn.log_softmax(forward(name)(params, TOKENS_BT)))
     wanted = np.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
     found = log_probs(hidden_BTD, table, targets_BT, "float32", 16)
     np.testing.assert_allclose(found, wanted, atol=2e-5)
