@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import shutil
 
 import pytest
 
@@ -39,6 +40,20 @@ def make_config(corpus):
     Tests that keep to its model, mesh and steps share what the compiler made of them.
     """
     return lambda: _config(corpus)
+
+
+@pytest.fixture(scope="session")
+def cut():
+    """A function that copies a run without its last checkpoint, as a kill before it leaves it."""
+
+    def copy(folder, to):
+        shutil.copytree(folder, to)
+        steps = [int(path.name) for path in (to / "checkpoints").iterdir()]
+        assert len(steps) > 1
+        shutil.rmtree(to / "checkpoints" / str(max(steps)))
+        return to
+
+    return copy
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Runs of adapters: what trains, what is stored, and what such a run loads and converts as."""
 
 import json
-import shutil
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from puna.models.release.convert import convert
 from puna.models.release.source import hf_table
 from puna.models.transformer import abstract_params
 from puna.models.weights import huggingface, run
-from puna.train import init_from
+from puna.train import init_from, loop
 from puna.train.loop import train
 from puna.train.optimizer import make_optimizer
 from puna.train.state import join
@@ -40,7 +40,7 @@ def same(a, b):
 def lora(config):
     """Four experts, adapters on every weight, over an int8 base."""
     config.model.update(
-        num_layers=3, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
+        num_layers=2, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
     )
     config.adapter.update(rank=2, alpha=8.0, targets="/w,embed/,unembed/")
     config.optimizer.update(learning_rate=3e-2, weight_decay=0.0)
@@ -54,15 +54,18 @@ def set_in(config, **keys):
 
 
 @pytest.mark.parametrize(
-    ("quantize", "dora", "optimizer", "axes"),
+    ("quantize", "dora", "optimizer", "layers", "axes"),
     [
-        ("none", False, "adamw", {"data": 8}),
-        ("int8", True, "muon", {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}),
+        ("int8", True, "adamw", 2, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}),
+        # A layer more is a tail, after the blocks of two.
+        pytest.param("none", False, "muon", 3, {"data": 8}, marks=pytest.mark.slow),
     ],
 )
-def test_only_adapters_train_and_are_stored(lora, tmp_path, quantize, dora, optimizer, axes):
+def test_only_adapters_train_and_are_stored(
+    lora, tmp_path, quantize, dora, optimizer, layers, axes
+):
     set_in(lora, **{"adapter.quantize": quantize, "adapter.dora": dora,
-                    "optimizer.name": optimizer})  # fmt: skip
+                    "optimizer.name": optimizer, "model.num_layers": layers})  # fmt: skip
     lora.mesh.update(axes)
     state = train(lora, tmp_path / "run")
     trained = leaves(state.params)
@@ -119,14 +122,12 @@ def hf(lora, folder):
     return folder / "hf"
 
 
-def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path):
+def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path, cut):
     set_in(lora, **{"adapter.quantize": "int8", "adapter.dora": True})
     dense = ("moe_interval", "num_experts", "expert_dim", "nope_interval", "chunk_size")
     lora.model.update(dict.fromkeys(dense, 0))
     whole = train(lora, tmp_path / "whole")
-    train(lora, tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "6")
-    same(whole, train(lora, tmp_path / "cut"))
+    same(whole, train(lora, cut(tmp_path / "whole", tmp_path / "cut")))
     # Its adapters alone, in PEFT's format, on the same base.
     convert(tmp_path / "cut", tmp_path / "peft", to="peft")
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 2
@@ -169,10 +170,12 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(lora, tmp_path):
     same(params, join(state.params, state.frozen))
 
 
-def test_a_mixture_without_adapters_on_its_experts_says_so(lora, tmp_path, capsys):
+def test_a_mixture_without_adapters_on_its_experts_says_so(lora, tmp_path, monkeypatch, capsys):
+    """Before anything is compiled."""
     lora.adapter.targets = "attention"
-    lora.train.update(steps=2, save_every=2)
-    train(lora, tmp_path / "a")
+    monkeypatch.setattr(loop, "Checkpoints", Mock(side_effect=UserError("here it would start")))
+    with pytest.raises(UserError, match="here it would start"):
+        train(lora, tmp_path / "a")
     out, err = capsys.readouterr()
     assert "adapter.targets=attention reaches no routed expert" in err
     assert "parameters of adapters on" in out

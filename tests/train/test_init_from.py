@@ -181,14 +181,12 @@ def test_new_tokens_that_cannot_be(first, plain, tmp_path, keys, message):
         train(config, tmp_path)
 
 
-def test_a_run_from_weights_resumes_bit_for_bit_and_without_them(first, plain, tmp_path):
+def test_a_run_from_weights_resumes_bit_for_bit_and_without_them(first, plain, tmp_path, cut):
     shutil.copytree(first / "hf", tmp_path / "hf")
     config = plain(init_from=str(tmp_path / "hf"))
     whole = train(config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
     shutil.rmtree(tmp_path / "hf")
-    resumed = train(config, tmp_path / "cut")
+    resumed = train(config, cut(tmp_path / "whole", tmp_path / "cut"))
     assert equal(whole, resumed)
     # Where it came from stands in the config, the results, the checkpoint and the card.
     saved = json.loads((tmp_path / "cut" / "config.json").read_text())

@@ -87,7 +87,8 @@ def test_bfloat16_within_its_rounding():
     check(config, make(config), 0.15)
 
 
-@pytest.mark.parametrize("name", ["chunked", "moe"])
+# The mixture has chunks, too.
+@pytest.mark.parametrize("name", [pytest.param("chunked", marks=pytest.mark.slow), "moe"])
 def test_a_row_alone_and_among_rows_of_other_settings(name):
     config = CONFIGS[name]
     rows = [

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: what is learnt of a record, and a run from weights to a release."""
 
 import json
-import shutil
 
 import autograd
 import autograd.numpy as anp
@@ -128,7 +127,7 @@ def write(path, count, first=0):
     return str(path)
 
 
-def test_a_recipe_tunes_resumes_and_is_refused_other_data(config, tmp_path):
+def test_a_recipe_tunes_resumes_and_is_refused_other_data(config, tmp_path, cut):
     """From weights of others: the loss of held-out completions falls, and a cut changes nothing."""
     train(config, tmp_path / "base")
     tuning = puna.get_config("sft")
@@ -141,9 +140,7 @@ def test_a_recipe_tunes_resumes_and_is_refused_other_data(config, tmp_path):
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     found = [m["validation_loss"] for m in map(json.loads, lines) if "validation_loss" in m]
     assert len(found) == 2 and found[1] < found[0]
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "20")
-    resumed = train(tuning, tmp_path / "cut")
+    resumed = train(tuning, cut(tmp_path / "whole", tmp_path / "cut"))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b))
     (tmp_path / "c.jsonl").write_text('{"text": "no pair"}\n')
