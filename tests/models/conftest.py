@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 
 import pytest
 
@@ -15,6 +16,17 @@ def files():
     """The module `tests/reference/weight_files.py`."""
     spec = importlib.util.spec_from_file_location("weight_files", REFERENCE / "weight_files.py")
     module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def table():
+    """The module `benchmarks/tokenizer_table.py`, which writes tokenizers of every kind."""
+    path = REFERENCE.parents[1] / "benchmarks" / "tokenizer_table.py"
+    spec = importlib.util.spec_from_file_location("tokenizer_table", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["tokenizer_table"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

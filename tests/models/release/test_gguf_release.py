@@ -1,9 +1,6 @@
 """GGUF files of ours: every number comes back, the tokenizer gives its ids, llama.cpp's names."""
 
-import importlib.util
 import json
-import pathlib
-import sys
 
 import jax
 import numpy as np
@@ -16,16 +13,6 @@ from puna.models.text import hub
 from puna.models.text.tokenizer import byte_tokenizer, load_tokenizer, train_bpe
 
 gguf = pytest.importorskip("gguf", reason="needs the extra [gguf]")
-
-
-@pytest.fixture(scope="module")
-def table():
-    path = pathlib.Path(__file__).parents[3] / "benchmarks" / "tokenizer_table.py"
-    spec = importlib.util.spec_from_file_location("tokenizer_table", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["tokenizer_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def leaves(path):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
-from puna.models.text.tokenizer import Tokenizer, train_bpe
+from puna.models.text.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from puna.models.text.turns import assistant_turns
 
 TEXTS = ["The llama walks over the puna.", "What is 3 + 4? It is 7, été 🦙 yes no"]
@@ -116,21 +116,10 @@ def test_tool_calls_are_learnt():
     assert said == ['{"name": "weather", "arguments": {"city": "Cusco"}}', "No."]
 
 
-def test_a_control_name_in_a_message_changes_no_other_token(tmp_path):
+def test_a_control_name_in_a_message_changes_no_other_token(table, tmp_path):
     """A space before the first word of a whole text only, also where a message needs protection."""
     pytest.importorskip("sentencepiece")
-    import importlib.util
-    import pathlib
-    import sys
-
-    path = pathlib.Path(__file__).parents[3] / "benchmarks" / "tokenizer_table.py"
-    spec = importlib.util.spec_from_file_location("tokenizer_table", path)
-    assert spec is not None and spec.loader is not None
-    table = sys.modules["tokenizer_table"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
     table.chatml(tmp_path)
-    from puna.models.text.tokenizer import load_tokenizer
-
     t = load_tokenizer(tmp_path)
     plain = t.chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     other = t.chat([{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b"}])
