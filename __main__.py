@@ -366,7 +366,7 @@ def _convert(args, paths):
     convert(
         *paths, to=args.to, name=args.name, base_licence=args.base_licence,
         ignore_licence_name=args.ignore_licence_name, dtype=args.dtype, tokenizer=args.tokenizer,
-        adapter=args.adapter,
+        adapter=args.adapter, quantize=args.quantize,
     )  # fmt: skip
     print(f"{paths[0]} is now in {paths[1]}")
 

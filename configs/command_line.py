@@ -86,7 +86,7 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_bool("json", False, 'print {"ids", "weights"} a line, nothing else', **text)
     if command in ("eval", "audit", "generate", "chat", "serve"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
-        flags.DEFINE_enum("quantize", "", ["", "int8"], "keep matrices as int8", **text)
+        flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "how to keep matrices", **text)
         flags.DEFINE_string(
             "adapter", "", "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR", **text
         )
@@ -185,6 +185,9 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         )  # fmt: skip
         flags.DEFINE_bool(
             "ignore_licence_name", False, "write a name that the base licence forbids", **text
+        )
+        flags.DEFINE_enum(
+            "quantize", "", ["", "int8", "int4"], "--to=puna: how matrices are kept", **text
         )
     return args
 

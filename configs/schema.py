@@ -280,7 +280,7 @@ class AdapterConfig:
     targets: str = key("^(blocks|tail)/.*/w", "regular expressions of the weights that are adapted",
                        NOT_EMPTY, ADAPTED)  # fmt: skip
     quantize: str = key(
-        "none", "how the frozen weights are stored", one_of("none", "int8"), ADAPTED
+        "none", "how the frozen weights are stored", one_of("none", "int8", "int4"), ADAPTED
     )
 
 

@@ -16,9 +16,9 @@ from flax import traverse_util
 from ..configs import patterns
 from ..configs.errors import ConfigError
 from ..configs.schema import AdapterConfig, ModelConfig
+from . import quantize
 from .parallel import sharding
 from .parallel.sharding import Param
-from .quantize import Int8, box_int8
 
 
 class Adapted(flax.struct.PyTreeNode):
@@ -126,7 +126,7 @@ def _box_one(param: Param, config: AdapterConfig) -> Adapted:
 
 def box_base(boxed, config: AdapterConfig):
     """The frozen parameters under the adapters, boxed, as `adapter.quantize` keeps them."""
-    return box_int8(boxed) if config.quantize == "int8" else boxed
+    return boxed if config.quantize == "none" else quantize.box(boxed, config.quantize)
 
 
 def targeted(adapters) -> list[str]:
@@ -191,4 +191,4 @@ def detach(params):
 
 
 def _is_leaf(x) -> bool:
-    return isinstance(x, Adapted | Int8)
+    return isinstance(x, Adapted) or quantize.is_quantized(x)

@@ -12,10 +12,11 @@ from flax import linen as nn
 
 from ..configs.schema import ModelConfig
 from . import bits
-from .adapters import factor_names
-from .leaf import dense, resolve, settle
+from .adapters import Adapted, factor_names
+from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
+from .quantize import Int4, is_quantized
 
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):
@@ -23,6 +24,11 @@ def param(module: nn.Module, name: str, shape, names, init, dtype):
 
     Where the parameters hold another kind of leaf, that leaf is returned.
     """
+    held = module.get_variable("params", name)
+    if isinstance(base := held.base if isinstance(held, Adapted) else held, Int4):
+        # Flax would compare the shape of the bytes.
+        assert base.shape == shape, f"{name} {base.shape}, not {shape}"
+        return settle(bits.unpack(held))
     value = module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
     return settle(bits.unpack(value))
 
@@ -95,7 +101,7 @@ def _dot(spec, a, b, dtype):
     # HIGHEST keeps float32 operands float32 where the hardware would round them to bfloat16.
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
     return jnp.einsum(
-        spec, a.astype(dtype), b.astype(dtype),
+        spec, numbers(a).astype(dtype), numbers(b).astype(dtype),
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
 
@@ -109,7 +115,7 @@ def _contract_bwd(spec, dtype, out_dtype, saved, g):
     terms, out = spec.split("->")
     a, b = terms.split(",")
     dx = _dot(f"{out},{b}->{a}", g, w, dtype).astype(x.dtype)
-    if not jnp.issubdtype(w.dtype, jnp.floating):
+    if is_quantized(w) or not jnp.issubdtype(w.dtype, jnp.floating):
         return dx, None
     dw = _dot(f"{a},{out}->{b}", x, g, dtype).astype(w.dtype)
     return dx, dw
@@ -162,7 +168,7 @@ def look_up(table_VD, tokens_BT, dtype: str):
     """
     weight = resolve(table_VD)
     if weight.scale is None:
-        rows_BTD = _look_up(weight.values, tokens_BT, dtype, "embed")
+        rows_BTD = _look_up(numbers(weight.values), tokens_BT, dtype, "embed")
     else:
         # One byte a number is moved, and not the table in another dtype.
         values_VD = constrain(weight.values, "vocab", None)

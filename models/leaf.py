@@ -12,17 +12,19 @@ import jax.numpy as jnp
 
 from . import bits
 from .adapters import Adapted, factor_names, is_adapted
-from .quantize import Int8
+from .quantize import Int4, Int8, is_quantized
 
 
 class Weight(NamedTuple):
     """The weight `(values * scale + a b) * gain`; what is None is left out.
 
+    values: an array, or an `Int4`, of which whoever multiplies by it takes the `numbers`; so a
+      gradient rule keeps the bytes.
     scale, gain: have size 1 along the dims that a product sums over, so they can multiply it.
     a, b: see `adapters.Adapted`, its scale included.
     """
 
-    values: jax.Array
+    values: jax.Array | Int4
     scale: jax.Array | None = None
     a: jax.Array | None = None
     b: jax.Array | None = None
@@ -41,12 +43,18 @@ def resolve(leaf) -> Weight:
     return Weight(leaf)
 
 
+def numbers(values):
+    """`Weight.values` as one array."""
+    return values.numbers() if isinstance(values, Int4) else values
+
+
 def dense(leaf):
     """The weight as one array: of a plain leaf as it is, of any other in float32."""
     weight = resolve(leaf)
+    values = numbers(weight.values)
     if weight.scale is None and weight.a is None:
-        return weight.values
-    dense = weight.values.astype(jnp.float32)
+        return values
+    dense = values.astype(jnp.float32)
     if weight.scale is not None:
         dense *= weight.scale
     if weight.a is not None and weight.b is not None:
@@ -110,21 +118,26 @@ def settled(params):
 def merge(params, dtype=None):
     """Parameters with their adapters added into what they adapt.
 
-    Sums are in float32 and rounded once. An int8 base is merged as the numbers it stands for, and
-    is then no longer int8.
+    Sums are in float32 and rounded once. A quantised base is merged as the numbers it stands for,
+    and is then no longer quantised.
 
     Args:
-      dtype: of the merged weights; by default that of their base, float32 for int8.
+      dtype: of the merged weights; by default that of their base, float32 where it is quantised.
     """
+    return plain(params, dtype, kept=(Int8, Int4))
+
+
+def plain(params, dtype=None, kept=()):
+    """`merge`, and the same of quantised weights, but for those of a type in `kept`."""
 
     def one(x):
-        if not is_adapted(x):
+        base = x.base if is_adapted(x) else x
+        if not is_adapted(x) and (not is_quantized(x) or isinstance(x, kept)):
             return x
-        base = x.base.values if isinstance(x.base, Int8) else x.base
-        kept = jnp.float32 if isinstance(x.base, Int8) else base.dtype
-        return _merger(jnp.dtype(dtype or kept), base.sharding)(x)
+        array, least = (base.values, jnp.float32) if is_quantized(base) else (base, base.dtype)
+        return _merger(jnp.dtype(dtype or least), array.sharding)(x)
 
-    return jax.tree.map(one, params, is_leaf=is_adapted)
+    return jax.tree.map(one, params, is_leaf=lambda x: is_adapted(x) or is_quantized(x))
 
 
 @functools.cache
@@ -142,6 +155,8 @@ def split_names(leaf, names):
         a, b = factor_names(names, leaf.a.ndim, leaf.b.ndim)
         m, gain = (x if x is None else _beside(x, names) for x in (leaf.m, leaf.gain))
         return leaf.replace(base=split_names(leaf.base, names), a=a, b=b, m=m, gain=gain)
+    if isinstance(leaf, Int4):
+        return Int4(names, names, names)
     if isinstance(leaf, Int8):
         return Int8(names, _beside(leaf.scale, names))
     return names

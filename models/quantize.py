@@ -1,23 +1,32 @@
-"""Weight-only int8: a matrix as whole numbers of -127..127 and a scale for each output channel.
+"""Weight-only int8 and int4: a matrix as whole numbers, with scales in floating point.
 
-The scale belongs to what a product does not sum over, so it multiplies the product and the numbers
-go into the matmul as they are (LLM.int8(), arXiv 2208.07339, without its outliers). Norms, biases,
-patches and routers stay plain: they are small, and a rounded logit sends a token to another expert.
-Activations and training of such weights are left out on purpose.
+int8 has a scale for each output channel, which multiplies the product, so the numbers go into the
+matmul as they are (LLM.int8(), arXiv 2208.07339, without its outliers). int4 has a scale and an
+offset for each group of numbers that a product sums over, those of least squared error among some,
+and is multiplied out where it is used; tables of ids are then int8, as in Meta's quantised Llama
+3.2. Norms, biases, patches and routers stay plain: they are small, and a rounded logit sends a
+token to another expert.
+Calibration, activations and training of such weights are left out on purpose.
 """
 
 import functools
+import itertools
+from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ..configs.errors import ConfigError
 from .parallel import sharding
 from .parallel.sharding import Param
 
-KINDS = ("int8",)
+# Numbers of an int4 weight that share a scale, fewer where that does not divide their dim.
+GROUP = 32
 _LARGEST = 127
+# Ends of the range that are tried for a group, as parts of its own: what lies beyond is cut.
+_ENDS = (1.0, 0.93, 0.86)
 
 
 class Int8(flax.struct.PyTreeNode):
@@ -27,8 +36,8 @@ class Int8(flax.struct.PyTreeNode):
     product sums over.
     """
 
-    values: jax.Array
-    scale: jax.Array
+    values: Any
+    scale: Any
 
     @property
     def shape(self):
@@ -39,37 +48,113 @@ class Int8(flax.struct.PyTreeNode):
         return Int8(self.values.T, self.scale.T)
 
 
-def quantize(x: jax.Array, names):
+class Int4(flax.struct.PyTreeNode):
+    """A weight that is `values * scale + least` for each group of G numbers along one dim.
+
+    values: 0..15, two in a byte: uint8, in the shape of the weight but half as large along that
+    dim. Of a group's G / 2 bytes, byte i has number i in its low half and number i + G / 2 in its
+    high half, so a group is whole on a device wherever the dim is split between groups. scale,
+    least: bfloat16, likewise, with one number for each group.
+    """
+
+    values: Any
+    scale: Any
+    least: Any
+
+    @property
+    def dim(self) -> int:
+        """The dim that the groups lie along, from 0."""
+        sizes = zip(self.values.shape, self.scale.shape, strict=True)
+        return next(i for i, (bytes_, groups) in enumerate(sizes) if bytes_ != groups)
+
+    @property
+    def group(self) -> int:
+        return 2 * self.values.shape[self.dim] // self.scale.shape[self.dim]
+
+    @property
+    def shape(self):
+        return tuple(s * (1 + (i == self.dim)) for i, s in enumerate(self.values.shape))
+
+    def numbers(self):
+        """The weight in float32."""
+        dim, groups = self.dim, self.scale.shape[self.dim]
+        both = _split(self.values, dim, groups)
+        both = jnp.concatenate([both & 15, both >> 4], dim + 1).astype(jnp.float32)
+        scale, least = (jnp.expand_dims(x, dim + 1).astype(jnp.float32)
+                        for x in (self.scale, self.least))  # fmt: skip
+        return (both * scale + least).reshape(self.shape)
+
+
+TYPES = {"int8": Int8, "int4": Int4}
+KINDS = tuple(TYPES)
+
+
+def is_quantized(x) -> bool:
+    """Whether a leaf of a tree of parameters is one of the kinds of this file."""
+    return isinstance(x, tuple(TYPES.values()))
+
+
+def kind_of(x) -> str:
+    """The kind of a leaf, "" for what is not quantised."""
+    return next((kind for kind, of in TYPES.items() if isinstance(x, of)), "")
+
+
+def _split(x, dim, groups):
+    return x.reshape(*x.shape[:dim], groups, -1, *x.shape[dim + 1 :])
+
+
+def quantize(x: jax.Array, names, kind: str = "int8", group: int | None = None):
     """Quantise one parameter, if it is one that is; it stays where it lies.
 
     Args:
       names: the logical name of each dim.
+      kind: one of KINDS.
+      group: most numbers that share a scale of int4; GROUP by default.
 
     Returns:
-      An `Int8` whose error is at most half its scale, 1/254 of the channel's largest number.
+      An `Int8` whose error is at most half its scale, 1/254 of the channel's largest number; or an
+      `Int4`, whose error is about half its scale, 1/30 of the range of the group; of its ends more,
+      where cutting them makes the squared error of the group smaller.
+
+    Raises:
+      ConfigError: the mesh would split a group.
     """
     dims = _summed(names)
-    return x if dims is None else _quantizer(dims, x.sharding)(x)
+    if dims is None:
+        return x
+    if kind == "int4" and (size := _group_size(x.shape, names, group or GROUP)):
+        _check_split(x, names, dims[-1], size)
+        return _int4_quantizer(dims[-1], size, x.sharding)(x)
+    return _int8_quantizer(dims, x.sharding)(x)
 
 
-def quantize_tree(params, boxed):
+def quantize_tree(params, boxed, kind: str = "int8", group: int | None = None):
     """`quantize` of a tree of parameters, with the names of `transformer.abstract_params`."""
     return jax.tree.map(
-        lambda p, x: x if isinstance(x, Int8) else quantize(x, p.names),
+        lambda p, x: x if is_quantized(x) else quantize(x, p.names, kind, group),
         boxed, params, is_leaf=lambda x: isinstance(x, Param),
     )  # fmt: skip
 
 
-def box_int8(boxed):
+def box(boxed, kind: str):
     """What `quantize_tree` makes of `transformer.abstract_params`, boxed likewise."""
 
     def one(p):
-        dims = _summed(p.names)
+        dims, shape = _summed(p.names), p.value.shape
         if dims is None:
             return p
-        sizes = (1 if i in dims else size for i, size in enumerate(p.value.shape))
+        size = _group_size(shape, p.names, GROUP) if kind == "int4" else 0
+        if size:
+            halved, scales = (
+                tuple(s // part if i == dims[-1] else s for i, s in enumerate(shape))
+                for part in (2, size)
+            )
+            values = Param(jax.ShapeDtypeStruct(halved, jnp.uint8), p.names)
+            scale = Param(jax.ShapeDtypeStruct(scales, jnp.bfloat16), p.names)
+            return Int4(values, scale, scale)
+        sizes = (1 if i in dims else s for i, s in enumerate(shape))
         names = (None if i in dims else name for i, name in enumerate(p.names))
-        values = Param(jax.ShapeDtypeStruct(p.value.shape, jnp.int8), p.names)
+        values = Param(jax.ShapeDtypeStruct(shape, jnp.int8), p.names)
         return Int8(values, Param(jax.ShapeDtypeStruct(tuple(sizes), jnp.float32), tuple(names)))
 
     return jax.tree.map(one, boxed, is_leaf=lambda x: isinstance(x, Param))
@@ -83,8 +168,25 @@ def _summed(names):
     return tuple(own[1:]) if names[own[0]] == "vocab" else sharding.row_dims(names)
 
 
+def _group_size(shape, names, most: int) -> int:
+    """Numbers of a group: the most that divide the dim evenly; 0 where a weight stays int8."""
+    if "vocab" in names:
+        return 0
+    size = shape[sharding.row_dims(names)[-1]]
+    return max((g for g in range(4, most + 1, 2) if size % g == 0), default=0)
+
+
+def _check_split(x, names, dim, size):
+    parts = x.sharding.shard_shape(x.shape)[dim]
+    if parts % size:
+        raise ConfigError(
+            f"int4 groups of {size}: the mesh splits {names[dim]}={x.shape[dim]} into parts of "
+            f"{parts}, which must be a multiple of {size}"
+        )
+
+
 @functools.cache
-def _quantizer(dims: tuple[int, ...], place):
+def _int8_quantizer(dims: tuple[int, ...], place):
     out = place
     if isinstance(place, NamedSharding):
         spec = tuple(None if i in dims else axes for i, axes in enumerate(place.spec))
@@ -98,3 +200,36 @@ def _quantizer(dims: tuple[int, ...], place):
         return Int8(values.astype(jnp.int8), scale)
 
     return jax.jit(make, out_shardings=Int8(place, out))
+
+
+@functools.cache
+def _int4_quantizer(dim: int, size: int, place):
+    def steps(x, scale, least):
+        return jnp.clip(jnp.round((x - least) / jnp.where(scale > 0, scale, 1)), 0, 15)
+
+    def rounded(x):
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def make(x):
+        x = _split(x.astype(jnp.float32), dim, x.shape[dim] // size)
+        low, high = (f(x, axis=dim + 1, keepdims=True) for f in (jnp.min, jnp.max))
+        middle, half = (low + high) / 2, (high - low) / 2
+        best = None
+        for below, above in itertools.product(_ENDS, _ENDS):
+            scale, least = rounded(half * (below + above) / 15), rounded(middle - half * below)
+            off = steps(x, scale, least) * scale + least - x
+            found = jnp.sum(off * off, axis=dim + 1, keepdims=True), scale, least
+            if best is None:
+                best = found
+            else:
+                is_better = found[0] < best[0]
+                best = [
+                    jnp.where(is_better, new, old) for new, old in zip(found, best, strict=True)
+                ]
+        _, scale, least = best
+        both = steps(x, scale, least).astype(jnp.uint8)
+        first, second = jnp.split(both, 2, axis=dim + 1)
+        values = (first | (second << 4)).reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+        return Int4(values, *(jnp.squeeze(s, dim + 1).astype(jnp.bfloat16) for s in (scale, least)))
+
+    return jax.jit(make, out_shardings=Int4(place, place, place))

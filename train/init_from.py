@@ -243,9 +243,10 @@ def initial_state(
     path, of_run = source(config.train.init_from)
     # As they are stored, where they will be rounded: the optimizer's float32 copy is of these.
     dtype = "float32" if config.model.param_dtype == "float32" else None
-    # The adapters of a run are merged first: int8 is made of the sum.
+    # The adapters of a run are merged first: quantised is the sum.
     merges = of_run and run.read_config(path).adapter.rank
-    quantize = "int8" if config.adapter.quantize == "int8" and not merges else ""
+    kind = config.adapter.quantize
+    quantize = "" if kind == "none" or merges else kind
     _, params = load(path, dtype, mesh, quantize)
     if config.data.new_tokens:
         params = _with_rows(params, config, mesh)

@@ -16,7 +16,7 @@ from ..models import adapters, leaf
 from ..models.adapters import attach
 from ..models.parallel import sharding
 from ..models.parallel.sharding import Param
-from ..models.quantize import quantize_tree
+from ..models.quantize import TYPES, quantize_tree
 from ..models.transformer import abstract_params, init_params
 from ..models.weights import run
 from .objectives import Objective
@@ -192,14 +192,15 @@ def state_of(
     """
     abstract = abstract_state(config, tx, mesh, objective)
     if config.adapter.rank:
-        boxed, base = abstract_params(config.model), leaf.merge(params, "float32")
-        if config.adapter.quantize == "int8":
-            base = quantize_tree(base, boxed)
+        boxed, kind = abstract_params(config.model), config.adapter.quantize
+        base = leaf.plain(params, "float32", TYPES.get(kind, ()))
+        if kind != "none":
+            base = quantize_tree(base, boxed, kind)
         key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
         new = adapters.init(adapters.box(boxed, config.adapter), key, mesh)
         params = leaf.with_magnitudes(new, base)
     else:
-        params, base = split(leaf.merge(params, "float32"), config.train.trainable)
+        params, base = split(leaf.plain(params, "float32"), config.train.trainable)
     frozen = {"base": base} if base else {}
     if objective:
         frozen |= objective.initial_frozen(config, mesh, params)

@@ -19,7 +19,8 @@ from jax import lax
 
 from .. import bits
 from ..layers import contract, swiglu
-from ..leaf import resolve
+from ..leaf import numbers, resolve
+from ..quantize import is_quantized
 
 # Rows of one matmul of the loop at most: more gains nothing on a CPU and wastes more padding.
 _MAX_BLOCK = 256
@@ -178,7 +179,7 @@ def _grouped_forward(x_MD, w_EDF, group_sizes_E, mean):
 def _grouped_backward(mean, saved, dy_MF):
     x_MD, w_EDF, group_sizes_E = saved
     dx_MD = _times_weights(dy_MF, w_EDF, group_sizes_E, mean, transpose_w=True)
-    if not jnp.issubdtype(w_EDF.dtype, jnp.floating):
+    if is_quantized(w_EDF) or not jnp.issubdtype(w_EDF.dtype, jnp.floating):
         return dx_MD, None, None
     dw_EDF = _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, w_EDF.dtype)
     return dx_MD, dw_EDF, None
@@ -223,15 +224,18 @@ def _times_weights_loop(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     expert_N, row_N, num_blocks = _blocks(group_sizes_E, num_rows, block)
     x = jnp.pad(x, ((0, block), (0, 0)))
     spec = "BF,DF->BD" if transpose_w else "BD,DF->BF"
+    width = w_EDF.shape[1 if transpose_w else 2]
     w_EDF = bits.pack(w_EDF)
 
     def multiply(n, y):
-        w_DF = bits.unpack(lax.dynamic_index_in_dim(w_EDF, expert_N[n], keepdims=False))
+        w_DF = numbers(bits.unpack(jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, expert_N[n], keepdims=False), w_EDF
+        )))  # fmt: skip
         x_block = lax.dynamic_slice_in_dim(x, row_N[n], block)
         y_block = _einsum(spec, x_block, w_DF.astype(x.dtype)).astype(x.dtype)
         return lax.dynamic_update_slice_in_dim(y, y_block, row_N[n], axis=0)
 
-    y = jnp.zeros((num_rows + block, w_EDF.shape[1 if transpose_w else 2]), x.dtype)
+    y = jnp.zeros((num_rows + block, width), x.dtype)
     return lax.fori_loop(0, num_blocks, multiply, y)[:num_rows]
 
 
@@ -315,7 +319,7 @@ def _times_weights_tpu(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     tile_m = _row_tile(mean)
     tiling = (tile_m, _tile(depth, 1024), _tile(width, 1024))
     x = jnp.pad(x, ((0, -num_rows % tile_m), (0, 0)))
-    w_EDF = w_EDF.astype(x.dtype)
+    w_EDF = numbers(w_EDF).astype(x.dtype)
     y = gmm(x, w_EDF, group_sizes_E, x.dtype, tiling, transpose_rhs=transpose_w)
     return y[:num_rows]
 

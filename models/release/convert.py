@@ -6,9 +6,9 @@ unless another is asked for.
 Writing Meta's format is left out on purpose.
 """
 
-import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -20,17 +20,19 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from tqdm.auto import tqdm
 
 from ...configs import paths, schema, storage
 from ...configs.errors import UserError
 from ...configs.files import write_json
+from .. import quantize as quantization
+from ..leaf import plain
 from ..parallel import sharding
 from ..text.tokenizer import Tokenizer, load_tokenizer
+from ..transformer import abstract_params
 from ..weights import huggingface, licences, placing, run, safetensors_files
 from ..weights.tensors import warn
-from . import card, gguf_release
+from . import card, gguf_release, run_release
 from .source import AdaptedModel, OthersModel, RunModel, open_model
 
 SHARD_BYTES = 5 * 10**9
@@ -55,6 +57,7 @@ def convert(
     dtype: str | None = None,
     tokenizer: str | None = None,
     adapter: str = "",
+    quantize: str = "",
 ) -> None:
     """Write the model at `src` in another format.
 
@@ -73,6 +76,7 @@ def convert(
       tokenizer: where the tokenizer lies; "none" to leave it out; by default beside the weights.
       adapter: of PEFT, as of `load`, to merge into weights of others in float32; the sum is rounded
         once, to the dtype of the weight.
+      quantize: "int8" or "int4": how "puna" keeps matrices, see `models/quantize.py`.
 
     Raises:
       UserError: nothing readable at `src`, a destination in use, a name the licence forbids, an
@@ -84,6 +88,9 @@ def convert(
     dtypes = tuple(gguf_release.DTYPES) if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} must be one of {', '.join(dtypes)} with to={to}")
+    if quantize and (to != "puna" or quantize not in quantization.KINDS):
+        kinds = " or ".join(quantization.KINDS)
+        raise UserError(f"quantize={quantize!r} must be {kinds} with to=puna, else empty")
     licences.check_choice(base_licence)
     src, dst = storage.anywhere(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)
@@ -102,10 +109,10 @@ def convert(
     if isinstance(model, RunModel) and model.rewards and to != "hf":
         raise UserError(f"{src}: is a reward model, which is written with --to=hf alone")
     if to == "puna":
-        if not isinstance(model, OthersModel):
+        if not isinstance(model, OthersModel) and not quantize:
             raise UserError(f"{src}: is a run of puna already")
         with _whole(dst) as folder:
-            _write_run(model, text, folder)
+            _write_run(model, text, folder, quantize)
     elif to == "peft":
         if not isinstance(model, RunModel):
             raise UserError(f"{src}: is not a run of puna, so it has no adapters to write")
@@ -172,33 +179,18 @@ def _whole(dst: pathlib.Path):
 # --- a run of ours ------------------------------------------------------------------------------
 
 
-def _write_run(model: OthersModel, tokenizer: Tokenizer | None, folder: pathlib.Path) -> None:
+def _write_run(model: OthersModel | RunModel, tokenizer: Tokenizer | None, folder: pathlib.Path,
+               kind: str) -> None:  # fmt: skip
     # On the host, whose memory is the larger one, and unsplit: any mesh can read it.
     mesh = sharding.make_mesh(schema.MeshConfig(), jax.devices("cpu")[:1])
-    params = placing.place(model.weights, mesh, title="converting")
+    if isinstance(model, RunModel):
+        params = plain(run.load(model.folder, model.to and model.to.name, mesh)[1])
+        params = quantization.quantize_tree(params, abstract_params(model.config), kind)
+    else:
+        each = functools.partial(quantization.quantize, kind=kind) if kind else None
+        params = placing.place(model.weights, mesh, title="converting", each=each)
     model.finish()
-    half = all(x.dtype == "bfloat16" for x in jax.tree.leaves(params))
-    architecture = dataclasses.replace(model.config, param_dtype="bfloat16" if half else "float32")
-    seq_len = max(2, min(schema.DataConfig.seq_len, architecture.max_positions))
-    config = schema.Config(model=architecture, data=schema.DataConfig(seq_len=seq_len))
-    files = {}
-    if tokenizer is not None:
-        with tempfile.TemporaryDirectory() as saved:
-            tokenizer.save(saved)
-            files = {p.name: p.read_bytes() for p in sorted(pathlib.Path(saved).iterdir())}
-    meta = {
-        "config": schema.to_dict(config),
-        "data": {},
-        "origin": model.origin,
-        "tokenizer": {key: base64.b64encode(data).decode() for key, data in files.items()},
-    }
-    meta = run.seal(meta, params=params)
-    with run.quiet_orbax(), ocp.CheckpointManager((folder / run.CHECKPOINTS).absolute()) as manager:
-        manager.save(
-            0, args=ocp.args.Composite(params=ocp.args.StandardSave(params),
-                                       meta=ocp.args.JsonSave(meta)),
-        )  # fmt: skip
-        manager.wait_until_finished()
+    run_release.write(folder, params, model.config, model.origin, tokenizer)
 
 
 # --- a release ----------------------------------------------------------------------------------

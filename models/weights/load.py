@@ -1,6 +1,7 @@
 """`puna.load`: recognise what a path holds and read it."""
 
 import dataclasses
+import functools
 import os
 
 import jax
@@ -14,7 +15,6 @@ from .. import quantize as quantization
 from ..adapters import Adapted, is_adapted
 from ..leaf import dense, split_names, with_magnitudes
 from ..parallel import sharding
-from ..quantize import Int8
 from ..transformer import Transformer, abstract_params
 from . import adapter_sum, peft, placing, run
 from .tensors import Weights
@@ -29,8 +29,9 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
       dtype: "float32" or "bfloat16", of the parameters and of the computation; None leaves every
         parameter as it is stored.
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
-      quantize: "int8" keeps matrices as int8 with a scale for each output channel, a parameter at a
-        time, see `models/quantize.py`; dtype is then that of the computation and of the rest.
+      quantize: "int8" or "int4" keeps matrices as such numbers with scales, a parameter at a time,
+        see `models/quantize.py`; dtype is then that of the computation and of the rest. A run that
+        holds quantised weights has them in any case.
       adapter: folder of a PEFT LoRA of this model, which is laid on it in float32; `leaf.merge`
         adds it in. Several with weights, "0.7*DIR,0.3*DIR", are their exact sum.
 
@@ -47,12 +48,18 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         raise UserError(
             f"quantize={quantize!r} must be {' or '.join(quantization.KINDS)}, or empty"
         )
-    each = quantization.quantize if quantize else None
+    each = functools.partial(quantization.quantize, kind=quantize) if quantize else None
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
     path = storage.anywhere(path, "path")
     if run.is_run(path):
         model, params = run.load(path, dtype, mesh, each=each)
         config = model.config
+        leaves = jax.tree.leaves(params, is_leaf=quantization.is_quantized)
+        kinds = {quantization.kind_of(x) for x in leaves} - {""}
+        # Among int4 weights there are int8 tables.
+        held = "int4" if "int4" in kinds else "int8"
+        if kinds and quantize not in ("", held):
+            raise UserError(f"{path}: holds {held} weights: leave quantize={quantize!r} out")
     else:
         weights = open_weights(path)
         config = weights.config
@@ -85,8 +92,9 @@ def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh):
         new = np.array(dense(old))
         for i, value in layers.items():
             new[i if path.startswith("blocks/") else ...] = value
-        plain = put(path, new.astype(np.float32 if isinstance(old, Int8) else old.dtype))
-        flat[path] = quantization.quantize(plain, names[path]) if isinstance(old, Int8) else plain
+        kind = quantization.kind_of(old)
+        plain = put(path, new.astype(np.float32 if kind else old.dtype))
+        flat[path] = quantization.quantize(plain, names[path], kind) if kind else plain
     for path, (a, b) in adapter.factors.items():
         if is_adapted(flat[path]):
             raise UserError(f"{path} has an adapter of the run's own; convert the run first")

@@ -28,9 +28,9 @@ from ...configs.errors import MACHINE, MachineError, UserError, status, system_e
 from ...configs.paths import absolute, is_url
 from .. import adapters
 from ..adapters import attach, is_adapted
-from ..leaf import dense
+from ..leaf import dense, split_names
 from ..parallel import processes, sharding
-from ..quantize import Int8
+from ..quantize import Int4, Int8, is_quantized
 from ..transformer import Transformer, abstract_params
 from .checksum import checksums
 from .stored import Item
@@ -41,8 +41,8 @@ CHECKPOINTS = "checkpoints"
 FROZEN = "frozen"
 COMMITTED = "commit_success.txt"  # as Orbax has it
 
-# The arrays of a weight that is int8, and of an adapter, after the path of the weight.
-_ENDS = ("/values", "/scale", "/a", "/b", "/m")
+# The arrays of a quantised weight, and of an adapter, after the path of the weight.
+_ENDS = ("/values", "/scale", "/least", "/a", "/b", "/m")
 
 # What the meta of a checkpoint can hold that was saved before there were checksums.
 _UNSEALED = ({"config", "data", "tokenizer"}, {"config", "data", "tokenizer", "origin"})
@@ -293,7 +293,10 @@ class Parameters:
             raise _failed(_fault(error, self.folder), self.folder, _first_line(error)) from None
 
     def shape(self, path: str) -> tuple[int, ...]:
-        return self._open(self._parts(path)[0]).shape
+        parts = self._parts(path)
+        if f"{path}/least" in parts:
+            return Int4(*(self._open(part) for part in parts[:3])).shape
+        return self._open(parts[0]).shape
 
     def dtype(self, path: str) -> np.dtype:
         parts = self._parts(path)
@@ -308,8 +311,8 @@ class Parameters:
     def read(self, paths: list[str]) -> dict[str, np.ndarray]:
         """Read some parameters, compared with their checksums.
 
-        They are as they were saved; what is int8 or has an adapter is in the dtype of the run's
-        parameters, rounded once.
+        They are as they were saved; what is quantised or has an adapter is in the dtype of the
+        run's parameters, rounded once.
         """
         parts = {path: self._parts(path) for path in paths}
         found = self._read([part for several in parts.values() for part in several])
@@ -319,9 +322,12 @@ class Parameters:
         if parts == [path]:
             return found[path]
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            values, scale, a, b, m = (jnp.asarray(found[p]) if (p := path + end) in found else None
-                                   for end in _ENDS)  # fmt: skip
+            values, scale, least, a, b, m = (
+                jnp.asarray(found[p]) if (p := path + end) in found else None for end in _ENDS
+            )
             base = found[path] if values is None else Int8(values, scale)
+            if least is not None:
+                base = Int4(values, scale, least)
             leaf = base if a is None else adapters.Adapted(base, a, b, self.scale, m)
             return np.asarray(dense(leaf).astype(self._merged))
 
@@ -386,6 +392,7 @@ def load(path, dtype: str | None, mesh, step: int | None = None, each=None):
             )
             for is_frozen in (False, True)
         )
+        trains = _box_quantized(trains, trained)
     found = restore(folder, "params", _as_stored(trains, trained, mesh))
     if rest:
         found = attach(
@@ -397,6 +404,26 @@ def load(path, dtype: str | None, mesh, step: int | None = None, each=None):
         # One after another, so that there are never two whole models.
         flat[path] = _finished(flat[path], dtype, each, names[path])
     return Transformer(config.model), traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _box_quantized(boxed, sums: dict[str, str]):
+    """Boxed parameters, of which some were saved quantised, as they were saved."""
+
+    def one(path, p):
+        names = [f"{sharding.path_name(path)}{end}" for end in _ENDS[:3]]
+        parts = [_shape_of(sums[name]) for name in names if name in sums]
+        if not parts:
+            return p
+        leaf = (Int4 if len(parts) == 3 else Int8)(*parts)
+        return jax.tree.map(sharding.Param, leaf, split_names(leaf, p.names))
+
+    return jax.tree.map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, sharding.Param))
+
+
+def _shape_of(checksum: str) -> jax.ShapeDtypeStruct:
+    """Of the array that a checksum is of, which begins with its dtype and its shape."""
+    dtype, _, rest = checksum.partition("[")
+    return jax.ShapeDtypeStruct(tuple(map(int, rest.partition("]")[0].split(","))), dtype)
 
 
 def _as_stored(boxed, sums: dict[str, str], mesh):
@@ -415,7 +442,7 @@ def _finished(leaf, dtype: str | None, each, names):
     """A leaf in `dtype`, where it holds a plain array; adapters stay in float32."""
     if is_adapted(leaf):
         return leaf.replace(base=_finished(leaf.base, dtype, each, names))
-    if isinstance(leaf, Int8):
+    if is_quantized(leaf):
         return leaf
     leaf = leaf.astype(dtype or leaf.dtype)
     return each(leaf, names) if each else leaf

@@ -13,7 +13,7 @@ from puna.configs.schema import AdapterConfig, MeshConfig, ModelConfig
 from puna.models import adapters, leaf
 from puna.models.decode import engine
 from puna.models.parallel import sharding
-from puna.models.quantize import Int8, quantize_tree
+from puna.models.quantize import is_quantized, quantize_tree
 from puna.models.transformer import Transformer, abstract_params, unembed_table
 from puna.train.objectives.next_token import cross_entropy, log_probs
 
@@ -122,15 +122,18 @@ def test_merged_is_the_sum_and_computes_the_same(name):
     close(forward(name)(merged, TOKENS_BT), forward(name)(params, TOKENS_BT))
 
 
-@pytest.mark.parametrize("name", ["dense", "scout", "dense dora"])
-def test_over_int8_the_base_is_the_numbers_it_stands_for(name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("dense", "int8"), ("scout", "int8"), ("scout", "int4"), ("dense dora", "int4")],
+)
+def test_over_a_quantised_base_it_is_the_numbers_it_stands_for(name, kind):
     base, params, _ = made(name)
-    int8 = quantize_tree(base, abstract_params(MODELS[name]))
+    held = quantize_tree(base, abstract_params(MODELS[name]), kind)
     over = jax.tree.map(
         lambda x, y: x.replace(base=y) if adapters.is_adapted(x) else y,
-        params, int8, is_leaf=adapters.is_adapted,
+        params, held, is_leaf=adapters.is_adapted,
     )  # fmt: skip
-    same = jax.tree.map(leaf.dense, int8, is_leaf=lambda x: isinstance(x, Int8))
+    same = jax.tree.map(leaf.dense, held, is_leaf=is_quantized)
     wanted = jax.tree.map_with_path(
         lambda path, x, y: numpy_sum(sharding.path_name(path), y, x)
         if adapters.is_adapted(x) else y,

@@ -1,4 +1,4 @@
-"""int8 weights: the numbers they stand for, wherever a weight is used, and how large they are."""
+"""int8 and int4: the numbers they stand for, wherever a weight is used, and how large they are."""
 
 import dataclasses
 import functools
@@ -13,11 +13,12 @@ from puna import __main__ as cli
 from puna.configs.errors import UserError
 from puna.configs.schema import MeshConfig, ModelConfig
 from puna.models import leaf
+from puna.models import quantize as quantization
 from puna.models.decode import engine
 from puna.models.kernels.experts import grouped_matmul
 from puna.models.layers import contract, look_up
 from puna.models.parallel import sharding
-from puna.models.quantize import Int8, quantize, quantize_tree
+from puna.models.quantize import Int4, Int8, box, is_quantized, quantize, quantize_tree
 from puna.models.release.convert import convert
 from puna.models.text.tokenizer import byte_tokenizer
 from puna.models.transformer import Transformer, abstract_params, unembed_table
@@ -36,14 +37,18 @@ CONFIGS = {
     ),
 }  # fmt: skip
 # Error of a token's logits over their size (both Euclidean), of the median token: one that another
-# expert gets is far off. A step is 2.5 deviations / 127 for 64 Gaussian weights, so each product is
-# off by 0.6 percent, and the products of a few layers by 2 to 3; int4 would be 18 times as far off.
-BOUND = 0.04
+# expert gets is far off. A step of int8 is 2.5 deviations / 127 for 64 Gaussian weights, so each
+# product is off by 0.6 percent, and the products of a few layers by 2 to 3. A step of int4 is 4
+# deviations / 15 for groups of 32, 14 times that; int3 would be twice as far off.
+BOUND = {"int8": 0.04, "int4": 0.5}
+# Bytes over those of bfloat16. int8 has 4 more for each column of 64 or more numbers, int4 for each
+# group of 32 or fewer.
+BYTES = {"int8": 0.55, "int4": 0.4}
+KINDS = pytest.mark.parametrize("kind", BOUND)
 
 
 @functools.cache
-def params(name):
-    """Parameters of a model, its int8 ones, and the numbers that those stand for."""
+def plain_params(name):
     config, rng = CONFIGS[name], np.random.default_rng(0)
 
     def draw(path, x):
@@ -52,15 +57,15 @@ def params(name):
         return jnp.array(1 + 0.1 * value if "norm" in str(path[-2]) else fan_in**-0.5 * value,
                          jnp.float32)  # fmt: skip
 
-    boxed = abstract_params(config)
-    plain = jax.tree.map_with_path(draw, sharding.unbox(boxed))
-    int8 = quantize_tree(plain, boxed)
-    same = jax.tree.map(leaf.dense, int8, is_leaf=is_int8)
-    return plain, int8, same
+    return jax.tree.map_with_path(draw, sharding.unbox(abstract_params(config)))
 
 
-def is_int8(x):
-    return isinstance(x, Int8)
+@functools.cache
+def params(name, kind):
+    """Parameters of a model, its quantised ones, and the numbers that those stand for."""
+    plain = plain_params(name)
+    made = quantize_tree(plain, abstract_params(CONFIGS[name]), kind)
+    return plain, made, jax.tree.map(leaf.dense, made, is_leaf=is_quantized)
 
 
 @functools.cache
@@ -72,25 +77,33 @@ def forward(name):
 TOKENS_BT = np.random.default_rng(1).integers(0, 272, (2, 16))
 
 
+@KINDS
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(name):
-    plain, int8, same = params(name)
-    found, wanted = forward(name)(int8, TOKENS_BT), forward(name)(same, TOKENS_BT)
+def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(name, kind):
+    plain, made, same = params(name, kind)
+    found, wanted = forward(name)(made, TOKENS_BT), forward(name)(same, TOKENS_BT)
     np.testing.assert_allclose(found, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
     exact = forward(name)(plain, TOKENS_BT)
     error_BT = np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
-    assert 1e-3 < np.median(error_BT) < BOUND
+    assert 1e-3 < np.median(error_BT) < BOUND[kind]
 
 
+@KINDS
 @pytest.mark.parametrize("name", CONFIGS)
-def test_weights_take_half_the_bytes_of_bfloat16(name):
-    plain, int8, _ = params(name)
+def test_weights_take_a_half_or_a_third_of_the_bytes_of_bfloat16(name, kind):
+    plain, made, _ = params(name, kind)
     half = sum(2 * x.size for x in jax.tree.leaves(plain))
-    # The scales are 4 bytes for each column of 64 or more numbers.
-    assert sum(x.nbytes for x in jax.tree.leaves(int8)) < 0.55 * half
-    paths = {sharding.path_name(p) for p, x in jax.tree.leaves_with_path(int8, is_leaf=is_int8)
-             if not is_int8(x)}  # fmt: skip
-    assert {path.split("/")[-1] for path in paths} <= {"scale_D", "router_DE"}
+    assert sum(x.nbytes for x in jax.tree.leaves(made)) < BYTES[kind] * half
+    leaves = jax.tree.leaves_with_path(made, is_leaf=is_quantized)
+    others = [sharding.path_name(p) for p, x in leaves if not is_quantized(x)]
+    assert {path.split("/")[-1] for path in others} <= {"scale_D", "router_DE"}
+    tables = [sharding.path_name(p) for p, x in leaves if isinstance(x, Int8)]
+    assert kind == "int8" or all("/table_" in path for path in tables)
+    # What will be is known before it is made.
+    boxed = sharding.unbox(box(abstract_params(CONFIGS[name]), kind))
+    assert jax.tree.structure(boxed) == jax.tree.structure(made)
+    for x, y in zip(jax.tree.leaves(boxed), jax.tree.leaves(made), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
 def test_a_weight_is_off_by_at_most_half_a_step():
@@ -109,7 +122,48 @@ def test_a_weight_is_off_by_at_most_half_a_step():
     assert np.isnan(leaf.dense(damaged)[0, :, 0]).all()
 
 
-def test_each_product_is_that_of_the_rounded_weight():
+def test_int4_holds_sixteen_numbers_of_each_group():
+    """An oracle in NumPy reads the bytes; what lies on the grid of its group comes back exactly."""
+    rng = np.random.default_rng(0)
+    steps = rng.integers(0, 16, (2, 6, 3, 8))  # layers, outputs, groups, numbers of a group
+    steps[..., 2:4] = 0, 15
+    scale = 2.0 ** rng.integers(-3, 3, (2, 6, 3, 1))
+    exact = (steps * scale - 4 * scale).reshape(2, 6, 24).swapaxes(1, 2)
+    names = ("layers", "embed", "mlp")
+    made = quantize(jnp.array(exact, jnp.float32), names, "int4", group=8)
+    assert isinstance(made, Int4) and made.shape == exact.shape and made.group == 8
+    assert made.values.dtype == jnp.uint8 and made.values.shape == (2, 12, 6)
+    assert made.scale.shape == made.least.shape == (2, 3, 6)
+    np.testing.assert_array_equal(leaf.dense(made), exact)
+
+    w_LDF = rng.normal(size=(2, 24, 6)) * np.exp(rng.normal(size=(2, 1, 6)))
+    w_LDF[0, :, 3], w_LDF[1, :8, 2] = 0.0, 0.7
+    made = quantize(jnp.array(w_LDF, jnp.float32), names, "int4", group=8)
+    found = np.zeros_like(w_LDF)
+    values, scale, least = (
+        np.asarray(x, np.float32) for x in (made.values, made.scale, made.least)
+    )
+    for d in range(24):
+        group, i = divmod(d, 8)
+        byte = values[:, 4 * group + i % 4].astype(int)
+        found[:, d] = (byte >> 4 if i >= 4 else byte & 15) * scale[:, group] + least[:, group]
+    np.testing.assert_allclose(leaf.dense(made), found, atol=1e-6)
+    groups = w_LDF.reshape(2, 3, 8, 6)
+    step = np.ptp(groups, axis=2) / 15
+    error = np.square(found.reshape(groups.shape) - groups).sum(2) ** 0.5
+    # Nearest numbers of a grid over the whole range, rounded to bfloat16, are at least as far off.
+    assert np.all(error <= 8**0.5 * (step / 2 + np.abs(groups).max(2) / 200))
+    assert np.all(found[0, :, 3] == 0)
+    damaged = quantize(jnp.array(w_LDF, jnp.float32).at[0, 0, 0].set(jnp.nan), names, "int4", 8)
+    assert np.isnan(leaf.dense(damaged)[0, :8, 0]).all()
+    # A dim that no group divides evenly, and tables of ids, are int8.
+    assert isinstance(quantize(jnp.ones((7, 6)), ("embed", "mlp"), "int4"), Int8)
+    assert quantize(jnp.ones((48, 6)), ("embed", "mlp"), "int4", 64).group == 48
+    assert isinstance(quantize(jnp.ones((8, 64)), ("vocab", "embed"), "int4"), Int8)
+
+
+@KINDS
+def test_each_product_is_that_of_the_rounded_weight(kind):
     rng = np.random.default_rng(0)
 
     def draw(*shape):
@@ -118,7 +172,7 @@ def test_each_product_is_that_of_the_rounded_weight():
     def close(found, wanted):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
 
-    x_BTNH, w_NHD = draw(2, 3, 4, 5), quantize(draw(4, 5, 6), ("heads", "head_dim", "embed"))
+    x_BTNH, w_NHD = draw(2, 3, 4, 6), quantize(draw(4, 6, 6), ("heads", "head_dim", "embed"), kind)
     wanted = np.einsum("BTNH,NHD->BTD", x_BTNH, leaf.dense(w_NHD))
     close(contract("BTNH,NHD->BTD", x_BTNH, w_NHD, "float32"), wanted)
     # The gradient reaches what the weight is multiplied with.
@@ -126,7 +180,7 @@ def test_each_product_is_that_of_the_rounded_weight():
     close(pull(x_BTNH), np.broadcast_to(leaf.dense(w_NHD).sum(-1), x_BTNH.shape))
 
     names = ("experts", "expert_embed", "mlp")
-    x_MD, w_EDF, sizes_E = draw(7, 6), quantize(draw(3, 6, 5), names), jnp.array([2, 0, 4])
+    x_MD, w_EDF, sizes_E = draw(7, 6), quantize(draw(3, 6, 5), names, kind), jnp.array([2, 0, 4])
     w = np.asarray(leaf.dense(w_EDF))
     wanted = np.concatenate([x_MD[:2] @ w[0], x_MD[2:6] @ w[2], np.zeros((1, 5))])
 
@@ -138,54 +192,60 @@ def test_each_product_is_that_of_the_rounded_weight():
     close(slopes, np.concatenate([np.tile(w[0].sum(-1), (2, 1)), np.tile(w[2].sum(-1), (4, 1)),
                                   np.zeros((1, 6))]))  # fmt: skip
 
-    table_VD = quantize(draw(9, 6), ("vocab", "embed"))
+    assert isinstance(w_EDF, Int4) == isinstance(w_NHD, Int4) == (kind == "int4")
+    table_VD = quantize(draw(9, 6), ("vocab", "embed"), kind)
     rows = look_up(table_VD, jnp.array([[8, 0, 9]]), "float32")
     close(rows[0, :2], np.asarray(leaf.dense(table_VD))[[8, 0]])
     assert np.isnan(rows[0, 2]).all()
 
 
+@KINDS
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name):
-    _, int8, _ = params(name)
+def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name, kind):
+    _, held, _ = params(name, kind)
     config = CONFIGS[name]
     model = Transformer(config)
     prompts = [[5, 65], [7, *range(30, 43)]]
-    made = next(engine.decode(model, int8, prompts, 8, block=8))
+    made = next(engine.decode(model, held, prompts, 8, block=8))
     tokens_BT = np.zeros((2, 24), np.int32)
     for r, prompt in enumerate(prompts):
         row = [*prompt, *made.ids_BT[r]]
         tokens_BT[r, : len(row)] = row
-    logits_BTV = forward(name)(int8, tokens_BT)
+    logits_BTV = forward(name)(held, tokens_BT)
     logp_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
     for r, prompt in enumerate(prompts):
         at = len(prompt) - 1 + np.arange(8)
         wanted = logp_BTV[r, at, made.ids_BT[r]]
         np.testing.assert_allclose(made.logprobs_BT[r], wanted, atol=2e-5)
 
-    states = model.apply({"params": int8}, tokens_BT, method="states")
-    table, targets_BT = unembed_table(config, int8), np.roll(tokens_BT, -1, 1)
+    states = model.apply({"params": held}, tokens_BT, method="states")
+    table, targets_BT = unembed_table(config, held), np.roll(tokens_BT, -1, 1)
     ones_BT = np.ones(targets_BT.shape, np.float32)
     _, nll_BT = cross_entropy(states.hidden_BTD, table, targets_BT, ones_BT, "float32")
     wanted = -np.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
     np.testing.assert_allclose(nll_BT, wanted, atol=2e-5)
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 2, "tensor": 2, "data": 2},
-                                  {"expert": 2, "fsdp": 2, "tensor": 2}])  # fmt: skip
-def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, axes):
+@pytest.mark.parametrize(("kind", "axes"), [
+    ("int8", {"fsdp": 2, "tensor": 2, "data": 2}), ("int8", {"expert": 2, "fsdp": 2, "tensor": 2}),
+    ("int4", {"expert": 2, "fsdp": 2, "tensor": 2}),
+])  # fmt: skip
+def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, monkeypatch, kind, axes):
     """Loaded onto eight devices or one, from files or from a run."""
+    monkeypatch.setattr(quantization, "GROUP", 4)
     config = files.model_config(files.SCOUT)
     weights = files.random_tensors(files.hf_shapes(config))
     path = files.write_hf(tmp_path / "hf", files.hf_table(config)[1], weights)
     one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     mesh = sharding.make_mesh(MeshConfig(**{"data": 1} | axes))
-    model, alone = puna.load(path, mesh=one, quantize="int8")
-    _, spread = puna.load(path, mesh=mesh, quantize="int8")
+    model, alone = puna.load(path, mesh=one, quantize=kind)
+    _, spread = puna.load(path, mesh=mesh, quantize=kind)
     for (path, x), y in zip(jax.tree.leaves_with_path(alone), jax.tree.leaves(spread), strict=True):
         assert x.dtype == y.dtype and np.array_equal(x, y), sharding.path_name(path)
     experts = spread["blocks"]["layer_1"]["moe"]["w_gate_EDF"]
-    assert isinstance(experts, Int8)
-    assert experts.values.sharding.shard_shape(experts.shape) != experts.shape
+    assert quantization.kind_of(experts) == kind
+    values = experts.values
+    assert values.sharding.shard_shape(values.shape) != values.shape
     tokens_BT = np.random.default_rng(1).integers(0, config.vocab_size, (8, 8))
     apply = jax.jit(lambda params: model.apply({"params": params}, tokens_BT).logits_BTV)
     wanted = np.asarray(apply(alone))
@@ -194,17 +254,40 @@ def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, axes):
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_a_run_loads_as_the_model_it_came_from(files, tiny, tmp_path):
+@KINDS
+def test_a_run_holds_the_model_it_came_from(files, tiny, tmp_path, kind):
+    """Quantised when loaded, when converted, or when a run is converted: the same bytes."""
     path = files.write_hf(tmp_path / "hf", *tiny[1:])
     convert(path, tmp_path / "run", to="puna")
-    _, wanted = puna.load(path, "bfloat16", quantize="int8")
-    _, found = puna.load(tmp_path / "run", "bfloat16", quantize="int8")
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    assert isinstance(found["embed"]["table_VD"], Int8)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert x.dtype == y.dtype and np.array_equal(x, y)
-    with pytest.raises(UserError, match="quantize='int3' must be int8, or empty"):
+    convert(path, tmp_path / "small", to="puna", quantize=kind)
+    convert(tmp_path / "run", tmp_path / "again", to="puna", quantize=kind)
+    model, wanted = puna.load(path, None, quantize=kind)
+    assert isinstance(wanted["embed"]["table_VD"], Int8)
+    for folder, told in (("run", kind), ("small", kind), ("small", ""), ("again", "")):
+        _, found = puna.load(tmp_path / folder, None, quantize=told)
+        assert jax.tree.structure(found) == jax.tree.structure(wanted)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            assert x.dtype == y.dtype and np.array_equal(x, y)
+    # A release of it has the numbers that its weights stand for.
+    convert(tmp_path / "small", tmp_path / "release")
+    _, found = puna.load(tmp_path / "release")
+    whole = leaf.plain(wanted, "float32")
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2**-7)
+    other = next(k for k in BOUND if k != kind)
+    with pytest.raises(UserError, match=f"holds {kind} weights: leave quantize='{other}' out"):
+        puna.load(tmp_path / "small", quantize=other)
+    with pytest.raises(UserError, match="quantize='int3' must be int8 or int4, or empty"):
         puna.load(path, quantize="int3")
+    with pytest.raises(UserError, match="quantize='int4' must be int8 or int4 with to=puna, else"):
+        convert(path, tmp_path / "x", to="hf", quantize="int4")
+
+
+def test_a_mesh_must_not_split_a_group():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
+    place = jax.NamedSharding(mesh, jax.P("fsdp"))
+    with pytest.raises(UserError, match="int4 groups of 24: .* embed=24 into parts of 12"):
+        quantize(jax.device_put(jnp.ones((24, 4)), place), ("embed", "mlp"), "int4")
 
 
 @pytest.mark.parametrize("command", [["generate", "--prompt=x"], ["eval", "--config=tiny"]])

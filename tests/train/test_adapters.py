@@ -14,7 +14,7 @@ from puna.configs.errors import ConfigError, UserError
 from puna.models import leaf
 from puna.models.adapters import attach, detach, is_adapted
 from puna.models.parallel import sharding
-from puna.models.quantize import Int8
+from puna.models.quantize import is_quantized, kind_of
 from puna.models.release.convert import convert
 from puna.models.release.source import hf_table
 from puna.models.transformer import abstract_params
@@ -57,6 +57,7 @@ def set_in(config, **keys):
     ("quantize", "dora", "optimizer", "layers", "axes"),
     [
         ("int8", True, "adamw", 2, {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}),
+        pytest.param("int4", False, "adamw", 2, {"data": 8}, marks=pytest.mark.slow),
         # A layer more is a tail, after the blocks of two.
         pytest.param("none", False, "muon", 3, {"data": 8}, marks=pytest.mark.slow),
     ],
@@ -81,8 +82,8 @@ def test_only_adapters_train_and_are_stored(
         tx = make_optimizer(c, abstract_params(c.model))
         start = init_from.initial_state(c, tx, mesh)
     same(start.frozen, state.frozen)
-    kinds = {type(x) for x in jax.tree.leaves(state.frozen, is_leaf=lambda x: isinstance(x, Int8))}
-    assert (Int8 in kinds) == (quantize == "int8")
+    kinds = {kind_of(x) for x in jax.tree.leaves(state.frozen, is_leaf=is_quantized)} - {""}
+    assert quantize in (kinds or {"none"})
     moved = [
         name for name, x in trained.items() if not np.array_equal(x, leaves(start.params)[name])
     ]

@@ -7,37 +7,38 @@ from ...configs.schema import ModelConfig
 from ...models import quantize
 from ...models.cache import LayerCache, init_cache
 from ...models.hardware import Chip
-from ...models.parallel.sharding import Param
+from ...models.parallel import sharding
 from ...models.transformer import abstract_params, count_params
 from ..metrics import active_params
 from .figures import Figure, shown
 
-KINDS = ("none", "int8", "int4")
-_GROUP = 128  # weights of an int4 matrix that share a bfloat16 scale, as GPTQ and AWQ have it
+KINDS = ("none", *quantize.KINDS)
 
 
 def weight_bytes(config: ModelConfig, kind: str) -> tuple[int, int]:
-    """Bytes of all weights, and of them those of scales.
+    """Bytes of all weights, and of them those of scales and offsets.
 
     Args:
-      kind: "none" keeps bfloat16; "int8" is `models.quantize`; "int4" has half a byte a weight and
-        a bfloat16 scale for each 128 in the same matrices.
+      kind: "none" keeps bfloat16; the others are those of `models.quantize`.
     """
+    boxed = abstract_params(config)
+    plain = sum(2 * x.size for x in jax.tree.leaves(sharding.unbox(boxed)))
+    if kind == "none":
+        return plain, 0
     values = scales = 0
-    boxed = quantize.box_int8(abstract_params(config))
-    leaves = jax.tree.leaves(boxed, is_leaf=lambda x: isinstance(x, Param | quantize.Int8))
+    leaves = jax.tree.leaves(quantize.box(boxed, kind), is_leaf=quantize.is_quantized)
     for leaf in leaves:
-        if isinstance(leaf, Param):
-            values += 2 * leaf.value.size
-        elif kind == "none":
-            values += 2 * leaf.values.value.size
-        elif kind == "int8":
-            values += leaf.values.value.size
-            scales += 4 * leaf.scale.value.size
+        if quantize.is_quantized(leaf):
+            first, *rest = (x.value for x in jax.tree.leaves(leaf, is_leaf=_is_param))
+            values += first.size
+            scales += sum(x.size * x.dtype.itemsize for x in rest)
         else:
-            values += -(-leaf.values.value.size // 2)
-            scales += 2 * -(-leaf.values.value.size // _GROUP)
+            values += 2 * leaf.size
     return values + scales, scales
+
+
+def _is_param(x) -> bool:
+    return isinstance(x, sharding.Param)
 
 
 def cache_bytes(config: ModelConfig, batch: int, context: int) -> tuple[int, int]:
@@ -136,13 +137,12 @@ def _memory(config, batch, context, kind, devices, limit):
     weights, scales = weight_bytes(config, kind)
     kept, positions = cache_bytes(config, batch, context)
     each = -(-(weights + kept + positions) // devices)
-    origin = "modelled" if kind == "int4" else "counted"
     rows = "a row" if batch == 1 else f"{batch} rows"
     found = {
-        "weights": Figure(weights, "bytes", origin, f"{kind}, scales {scales:,} bytes"),
+        "weights": Figure(weights, "bytes", "counted", f"{kind}, scales {scales:,} bytes"),
         "cache": Figure(kept, "bytes", "counted", f"keys and values of {rows}, {context:,} tokens"),
         "cache_positions": Figure(positions, "bytes", "counted"),
-        "per_device": Figure(each, "bytes", origin if devices == 1 else "modelled",
+        "per_device": Figure(each, "bytes", "counted" if devices == 1 else "modelled",
                              "even share; without activations"),
         "limit": Figure(limit, "bytes", "published"),
         "headroom": Figure(limit - each, "bytes", "modelled", "for activations"),
