@@ -254,12 +254,14 @@ class Engine:
         [prompt], [row] = begin_rows(self.tokenizer, [prompt_ids], stop)
         if not self.free:
             raise Full(f"all {self.num_slots} slots are taken: step, or evict one")
-        slot = self._place(prompt)
-        constraint = constraint and constraint.copy()
-        self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
+        mask = _EVERY
         if constraint:
+            constraint = constraint.copy()
+            mask = constraint.allowed(self.model.config.vocab_size)
             row.follows_text = True  # the grammar counts the blank of a first word
-            self._masks[slot] = constraint.allowed(self.model.config.vocab_size)
+        slot = self._place(prompt)
+        self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
+        self._masks[slot] = mask
         self._reading.append(slot)
         self._set(slot, sampling)
         self._last[slot], self._numbers[slot], self._tops[slot] = prompt[-1], number, top
