@@ -165,8 +165,8 @@ def of_student(base: pathlib.Path, folder: pathlib.Path) -> dict:
     same = [
         f"--config.data.tokenizer={base}", "--config.data.validation=",
         *(f"--config.model.{key}={value}" for key, value in STUDENT.items()),
-        "--config.train.batch_size=4", "--config.train.steps=60",
-        "--config.optimizer.warmup_steps=10",
+        "--config.train.batch_size=4", "--config.train.steps=30",
+        "--config.optimizer.warmup_steps=5",
     ]  # fmt: skip
     facts = {}
     for name, objective in (
@@ -180,7 +180,7 @@ def of_student(base: pathlib.Path, folder: pathlib.Path) -> dict:
         )  # fmt: skip
         results = json.loads((folder / f"{name}.eval" / "results.json").read_text())
         facts[name] = {"held_out_loss": results["loss"], "minutes_of_training": minutes}
-    return facts | {"tokens": 60 * 4 * 128}
+    return facts | {"tokens": 30 * 4 * 128}
 
 
 PARTS = {"format": of_format, "preference": of_preference, "student": of_student}
