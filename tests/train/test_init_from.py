@@ -101,10 +101,11 @@ def test_rows_of_new_tokens_are_the_mean_of_the_others(first, plain, tmp_path, k
     assert equal(found["blocks"], old["blocks"])
 
 
-def test_tables_grow_where_new_tokens_need_it(first, plain, tmp_path):
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_tables_grow_where_new_tokens_need_it(first, plain, tmp_path, kind):
     config = plain(init_from=f"{first}/hf")
     config.data.new_tokens = ",".join(f"<|{i}|>" for i in range(10))
-    config.adapter.update(rank=2, targets="/w,embed/,unembed/", quantize="int8")
+    config.adapter.update(rank=2, targets="/w,embed/,unembed/", quantize=kind)
     c = init_from.resolve(schema.build(config), tmp_path)
     assert c.model.vocab_size == 272  # a multiple of 8, as 264 is
     mesh = sharding.make_mesh(c.mesh)
