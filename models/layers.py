@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from ..configs.schema import ModelConfig
 from . import bits
@@ -17,6 +18,7 @@ from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
 from .quantize import Int4, is_quantized
+from .remat import PRODUCT
 
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):
@@ -67,7 +69,7 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """
     weight = resolve(w)
     if weight.scale is None and weight.a is None:
-        return _contract(spec, x, weight.values, dtype, out_dtype)
+        return checkpoint_name(_contract(spec, x, weight.values, dtype, out_dtype), PRODUCT)
     y = _contract(spec, x, weight.values, dtype, "float32")
     if weight.scale is not None:
         y *= _beside(spec, weight.scale)
@@ -80,7 +82,7 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
         y += _contract(f"{low},{b}->{out}", x_low, weight.b, dtype, "float32")
     if weight.gain is not None:
         y *= _beside(spec, weight.gain)
-    return y.astype(out_dtype or dtype)
+    return checkpoint_name(y.astype(out_dtype or dtype), PRODUCT)
 
 
 def _beside(spec, scale):

@@ -6,9 +6,13 @@ from flax import linen as nn
 from ..configs.schema import ModelConfig
 from .parallel import pipeline
 
-# Matmul results only, or layer inputs only.
+# What `layers.contract` calls its results: JAX's own policies do not see products that have a
+# gradient rule of their own.
+PRODUCT = "product"
+
+# Results of products with weights only, or layer inputs only.
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -1,5 +1,7 @@
 """What the model gives, and what is not computed where it is not asked for."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,3 +107,22 @@ def test_logits_are_part_of_every_output(tied):
     np.testing.assert_array_equal(unembed(c, params, states.hidden_BTD), whole)
     grads = jax.grad(lambda p: jnp.sum(logits(p, tokens_BT) ** 2))(params)
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
+
+
+def test_remat_computes_as_much_again_as_its_name_says():
+    """Products with weights are kept by "dots", which repeats attention; "full" repeats all."""
+
+    def products(remat):
+        model = dataclasses.replace(config().model, remat=remat)
+        params = sharding.unbox(abstract_params(model))
+        tokens = jax.ShapeDtypeStruct((1, 16), "int32")
+
+        def total(params, tokens):
+            return Transformer(model).apply({"params": params}, tokens).logits_BTV.sum()
+
+        return str(jax.make_jaxpr(jax.grad(total))(params, tokens)).count("dot_general")
+
+    none, dots, full = map(products, ("none", "dots", "full"))
+    assert none <= dots < full
+    # Of the seven products with weights in a layer the last is of no use to its own gradient.
+    assert full - dots == 6
