@@ -27,6 +27,7 @@ from .resilience.background import FILE as BACKGROUND
 from .resilience.background import background_log
 from .resilience.bad_steps import Watch
 from .resilience.goodput import Ledger, process_start
+from .resilience.lock import Lock, only_run
 from .resilience.mirror import PUSH_SECONDS, Mirror
 from .resilience.replicas import check_replicas
 from .resilience.signals import Interrupted, Signals
@@ -62,15 +63,18 @@ def train(
     prepare_to_resume(workdir)
     c = resolve(schema.build(config), workdir)
     number = "" if processes.is_first() else f"{jax.process_index()}."
+    folder = _writable(workdir)
     with (
-        Mirror(_writable(workdir)) as mirror,
+        # Object storage has no file that only one of two runs can create.
+        only_run(*([] if paths.is_url(folder) else [folder])) as locks,
+        Mirror(folder) as mirror,
         background_log(mirror.folder / f"{number}{BACKGROUND}"),
     ):
-        return _train(c, mirror, evaluators)
+        return _train(c, mirror, evaluators, locks)
 
 
-def _train(c: schema.Config, mirror: Mirror, evaluators) -> TrainState:
-    """`train`, of a complete configuration and in a folder that is there."""
+def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> TrainState:
+    """`train`, of a complete configuration and in a folder that is there and this run's own."""
     workdir, folder = mirror.home, mirror.folder
     ledger = Ledger(folder, started=process_start())
     _keep_programs()
@@ -182,6 +186,8 @@ def _train(c: schema.Config, mirror: Mirror, evaluators) -> TrainState:
             if saves:
                 log.flush(wanted=_evaluates(c, step))
                 with ledger.doing("save"):
+                    for lock in locks:
+                        lock.check()
                     if mirror.remote:
                         quarantine.share()
                     mirror.push()

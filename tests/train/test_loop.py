@@ -17,6 +17,7 @@ from puna.train.data import make_train_loader
 from puna.train.data.tokenizer import prepare_tokenizer
 from puna.train.loop import train
 from puna.train.optimizer import schedule
+from puna.train.resilience import lock
 from puna.train.validation import evaluate_loss
 
 
@@ -46,6 +47,7 @@ def test_a_run_leaves_what_it_should(config, corpus, tmp_path):
     assert list((tmp_path / "events").glob("events*"))
     assert json.loads((tmp_path / "config.json").read_text())["train"]["steps"] == 6
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "6"]
+    assert not (tmp_path / lock.FILE).exists()
     records = metrics.read(tmp_path / "metrics.jsonl")
     assert [m["step"] for m in records] == [1, 2, 3, 4, 5, 6]
     expected = {"loss", "bits_per_byte", "learning_rate", "grad_norm", "tokens_per_second",
@@ -235,6 +237,23 @@ def test_a_mistake_leaves_nothing_behind(config, tmp_path, change, message):
         train(config, tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_folder_has_one_run_at_a_time(config, tmp_path):
+    with lock.Lock(tmp_path / lock.FILE), pytest.raises(UserError, match="is in use by process"):
+        train(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_whose_folder_another_has_taken_saves_nothing_more(config, tmp_path):
+    def another_comes(*args):
+        (tmp_path / lock.FILE).write_text('{"token": "x", "pid": 7, "host": "far", "since": "now"}')
+        return {}
+
+    config.train.eval_every = 3
+    with pytest.raises(UserError, match="now in use by process 7 on far since now"):
+        train(config, tmp_path, {"x": another_comes})
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
 def test_an_evaluation_that_fails_loses_no_step(config, tmp_path):
