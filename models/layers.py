@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
@@ -209,8 +210,9 @@ def widen(x_BTD, w_DV, dtype: str):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _look_up(table_VD, tokens_BT, dtype, width):
     # Gathered along D first: rows can then be looked up where the tokens are.
-    rows_VD = constrain(jnp.asarray(table_VD, dtype), "vocab", "act_embed")
-    return rows_VD.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
+    rows_VD = bits.pack(constrain(jnp.asarray(table_VD, dtype), "vocab", "act_embed"))
+    nan = np.array(np.nan, dtype).view(rows_VD.dtype)[()]
+    return bits.unpack(rows_VD.at[tokens_BT].get(mode="fill", fill_value=nan))
 
 
 def _look_up_fwd(table_VD, tokens_BT, dtype, width):

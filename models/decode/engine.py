@@ -77,6 +77,9 @@ def next_ids(model, params, hidden_BTD, keys_B, sampling, vocab_size, masks_BW=N
       ids_B, logprobs_B and drawn_logprobs_B as in `Block`, with ids of _NAN where the model has
       failed, and logits_BV.
     """
+    # XLA for CPUs would convert the table to float32, whole, before a loop over tokens: now the
+    # table may be another one at each of them.
+    params, hidden_BTD = jax.lax.optimization_barrier((params, hidden_BTD))
     logits_BV = model.apply({"params": params}, hidden_BTD, method="logits")[:, 0]
     allowed_BV = (jnp.arange(logits_BV.shape[-1]) < vocab_size)[None]
     if masks_BW is not None:

@@ -10,10 +10,11 @@ import pytest
 
 from puna.configs.errors import UserError
 from puna.configs.schema import ModelConfig
-from puna.models import transformer
+from puna.models import bits, transformer
+from puna.models.cache import init_cache
 from puna.models.decode import engine
 from puna.models.decode.generate import complete, generate
-from puna.models.decode.sampling import Sampling
+from puna.models.decode.sampling import Sampling, per_row
 from puna.models.parallel import sharding
 from puna.models.text.tokenizer import byte_tokenizer
 
@@ -153,3 +154,28 @@ def test_completions():
 def test_mistakes(options, message):
     with pytest.raises(UserError, match=message):
         make(DENSE, **options)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_no_table_is_converted_to_float32_for_the_loop_over_tokens(rows):
+    """What runs by itself in the compiled program, fusions as one, makes no such array."""
+    config = ModelConfig(
+        vocab_size=4096, embed_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16,
+        mlp_dim=96, max_positions=64, param_dtype="bfloat16", compute_dtype="bfloat16",
+        tie_embeddings=True,
+    )  # fmt: skip
+    weights = params(config)
+    args = (
+        transformer.Transformer(config), weights, bits.view(weights), init_cache(config, rows, 32),
+        np.zeros(rows, np.int32), np.zeros(rows, bool), 0, 16, np.arange(rows, dtype=np.int32),
+        np.full(rows, 16, np.int32), per_row(Sampling(), rows, rows), np.full(8, -1, np.int32),
+        4000,
+    )  # fmt: skip
+    text = engine._decode.lower(*args).compile().as_text()
+    # Computations of fusions hold their arrays in registers, a number at a time.
+    fused = ("%fused", "%wrapped")
+    own = [part for part in text.split("\n\n") if not part.lstrip().startswith(fused)]
+    assert len(own) > 1
+    lines = [line for part in own for line in part.splitlines()]
+    made = [line for line in lines if " fusion(" in line or " copy(" in line]
+    assert not [line for line in made if "= f32[4096,64]" in line or "= f32[64,4096]" in line]
