@@ -53,7 +53,7 @@ def run(*arguments, **options):
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["trian"], "trian is not a command; one of train, eval, generate"),
+        (["trian"], "trian is not a command; one of train, eval, "),
         (["train"], "--config is needed"),
         (["train", "--config=tiny"], "--workdir is needed"),
         (["train", "--config=tinny", "--workdir=x"], "--config=tinny must be one of"),
