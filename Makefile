@@ -24,7 +24,7 @@ WORKERS ?= 2
 # What `make test-newest` runs; empty is all.
 NEWEST_TESTS ?=
 # What the slow tests compare with and read, beyond [dev].
-SLOW_EXTRAS ?= reference,llama,gguf,harness,images,notebooks,tpu,clients,emulator
+SLOW_EXTRAS ?= reference,llama,gguf,harness,images,notebooks,tpu,clients,emulator,reasoning
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 PIP = $(BIN)/python -m pip install -q --disable-pip-version-check
 
