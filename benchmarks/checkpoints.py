@@ -5,6 +5,7 @@
 
 The first saves a random state of that size (parameters and two moments, in float32) and restores it
 in a process of its own, whose memory is sampled: what `RssAnon` rises to beyond the state itself.
+It restores again with one read at a time, for the time that several in flight save.
 The second trains, and prints what part of its time after the first step went into `save`: waiting
 for the step, the checksums, the copy to the host, and for the save before it. Linux only.
 """
@@ -49,6 +50,7 @@ def state_memory(action: str, folder: str, gigabytes: float, devices: int) -> No
     from puna.configs import schema
     from puna.models.parallel import sharding
     from puna.models.transformer import abstract_params
+    from puna.models.weights import stored
     from puna.train.checkpoint import Checkpoints
     from puna.train.optimizer import make_optimizer
     from puna.train.state import abstract_state, init_state
@@ -78,6 +80,8 @@ def state_memory(action: str, folder: str, gigabytes: float, devices: int) -> No
             total = time.perf_counter() - start
             print(f"  save returned after    {held:8.2f} s, all was written after {total:.2f} s")
             return
+        if action == "restore one by one":
+            stored._LEAST_BYTES = stored._MOST_BYTES = stored._PIECE_BYTES
         before, peak, done = rss(), [0], threading.Event()
 
         def watch():
@@ -133,14 +137,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--action", help="used by itself: save or restore, and the folder")
+    parser.add_argument("--action", help="used by itself: what to do, and the folder")
     args = parser.parse_args()
     if args.action:
         action, folder = args.action.split(",")
         state_memory(action, folder, args.gigabytes, args.devices)
         return
     with tempfile.TemporaryDirectory() as folder:
-        for action in ("save", "restore"):
+        for action in ("save", "restore", "restore one by one", "restore", "restore one by one"):
+            print(action, flush=True)
             subprocess.run(
                 [sys.executable, __file__, f"--action={action},{folder}",
                  f"--gigabytes={args.gigabytes}", f"--devices={args.devices}"], check=True,

@@ -31,8 +31,6 @@ os.environ["XLA_FLAGS"] = " ".join(
             # optimizations.
             "--xla_backend_optimization_level=0",
             "--xla_cpu_use_fusion_emitters=false",
-            # A program in one part: the workers keep every core busy as it is.
-            "--xla_cpu_parallel_codegen_split_count=1",
             # Eight simulated devices take turns on few cores: a late one is slow, not stuck.
             "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
             "--xla_cpu_collective_call_terminate_timeout_seconds=600",

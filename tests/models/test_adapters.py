@@ -275,7 +275,8 @@ def test_new_adapters_change_nothing_on_any_mesh():
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     long = adapters.init(adapters.box(boxed, lora("dense dora")), jax.random.key(3), mesh)
     params = adapters.attach(leaf.with_magnitudes(long, base), base)
-    close(forward("dense")(params, TOKENS_BT), forward("dense")(base, TOKENS_BT), 1e-6)
+    # Divided by a length and multiplied by it again: each layer rounds.
+    close(forward("dense")(params, TOKENS_BT), forward("dense")(base, TOKENS_BT), 1e-5)
     wo = alone["blocks"]["layer_0"]["attention"]["wo_NHD"]
     bound = (4 * 8) ** -0.5
     assert 0.9 * bound < np.abs(wo.a).max() <= bound and not np.any(wo.b)
