@@ -4,7 +4,6 @@ JAX reads its environment when it is first imported, so this file sets it and im
 """
 
 import contextlib
-import gc
 import os
 import sys
 from pathlib import Path
@@ -41,10 +40,6 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ["XDG_CACHE_HOME"] = str(CACHE)  # what is known of data files, and fonts
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-
-# Tracing makes many objects, nearly all of which stay: looking for garbage less often is a tenth
-# of its time.
-gc.set_threshold(50_000, 20, 100)
 
 # No deadline: the first example of each shape compiles. In CI the examples are always the same.
 set_hypothesis_home_dir(str(CACHE / "hypothesis"))
