@@ -4,6 +4,7 @@ JAX reads its environment when it is first imported, so this file sets it and im
 """
 
 import contextlib
+import gc
 import os
 import sys
 from pathlib import Path
@@ -46,6 +47,16 @@ set_hypothesis_home_dir(str(CACHE / "hypothesis"))
 settings.register_profile("puna", max_examples=20, deadline=None)
 settings.register_profile("ci", settings.get_profile("puna"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "puna")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Drop compiled programs before a process has as many memory maps as Linux allows (65,530)."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
