@@ -114,18 +114,13 @@ def _tasks(args, checkpoint, workdir):
 
 
 def _compare(args):
-    from .eval.tasks import evaluate, report
+    from .eval.tasks import evaluate
 
     folders = args.compare.split(",")
     if len(folders) != 2:
         raise errors.UserError(f"--compare={args.compare} must be two workdirs: FIRST,SECOND")
-    results, first, second = evaluate.compare(*folders)
-    print(evaluate.table(results))
-    workdir = pathlib.Path(args.workdir or folders[1])
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(workdir / "comparison.json", results)
-    files.write_text(workdir / "comparison.html", report.comparison(results, first, second))
-    print(f"comparison.json and comparison.html are in {workdir}")
+    print(evaluate.table(evaluate.compare(*folders, args.workdir)))
+    print(f"comparison.json and comparison.html are in {args.workdir or folders[1]}")
 
 
 def _audit(args):
@@ -141,16 +136,13 @@ def _audit(args):
         print(contamination.table(results))
         name = "contamination.json"
     else:
-        settings = {}
-        if args.config is not None:
-            config = schema.from_dict(args.config)
-            settings = {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
         if not all(prefix.isdecimal() for prefix in args.prefix):
             raise errors.UserError(f"--prefix={','.join(args.prefix)} must be like 16,32,64")
         results = memorisation.audit_memorisation(
             _required(args, "checkpoint"), args.passages, _required(args, "unseen"),
             prefixes=[int(prefix) for prefix in args.prefix], suffix=args.suffix,
-            quantize=args.quantize, adapter=args.adapter, batch_size=args.batch_size, **settings,
+            quantize=args.quantize, adapter=args.adapter, batch_size=args.batch_size,
+            **_where(args),
         )  # fmt: skip
         print(memorisation.table(results))
         name = "memorisation.json"
@@ -164,11 +156,15 @@ def _asking(args) -> dict:
     """What --harness and --tasks have in common."""
     names = ("quantize", "adapter", "batch_size", "max_length", "limit", "num_fewshot",
              "apply_chat_template")  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
-    if args.config is not None:
-        config = schema.from_dict(args.config)
-        settings |= {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
-    return settings
+    return {name: getattr(args, name) for name in names} | _where(args)
+
+
+def _where(args) -> dict:
+    """The mesh and the dtype to compute in, where --config says them."""
+    if args.config is None:
+        return {}
+    config = schema.from_dict(args.config)
+    return {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
 
 
 def _generate(args):

@@ -5,8 +5,8 @@
     ahead.memory(compiled).peak
 
 The TPU compiler comes with the `libtpu` wheel and the GPU compiler with JAX's CUDA plugin; both
-work where there is neither. They give the program that the hardware would run. Left out on
-purpose: the time that a step takes, of which no compiler has more than a guess.
+work where there is neither. They give the program that the hardware would run; `train/plan` models
+from it the time that a step takes.
 """
 
 import contextlib

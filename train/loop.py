@@ -148,8 +148,7 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
                 for name, evaluator in (evaluators or {}).items():
                     found = evaluator(c, model, params, tokenizer, mesh)
                     numbers |= {f"{name}_{k}": v for k, v in found.items()}
-            if mirror.remote:
-                quarantine.share()
+            quarantine.share()
             log.add(step, numbers | {EVALUATED: quarantine.count()})
             mirror.push()
             checkpoints.losses[step] = numbers.get(metrics.LOSS, math.nan)
@@ -188,8 +187,7 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
                 with ledger.doing("save"):
                     for lock in locks:
                         lock.check()
-                    if mirror.remote:
-                        quarantine.share()
+                    quarantine.share()
                     mirror.push()
                     # Of all rows of the global batch, whichever process reads them.
                     checkpoints.save(state, step, processes.merge(loader.get_state()))

@@ -74,7 +74,7 @@ def _text(text: str):
 
 
 def _isolate() -> None:
-    """New namespaces, in which this user is nobody in particular."""
+    """New namespaces, in which this user has no rights outside them."""
     uid, gid = os.getuid(), os.getgid()
     _call("prctl", _NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("unshare", _NEW)

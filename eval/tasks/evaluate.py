@@ -169,11 +169,15 @@ def replay(folder, path, **options) -> Results:
     )
 
 
-def compare(first, second) -> tuple[Results, list[dict], list[dict]]:
+def compare(first, second, workdir=None) -> Results:
     """Two evaluations of the same documents, paired: how much better the second is.
 
+    Args:
+      first, second: their workdirs.
+      workdir: gets `comparison.json` and `comparison.html`; by default `second`.
+
     Returns:
-      by task and metric what `statistics.paired` gives, and the samples of both.
+      by task and metric what `statistics.paired` gives.
 
     Raises:
       UserError: they share no task, or were asked different questions.
@@ -207,7 +211,12 @@ def compare(first, second) -> tuple[Results, list[dict], list[dict]]:
         }
     if not tasks:
         raise UserError(f"--compare: {first} and {second} share no task")
-    return Results(first=str(first), second=str(second), tasks=tasks), ours, theirs
+    results = Results(first=str(first), second=str(second), tasks=tasks)
+    workdir = pathlib.Path(workdir or b)
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write_json(workdir / "comparison.json", results)
+    files.write_text(workdir / "comparison.html", report.comparison(results, ours, theirs))
+    return results
 
 
 def summarise(tasks: Sequence[Task], samples: Sequence[Mapping]) -> dict[str, dict]:

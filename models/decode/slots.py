@@ -2,7 +2,7 @@
 
 A fixed number of slots share one cache. A prompt is read in pieces of few sizes, one piece between
 two tokens of the others, so a long prompt delays the others little and no request compiles anything
-new. A prompt that begins as what a slot holds, or has held and nobody has overwritten, takes its
+new. A prompt that begins as what a slot holds, or has held and is not overwritten, takes its
 keys and values from there. What a request gives does not depend on the requests beside or before
 it, beyond the rounding of matmuls of another size; greedy ids are those of `generate`.
 

@@ -66,6 +66,8 @@ class Quarantine:
     def __init__(self, folder: pathlib.Path | None = None, workdir: pathlib.Path | None = None):
         self._path = folder / FILE if folder else None
         self._shown = str((workdir or folder or pathlib.Path()) / FILE)
+        # Then each process has its own, see `resilience/mirror.py`.
+        self._is_own = workdir is not None and workdir != folder
         self._known: set[tuple[str, int]] | None = None
         self.first: BadRecord | None = None  # that was added in this process
 
@@ -97,6 +99,8 @@ class Quarantine:
 
     def share(self) -> None:
         """Note what other processes noted in folders of their own; all call this together."""
+        if not self._is_own:
+            return
         from ...models.parallel.processes import gather  # reader processes need no JAX
 
         assert self._path is not None

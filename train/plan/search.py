@@ -37,7 +37,7 @@ class Candidate:
       microbatches: as `train.microbatches`.
       state: bytes of parameters, optimizer, gradient: counted from shapes.
       activations: bytes of the rest, by a formula.
-      seconds: of a step, by a formula; 0 = of a device whose rates nobody publishes.
+      seconds: of a step, by a formula; 0 = of a device whose rates are not published.
       peak: bytes that the compiler says, 0 = not asked.
       step: seconds of the compiled program.
       refused: whether the compiler refused it.

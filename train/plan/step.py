@@ -84,7 +84,7 @@ def _times(config, topology, program, mesh):
     }
     for axes, wire in sorted(times.wire.items()):
         found[f"received_{axes}"] = Figure(wire, "bytes", "compiled", "by a device")
-    if chip is None:  # whose rates nobody publishes
+    if chip is None:  # whose rates are not published
         return found
     found["products"] = Figure(
         times.products, "s", "modelled", "matrix products and kernels: cycles, FLOPs or traffic"

@@ -182,34 +182,37 @@ def orphans():
     return found
 
 
-def test_without_isolation_nothing_runs(monkeypatch, tmp_path):
-    monkeypatch.setattr(judge.sandbox, "__file__", str(tmp_path / "sandbox.py"))
-    (tmp_path / "sandbox.py").write_text(
-        "import json\nprint(json.dumps({'ended': 'refused', 'why': 'unshare: not permitted'}))\n"
-    )
-    judge.check_isolation.cache_clear()
-    try:
-        with pytest.raises(UserError, match="isolates no programs .unshare: not permitted"):
-            judge.run("x = 1")
-    finally:
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """A function that puts another program in the place of the sandbox."""
+
+    def put(program):
+        (tmp_path / "sandbox.py").write_text(program)
+        monkeypatch.setattr(judge.sandbox, "__file__", str(tmp_path / "sandbox.py"))
         judge.check_isolation.cache_clear()
 
+    yield put
+    judge.check_isolation.cache_clear()
 
-def test_a_leak_is_found_before_anything_runs(monkeypatch, tmp_path):
+
+def test_without_isolation_nothing_runs(stand_in):
+    stand_in(
+        "import json\nprint(json.dumps({'ended': 'refused', 'why': 'unshare: not permitted'}))\n"
+    )
+    with pytest.raises(UserError, match="isolates no programs .unshare: not permitted"):
+        judge.run("x = 1")
+
+
+def test_a_leak_is_found_before_anything_runs(stand_in):
     """Here the program runs without any isolation."""
-    monkeypatch.setattr(judge.sandbox, "__file__", str(tmp_path / "sandbox.py"))
-    (tmp_path / "sandbox.py").write_text(
+    stand_in(
         "import json, sys\nrequest = json.loads(sys.stdin.readline())\n"
         "try:\n    exec(request['program'])\n    end = 'passed', ''\n"
         "except BaseException as error:\n    end = 'failed', repr(error)\n"
         "print(json.dumps({'ended': end[0], 'why': end[1]}))\n"
     )
-    judge.check_isolation.cache_clear()
-    try:
-        with pytest.raises(UserError, match="isolates no programs .AssertionError"):
-            judge.run("x = 1")
-    finally:
-        judge.check_isolation.cache_clear()
+    with pytest.raises(UserError, match="isolates no programs .AssertionError"):
+        judge.run("x = 1")
 
 
 @needs_isolation

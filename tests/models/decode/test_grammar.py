@@ -5,7 +5,6 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,7 +16,6 @@ from puna.models import transformer
 from puna.models.decode import grammar, slots
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine
-from puna.models.parallel import sharding
 from puna.models.text.tokenizer import byte_tokenizer
 
 pytest.importorskip("llguidance", reason="needs the extra grammar")
@@ -41,22 +39,16 @@ SCHEMA = {
 }
 
 
-@functools.cache
-def params():
-    rng = np.random.default_rng(0)
-
-    def draw(path, shape):
-        x = rng.normal(size=shape.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.4 * x, shape.dtype)
-
-    return jax.tree.map_with_path(draw, sharding.unbox(transformer.abstract_params(CONFIG)))
+@pytest.fixture(scope="module")
+def params(drawn):
+    return drawn(CONFIG, 0.4)
 
 
 @pytest.fixture(scope="module")
-def engine():
+def engine(params):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slots, "_PIECES", (16,))
-        yield Engine(MODEL, params(), TOKENIZER, 4, max_length=200)
+        yield Engine(MODEL, params, TOKENIZER, 4, max_length=200)
 
 
 def finish(engine):
@@ -112,13 +104,13 @@ def test_a_row_beside_a_constrained_one_is_as_it_is_alone(engine):
     assert all([t.id for t in row] == [i for i, _ in alone] for row in finish(engine).values())
 
 
-def test_the_best_allowed_id_is_taken_and_logprobs_are_of_the_model(engine):
+def test_the_best_allowed_id_is_taken_and_logprobs_are_of_the_model(engine, params):
     prompt = [72, 105]
     constraint = engine.constraints.compile(grammar.regex("[a-m]{6}"))
     slot = engine.insert(prompt, max_tokens=6, top=3, constraint=constraint)
     tokens = finish(engine)[slot]
     row = np.array([prompt + [token.id for token in tokens]])
-    logits = MODEL.apply({"params": params()}, row).logits_BTV[0, 1:-1]
+    logits = MODEL.apply({"params": params}, row).logits_BTV[0, 1:-1]
     allowed = np.arange(ord("a"), ord("m") + 1)
     for token, logprobs_V in zip(tokens, jax.nn.log_softmax(logits), strict=True):
         assert token.id == allowed[np.argmax(np.asarray(logprobs_V)[allowed])]

@@ -1,9 +1,5 @@
 """Rows that begin alike: what may be taken is in the cache, and greedy ids are as without."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +12,6 @@ from puna.models.decode.generate import complete
 from puna.models.decode.prefixes import Prefixes
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine
-from puna.models.parallel import sharding
 from puna.models.text.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -29,15 +24,9 @@ CONFIG = ModelConfig(
 MODEL = transformer.Transformer(CONFIG)
 
 
-@functools.cache
-def params():
-    rng = np.random.default_rng(0)
-
-    def draw(path, shape):
-        x = rng.normal(size=shape.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.5 * x, shape.dtype)
-
-    return jax.tree.map_with_path(draw, sharding.unbox(transformer.abstract_params(CONFIG)))
+@pytest.fixture(scope="module")
+def params(drawn):
+    return drawn(CONFIG)
 
 
 class Cache:
@@ -108,13 +97,13 @@ def some_prompts(rng, count):
 
 
 @pytest.mark.slow  # test_slots.py has fewer of them
-def test_requests_that_begin_alike_get_what_they_get_alone(monkeypatch):
+def test_requests_that_begin_alike_get_what_they_get_alone(params, monkeypatch):
     count = 200
     monkeypatch.setattr(slots, "_PIECES", (4, 16))
     rng = np.random.default_rng(2)
     prompts = some_prompts(rng, count)
-    want = complete(MODEL, params(), TOKENIZER, prompts, 9)
-    running, held, made, waiting = Engine(MODEL, params(), TOKENIZER, 3, LENGTH), {}, {}, []
+    want = complete(MODEL, params, TOKENIZER, prompts, 9)
+    running, held, made, waiting = Engine(MODEL, params, TOKENIZER, 3, LENGTH), {}, {}, []
     waiting = list(range(count))
     while waiting or held:
         while waiting and running.free and rng.random() < 0.6:
@@ -139,9 +128,9 @@ def test_requests_that_begin_alike_get_what_they_get_alone(monkeypatch):
     assert 0.1 * read < running.reused < read
 
 
-def test_a_conversation_is_read_from_where_it_went_on(monkeypatch):
+def test_a_conversation_is_read_from_where_it_went_on(params, monkeypatch):
     monkeypatch.setattr(slots, "_PIECES", (16,))
-    running = Engine(MODEL, params(), TOKENIZER, 2, LENGTH)
+    running = Engine(MODEL, params, TOKENIZER, 2, LENGTH)
     first = list(range(20, 39))
     slot = running.insert(first, max_tokens=5)
     answer = [token.id for token in finish(running)[slot]]

@@ -27,7 +27,7 @@ def test_a_compile_is_done_once(tmp_path, monkeypatch):
     # 6 a parameter that multiplies, and 12 N H for each of the 32 keys, none of which is left out.
     model = 6 * active_params(config.model) + 12 * 6 * 32 * 32
     assert told["time"]["matrix_flops"].value == pytest.approx(2 * 32 * model, rel=0.15)
-    assert "step_time" not in told["time"]  # nobody publishes the rates of this CPU
+    assert "step_time" not in told["time"]  # the rates of this CPU are not published
 
 
 def test_another_config_or_source_is_another_compile(monkeypatch):

@@ -3,11 +3,9 @@
 import asyncio
 import functools
 import json
-import threading
 
 import httpx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +13,8 @@ from puna.configs.schema import ModelConfig
 from puna.models import transformer
 from puna.models.decode.generate import complete
 from puna.models.decode.slots import Engine
-from puna.models.parallel import sharding
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
 
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
 from puna.models.decode.server.worker import Job, Worker  # noqa: E402
 
@@ -33,23 +29,16 @@ LENGTH = 96
 CHAT = [{"role": "system", "content": "short"}, {"role": "user", "content": "a llama"}]
 
 
-@functools.cache
-def params():
-    rng = np.random.default_rng(0)
-
-    def draw(path, shape):
-        x = rng.normal(size=shape.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.5 * x, shape.dtype)
-
-    shapes = sharding.unbox(transformer.abstract_params(CONFIG))
-    return jax.tree.map_with_path(draw, shapes)
+@pytest.fixture(scope="module")
+def params(drawn):
+    return drawn(CONFIG)
 
 
 @pytest.fixture(scope="module")
-def worker():
+def worker(params):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("puna.models.decode.slots._PIECES", (16,))
-        worker = Worker(Engine(MODEL, params(), TOKENIZER, 4, LENGTH), max_waiting=32)
+        worker = Worker(Engine(MODEL, params, TOKENIZER, 4, LENGTH), max_waiting=32)
         worker.start()
         yield worker
         worker.stop()
@@ -57,16 +46,9 @@ def worker():
 
 
 @pytest.fixture(scope="module")
-def url(worker):
-    """A server that listens."""
-    with app.listen("127.0.0.1", 0) as listener:
-        config = uvicorn.Config(app.Server(worker, "tiny").app, log_level="error", lifespan="off")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+def url(worker, listening):
+    with listening(app.Server(worker, "tiny")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +61,10 @@ def post(client, path, **body):
     return client.post(f"/v1/{path}", json=body)
 
 
-def made(prompts, max_tokens, **options):
-    return complete(MODEL, params(), TOKENIZER, prompts, max_tokens, **options)
+@pytest.fixture(scope="module")
+def made(params):
+    """What `complete` makes of prompts and a number of tokens."""
+    return functools.partial(complete, MODEL, params, TOKENIZER)
 
 
 def events(response):
@@ -89,7 +73,7 @@ def events(response):
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
-def test_a_completion_is_what_generate_gives(client):
+def test_a_completion_is_what_generate_gives(client, made):
     [want] = made(["the llama"], 9)
     body = post(client, "completions", model="tiny", prompt="the llama", max_tokens=9).json()
     assert body["object"] == "text_completion" and body["model"] == "tiny"
@@ -104,7 +88,7 @@ def test_a_completion_is_what_generate_gives(client):
     }
 
 
-def test_a_chat_is_what_generate_gives(client):
+def test_a_chat_is_what_generate_gives(client, made):
     [want] = made([TOKENIZER.chat(CHAT)], 9)
     body = post(client, "chat/completions", messages=CHAT, max_completion_tokens=9).json()
     assert body["object"] == "chat.completion"
@@ -118,7 +102,7 @@ def test_a_chat_is_what_generate_gives(client):
     assert again["choices"] == body["choices"]
 
 
-def test_a_chat_may_fill_what_there_is_room_for(client):
+def test_a_chat_may_fill_what_there_is_room_for(client, made):
     ids = TOKENIZER.chat(CHAT)
     [want] = made([ids], LENGTH - len(ids))
     body = post(client, "chat/completions", messages=CHAT).json()
@@ -160,12 +144,12 @@ def test_a_stream_joins_to_the_whole(client, path, usage):
                 assert sum((p[key] for p in logprobs), []) == want["logprobs"][key]
 
 
-def test_logprobs_are_those_of_the_forward_pass(client):
+def test_logprobs_are_those_of_the_forward_pass(client, made, params):
     body = post(client, "completions", prompt="the llama", max_tokens=12, logprobs=3).json()
     [want] = made(["the llama"], 12)
     prompt = TOKENIZER.encode("the llama", bos=True)
     row = np.array([[*prompt, *want.ids]])
-    logits = jax.jit(lambda ids: MODEL.apply({"params": params()}, ids).logits_BTV)(row)[0]
+    logits = jax.jit(lambda ids: MODEL.apply({"params": params}, ids).logits_BTV)(row)[0]
     all_TV = np.asarray(jax.nn.log_softmax(logits[len(prompt) - 1 : -1]))
     found = body["choices"][0]["logprobs"]
     ids = want.ids[: len(found["tokens"])]  # without the end token
@@ -190,7 +174,7 @@ def test_logprobs_are_those_of_the_forward_pass(client):
     assert all(t["top_logprobs"][0]["token"] == t["token"] for t in content)
 
 
-def test_several_texts_of_several_prompts(client):
+def test_several_texts_of_several_prompts(client, made):
     prompts = ["the llama", TOKENIZER.encode("puna")]
     asked = {"prompt": prompts, "n": 3, "temperature": 1.3, "top_p": 0.95, "seed": 4}
     body = post(client, "completions", **asked, max_tokens=8).json()
@@ -210,7 +194,7 @@ def test_several_texts_of_several_prompts(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_is_in_no_part_of_the_answer(client, stream):
+def test_a_stop_string_is_in_no_part_of_the_answer(client, stream, made):
     [want] = made(["the llama"], 12)
     stop = want.text[4:6]
     cut = want.text[: want.text.index(stop)]
@@ -327,7 +311,7 @@ def test_metrics_count_what_was_done(client):
     assert value("puna_slots") == 4 and value("puna_running") == 0
 
 
-def test_many_clients_get_their_own_and_leave_when_they_like(url, worker, client):
+def test_many_clients_get_their_own_and_leave_when_they_like(url, worker, client, made):
     prompts = [f"llama number {i}" for i in range(20)]
     want = [c.text for c in made(prompts, 24, temperature=1.1, seed=np.arange(20))]
 

@@ -4,10 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +12,8 @@ from puna.configs.schema import ModelConfig
 from puna.models import transformer
 from puna.models.decode.generate import complete
 from puna.models.decode.slots import Engine
-from puna.models.parallel import sharding
 from puna.models.text.tokenizer import train_bpe
 
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
 app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
 from puna.models.decode.server.worker import Worker  # noqa: E402
 
@@ -40,14 +35,8 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def params():
-    rng = np.random.default_rng(0)
-
-    def draw(path, shape):
-        x = rng.normal(size=shape.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.4 * x, shape.dtype)
-
-    return jax.tree.map_with_path(draw, sharding.unbox(transformer.abstract_params(CONFIG)))
+def params(drawn):
+    return drawn(CONFIG, 0.4)
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +49,9 @@ def worker(params):
 
 
 @pytest.fixture(scope="module")
-def url(worker):
-    with app.listen("127.0.0.1", 0) as listener:
-        served = app.Server(worker, "org/tiny", "key").app
-        server = uvicorn.Server(uvicorn.Config(served, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
+def url(worker, listening):
+    with listening(app.Server(worker, "org/tiny", "key")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
