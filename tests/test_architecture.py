@@ -29,6 +29,7 @@ TESTED_WITH = {
     ],
     "eval/tasks/test_evaluate.py": ["eval/tasks/report.py", "eval/tasks/requests.py"],
     "eval/test_harness.py": ["eval/harness_model.py"],
+    "eval/test_several.py": ["eval/command.py"],
     "test_commands.py": ["configs/command_line.py"],
     "models/decode/server/test_app.py": [
         "models/decode/server/answer.py", "models/decode/server/openapi.py",
