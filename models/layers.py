@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..configs.schema import ModelConfig
 from . import bits
-from .adapters import Adapted, factor_names
+from .adapters import Adapted, factor_names, is_adapted
 from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
@@ -79,7 +79,8 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
         left, letters = terms.split(",")
         a, b = factor_names(letters, weight.a.ndim, weight.b.ndim)
         low = "".join(letter for letter in left if letter in out) + "r"
-        x_low = _contract(f"{left},{a}->{low}", x, weight.a, dtype, None)
+        assert weight.counts_Br is None or left[0] == "B", "rows of x have an adapter each"
+        x_low = weight.low(_contract(f"{left},{a}->{low}", x, weight.a, dtype, None))
         y += _contract(f"{low},{b}->{out}", x_low, weight.b, dtype, "float32")
     if weight.gain is not None:
         y *= _beside(spec, weight.gain)
@@ -179,7 +180,7 @@ def look_up(table_VD, tokens_BT, dtype: str):
         rows_BTD = values_VD.at[tokens_BT].get(mode="fill", fill_value=0)
         rows_BTD = rows_BTD * scale_V1.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
     if weight.a is not None:
-        low_BTr = _look_up(weight.a, tokens_BT, dtype, "rank")
+        low_BTr = weight.low(_look_up(weight.a, tokens_BT, dtype, "rank"))
         rows_BTD += _contract("BTr,rD->BTD", low_BTr, weight.b, dtype, "float32")
     if weight.gain is not None:
         rows_BTD *= weight.gain[0]
@@ -194,10 +195,11 @@ def widen(x_BTD, w_DV, dtype: str):
       and zeros up to a number of rows that splits as D does.
     """
     weight = resolve(w_DV)
-    base_DV = dense(w_DV.base if weight.a is not None else w_DV)
+    base_DV = dense(w_DV.base if is_adapted(w_DV) else w_DV)
     if weight.a is None or weight.b is None:
         return x_BTD, base_DV
     low_BTr = _contract("BTD,Dr->BTr", x_BTD, weight.a, dtype, None).astype(x_BTD.dtype)
+    low_BTr = weight.low(low_BTr)
     missing = -low_BTr.shape[-1] % sharding.parts("embed")
     low_BTr = jnp.pad(low_BTr, ((0, 0), (0, 0), (0, missing)))
     b_rV = jnp.pad(weight.b, ((0, missing), (0, 0)))

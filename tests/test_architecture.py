@@ -36,7 +36,6 @@ TESTED_WITH = {
         "models/decode/server/page.py", "models/decode/server/prepare.py",
         "models/decode/server/worker.py",
     ],
-    "models/weights/test_peft.py": ["models/weights/adapter_sum.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": [
         "models/release/card.py", "models/release/source.py", "models/weights/licences.py",
