@@ -177,11 +177,14 @@ def _open_engine(args, tokenizer, mesh, num_slots):
     import jax
 
     from .models.decode.slots import Engine
+    from .models.weights import adapter_sum
     from .models.weights.load import load
 
-    model, params = load(args.checkpoint, args.dtype, mesh, args.quantize, args.adapter)
+    adapter = adapter_sum.of_flags(args.adapter)
+    names = tuple(adapter) if isinstance(adapter, dict) else ()
+    model, params = load(args.checkpoint, args.dtype, mesh, args.quantize, adapter)
     with jax.set_mesh(mesh):
-        return Engine(model, params, tokenizer, num_slots, args.max_length)
+        return Engine(model, params, tokenizer, num_slots, args.max_length, names)
 
 
 def _sampling(args, tokenizer):

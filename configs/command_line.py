@@ -94,9 +94,15 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
     if command in ("eval", "audit", "generate", "chat", "serve"):
         flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "how to keep matrices", **text)
+    if command in ("eval", "audit", "generate"):
         flags.DEFINE_string(
             "adapter", "", "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR", **text
         )
+    if command in ("chat", "serve"):
+        flags.DEFINE_multi_string(
+            "adapter", [], "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR; "
+            "NAME=DIR offers it beside the model and can be repeated", **text,
+        )  # fmt: skip
     if command == "eval":
         flags.DEFINE_string(
             "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "

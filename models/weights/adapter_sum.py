@@ -19,6 +19,7 @@ from ..parallel import sharding
 from ..transformer import abstract_params
 from . import peft
 
+_NAMED = re.compile(r"([\w./:-]+)=(.+)")
 _WEIGHTED = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\*(.+)")
 
 
@@ -42,6 +43,28 @@ def read(adapters, base: pathlib.Path, config: ModelConfig) -> peft.Adapter:
             adapter, f"adapter={adapters}: {name}", "be weighed or added to another adapter"
         )
     return _joined(found, [weight for weight, _ in parts], config)
+
+
+def of_flags(given: Sequence[str]) -> str | dict[str, str]:
+    """What `--adapter` asks for, given once or more: what `read` takes, or such by name.
+
+    Raises:
+      UserError: several without a name, or of one name.
+    """
+    named: dict[str, str] = {}
+    for text in given:
+        match = None if pathlib.Path(text).exists() else _NAMED.fullmatch(text)
+        if not match:
+            if len(given) == 1:
+                return text
+            raise UserError(
+                f"--adapter={text} must be NAME=DIR where it is given {len(given)} times; their "
+                "sum is one: 0.7*DIR,0.3*DIR"
+            )
+        if match[1] in named:
+            raise UserError(f"--adapter={text}: {match[1]} is {named[match[1]]} already")
+        named[match[1]] = match[2]
+    return named or ""
 
 
 def side_by_side(

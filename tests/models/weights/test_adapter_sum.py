@@ -15,7 +15,7 @@ from puna.models.decode.generate import complete
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine
 from puna.models.text.tokenizer import byte_tokenizer
-from puna.models.weights import peft
+from puna.models.weights import adapter_sum, peft
 
 PREFIX = "base_model.model.model."
 TOKENIZER = byte_tokenizer()
@@ -142,3 +142,17 @@ def test_what_cannot_be_chosen_by_row_is_refused(files, folder, tmp_path):
         "which cannot be chosen row by row$",
     ):
         puna.load(base, adapter={"a": found["first"], "b": whole})
+
+
+def test_flags_name_adapters_or_one_without_a_name(tmp_path):
+    there = tmp_path / "lr=0.1"
+    there.mkdir()
+    assert adapter_sum.of_flags([]) == ""
+    for text in ("a/b", "0.7*a,0.3*b", "0.7*lr=0.1/b,c", str(there)):
+        assert adapter_sum.of_flags([text]) == text
+    found = adapter_sum.of_flags(["org/poet=a/b", "clerk=0.7*a,0.3*b=c"])
+    assert found == {"org/poet": "a/b", "clerk": "0.7*a,0.3*b=c"}
+    with pytest.raises(UserError, match="^--adapter=b must be NAME=DIR where it is given 2 times"):
+        adapter_sum.of_flags(["x=a", "b"])
+    with pytest.raises(UserError, match="^--adapter=x=b: x is a already$"):
+        adapter_sum.of_flags(["x=a", "x=b"])
