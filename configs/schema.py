@@ -87,12 +87,18 @@ class ModelConfig:
     mlp_dim: int = key(704, "hidden width of a dense SwiGLU", POSITIVE)
     norm_eps: float = key(1e-5, "epsilon of every RMSNorm", more_than(0))
     tie_embeddings: bool = key(False, "output projection = embedding")
+    attention_bias: str = key("none", "biases of attention: of q, k and v, or of the output too",
+                              one_of("none", "qkv", "all"))  # fmt: skip
+    mlp_bias: bool = key(False, "biases of the dense SwiGLU")
     max_positions: int = key(8192, "longest context the model is meant for, tokens", POSITIVE)
 
     rope_theta: float = key(500000.0, "base of the rotary frequencies", more_than(0))
     rope_scaling_factor: float = key(1.0, "Llama 3.1 frequency scaling; 1 = none", at_least(1.0))
     rope_low_freq_factor: float = key(1.0, "start of the scaled band", more_than(0))
     rope_high_freq_factor: float = key(4.0, "end of the scaled band", more_than(0))
+    rope_ramp: str = key("periods", "the band is crossed by periods (Llama 3.1), dims or rounded "
+                         "dims (YaRN)", one_of("periods", "dims", "rounded_dims"))  # fmt: skip
+    rope_attention_factor: float = key(1.0, "YaRN's factor on q and on k", more_than(0))
     rope_original_positions: int = key(8192, "context before scaling, tokens", POSITIVE)
     nope_interval: int = key(0, "every n-th layer has no RoPE and sees all; 0 = none", at_least(0))
     chunk_size: int = key(0, "RoPE layers attend within chunks of n; 0 = all", at_least(0))

@@ -50,6 +50,16 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
+def zeros(key, shape, dtype):
+    """Initializer of biases."""
+    return jnp.zeros(shape, dtype)
+
+
+def add_bias(x, bias):
+    """x + bias in float32, back in x's dtype."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """Einsum of an activation with a weight, accumulated in float32.
 
@@ -244,7 +254,7 @@ class Unembed(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), without biases (arXiv 2002.05202)."""
+    """down(silu(gate x) * up x) (arXiv 2002.05202), with biases if the config has them."""
 
     config: ModelConfig
     hidden_dim: int
@@ -260,8 +270,17 @@ class SwiGLU(nn.Module):
         gate_BTF = contract("BTD,DF->BTF", x_BTD, w_gate_DF, c.compute_dtype)
         up_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
         gate_BTF, up_BTF = (constrain(x, "batch", "length", "act_mlp") for x in (gate_BTF, up_BTF))
+        if c.mlp_bias:
+            b_gate_F, b_up_F = (
+                param(self, name, (F,), ("mlp",), zeros, c.param_dtype)
+                for name in ("b_gate_F", "b_up_F")
+            )
+            gate_BTF, up_BTF = add_bias(gate_BTF, b_gate_F), add_bias(up_BTF, b_up_F)
         y_BTD = contract("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down_FD, c.compute_dtype)
-        return constrain(y_BTD, "batch", "residual_length", "act_embed")
+        y_BTD = constrain(y_BTD, "batch", "residual_length", "act_embed")
+        if not c.mlp_bias:
+            return y_BTD
+        return add_bias(y_BTD, param(self, "b_down_D", (D,), ("norm",), zeros, c.param_dtype))
 
 
 def swiglu(gate, up):

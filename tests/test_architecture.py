@@ -45,7 +45,7 @@ TESTED_WITH = {
     "models/text/test_files.py": ["models/text/gguf.py"],
     "models/text/test_template.py": ["models/text/sandbox.py"],
     "models/text/test_tokenizer.py": ["models/text/bpe.py"],
-    "models/weights/test_gguf.py": ["models/weights/gguf_files.py"],
+    "models/weights/test_config.py": ["models/weights/rope_keys.py"],
     "models/weights/test_load.py": ["models/weights/huggingface.py", "models/weights/placing.py"],
     "models/weights/test_meta.py": ["models/weights/torch_files.py"],
     "models/weights/test_safetensors_files.py": ["models/weights/tensors.py"],

@@ -146,10 +146,10 @@ def open_weights(path) -> Weights:
         if gguf.is_gguf(path):
             return gguf.open_file(path)
         raise UserError(f"{path}: is not a GGUF file; other formats are given as their directory")
-    from . import meta, safetensors_files
+    from . import gguf_files, meta, safetensors_files
 
     # A folder may hold several formats: what is whole comes first.
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = gguf_files.models(path)
     if safetensors_files.is_whole(path):
         return safetensors_files.open_directory(path)
     if meta.is_whole(path):
