@@ -18,7 +18,6 @@ _NOT_EXPERIMENTS = {
     "command_line",
     "display",
     "errors",
-    "fields",
     "files",
     "paths",
     "patterns",

@@ -18,6 +18,11 @@ def are_names(text: str) -> bool:
     return not text or len(set(found)) == len(found) > 0
 
 
+def are_options(text: str) -> bool:
+    """Whether a text is empty or a list of `auto` and NAME=VALUE."""
+    return all(x == "auto" or re.fullmatch(r"\w+\s*=\s*\S+", x) for x in names(text))
+
+
 def matching(key: str, text: str, paths: Sequence[str]) -> list[str]:
     """Those of `paths` in which one of the expressions is found.
 

@@ -32,6 +32,37 @@ class GpuCompiler(NamedTuple):
     clock_ghz: float
 
 
+class Option(NamedTuple):
+    """One option of a compiler, and why it is given."""
+
+    name: str
+    value: bool | int
+    reason: str
+
+
+_FUSION = "xla_tpu_enable_async_collective_fusion"
+# Schedules and tiles alone: none changes what is computed, but for the order of sums. Sources:
+# MaxText's benchmarks/xla_flags_library.py for TPUs, JAX-Toolbox's docs/GPU_performance.md for
+# GPUs; docs/plan.md has what they bring in compiled programs.
+_ASYNCHRONOUS = (
+    Option(_FUSION, True, "collectives go on inside the fusions of matrix products"),
+    Option(f"{_FUSION}_fuse_all_gather", True, "FSDP's weights are gathered beside products"),
+    Option(f"{_FUSION}_multiple_steps", True, "one collective may go along several fusions"),
+    Option("xla_tpu_overlap_compute_collective_tc", True, "the tensor core does both at a time"),
+    Option("xla_enable_async_all_gather", True, "all-gathers begin before they are waited for"),
+)
+_TPU = (
+    *_ASYNCHRONOUS,
+    Option("xla_tpu_scoped_vmem_limit_kib", 98304, "larger tiles of products: less HBM traffic"),
+)
+_PIPELINED = "of the next layer beside this one, across iterations of the loop over layers"
+_NVIDIA = (
+    Option("xla_gpu_enable_pipelined_all_gather", True, f"weights {_PIPELINED}"),
+    Option("xla_gpu_enable_pipelined_reduce_scatter", True, "gradients likewise"),
+    Option("xla_gpu_enable_pipelined_all_reduce", True, "gradients likewise, without FSDP"),
+)
+
+
 class Chip(NamedTuple):
     """One kind of device.
 
@@ -43,6 +74,7 @@ class Chip(NamedTuple):
       link: bytes a second one way, over one link of a TPU's torus or a GPU's NVLink as a whole.
       network: bytes a second one way and a device, between slices or nodes.
       compiler: facts to compile for it where it is not present; None if that is not supported.
+      options: what the compiler of a training step is told.
     """
 
     device_kinds: tuple[str, ...]
@@ -52,35 +84,36 @@ class Chip(NamedTuple):
     link: float = 0
     network: float = 0
     compiler: TpuCompiler | GpuCompiler | None = None
+    options: tuple[Option, ...] = ()
 
 
 CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * _GIB, 1.228e12),
     "v5e": Chip(
         ("TPU v5 lite",), 197e12, int(15.75 * _GIB), 0.819e12, 50e9, 3.125e9,
-        TpuCompiler("v5e", 1, 2, 256, 131_072),
+        TpuCompiler("v5e", 1, 2, 256, 131_072), _TPU,
     ),
     "v5p": Chip(
         ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9,
-        TpuCompiler("v5", 2, 3, 4096, 262_144),
+        TpuCompiler("v5", 2, 3, 4096, 262_144), _TPU,
     ),
     "v6e": Chip(
         ("TPU v6 lite",), 918e12, int(31.25 * _GIB), 1.64e12, 112e9, 12.5e9,
-        TpuCompiler("v6e", 1, 2, 256, 524_288),
+        TpuCompiler("v6e", 1, 2, 256, 524_288), _TPU,
     ),
     "a100": Chip(
         ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_000_000, 2.04e12, 300e9, 25e9,
-        GpuCompiler(8, 108, 164, 40, 1.41),
+        GpuCompiler(8, 108, 164, 40, 1.41), _NVIDIA,
     ),
     "a100-40gb": Chip(("NVIDIA A100-SXM4-40GB",), 312e12, 42_400_000_000, 1.555e12),
     "h100": Chip(
         ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3.35e12, 450e9, 50e9,
-        GpuCompiler(9, 132, 228, 50, 1.98),
+        GpuCompiler(9, 132, 228, 50, 1.98), _NVIDIA,
     ),
     "h100-pcie": Chip(("NVIDIA H100 PCIe",), 756e12, 84_900_000_000, 2.0e12),
     "h200": Chip(
         ("NVIDIA H200",), 989e12, 150_700_000_000, 4.8e12, 450e9, 50e9,
-        GpuCompiler(9, 132, 228, 50, 1.98),
+        GpuCompiler(9, 132, 228, 50, 1.98), _NVIDIA,
     ),
     "b200": Chip(("NVIDIA B200",), 2250e12, 191_500_000_000, 8.0e12),
 }  # fmt: skip
@@ -89,6 +122,11 @@ CHIPS = {
 def compilable() -> dict[str, Chip]:
     """The chips that can be compiled for where they are not present, by short name."""
     return {name: chip for name, chip in CHIPS.items() if chip.compiler}
+
+
+def options(device_kind: str) -> tuple[Option, ...]:
+    """What the compiler of a device is told; nothing where the device is not known."""
+    return next((c.options for c in CHIPS.values() if device_kind in c.device_kinds), ())
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -10,6 +10,7 @@ from ..configs.schema import Config
 from ..models.moe import RouterStats
 from ..models.parallel import sharding
 from ..models.transformer import Transformer
+from . import compiler
 from .master_weights import apply_updates
 from .objectives import Objective
 from .optimizer import learning_rate
@@ -74,7 +75,10 @@ def make_train_step(config: Config, model: Transformer, tx, objective: Objective
     out = jax.tree.map(lambda x: x.sharding, places)
     # Metrics are whole everywhere: every process of several can read them.
     whole = NamedSharding(out.step.mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(out, whole))
+    options = compiler.options(config.train.compiler_options, out.step.mesh)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(out, whole), compiler_options=options or None
+    )
 
 
 def check_batch(c: Config, mesh) -> None:

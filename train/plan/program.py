@@ -137,6 +137,21 @@ class Program:
                     return dataclasses.replace(found, kind="reduce-scatter") if cut else found
         return None
 
+    def stage(self, op: Op) -> tuple[str, str]:
+        """What a fusion does to a TPU's collective that goes on inside of fusions.
+
+        Returns:
+          "start", "done", or "beside" for products while it goes on, and its channel; else "", "".
+        """
+        inside = self.called(op) if op.code == "fusion" else []
+        for inner in inside:
+            if inner.code in _COLLECTIVES and '"async_collective_fusion_config"' in inner.rest:
+                targets = "".join(x.rest for x in inside if x.code == "custom-call")
+                found = re.search(r'="AsyncCollective(Start|Done)"', targets)
+                channel = re.search(r"\bchannel_id=(\d+)", inner.rest)
+                return found[1].lower() if found else "beside", channel[1] if channel else ""
+        return "", ""
+
     def cost(self, op: Op) -> Cost:
         """Of one execution, without the computations of loops, calls and branches."""
         if op.code in _FREE or op.code.endswith(("-start", "-done")):
@@ -183,11 +198,7 @@ class Program:
             if op.code in ("dynamic-slice", "slice", "gather"):
                 return 2 * size(op.type)
             return size(op.type) + sum(size(self.types.get(x, "")) for x in op.operands)
-        numbered = {
-            int(found[1]): x
-            for x in inside.values()
-            if x.code == "parameter" and (found := re.match(r"(\d+)\)", x.rest))
-        }
+        numbered = _numbered(inside)
         total = 0.0
         for i, name in enumerate(op.operands):
             whole = size(self.types.get(name, ""))
@@ -195,7 +206,7 @@ class Program:
         return total + self._written(op, inside)
 
     def _read(self, parameter, inside):
-        """Bytes of a fusion's parameter that are read."""
+        """Bytes of a fusion's parameter that are read; none of what is only handed on."""
         users = [x for x in inside.values() if parameter.name in x.operands]
         while len(users) == 1 and users[0].code in ("bitcast", "reshape"):
             parameter = users[0]
@@ -204,18 +215,49 @@ class Program:
         for x in users:
             if x.code in ("dynamic-slice", "slice", "gather"):
                 read += size(x.type, every=True)
-            elif not (x.code == "dynamic-update-slice" and x.operands[0] == parameter.name):
+            elif x.code == "fusion":
+                nested = {y.name: y for y in self.called(x)}
+                numbered = _numbered(nested)
+                read += sum(
+                    self._read(numbered[i], nested) if i in numbered else math.inf
+                    for i, name in enumerate(x.operands)
+                    if name == parameter.name
+                )
+            elif x.code == "dynamic-update-slice" and x.operands[0] == parameter.name:
+                continue
+            elif x.code != "tuple" and x.code not in _COLLECTIVES:
                 return math.inf
         return read
 
     def _written(self, op, inside):
         """Bytes that a fusion writes: of an update in place the update alone."""
         root = list(inside.values())[-1]
+        if root.code != "tuple":
+            return self._result(root, op.type, inside)
+        parts = re.findall(r"\w+\[[^\]]*\](?:\{[^}]*\})?", op.type)
+        return sum(
+            self._result(inside[name], part, inside)
+            for name, part in zip(root.operands, parts, strict=False)
+            if name in inside
+        )
+
+    def _result(self, root, kind, inside):
         while root.code in ("bitcast", "reshape") and root.operands[0] in inside:
             root = inside[root.operands[0]]
+        if root.code == "parameter" or root.code in _COLLECTIVES:
+            return 0.0  # handed on; a collective has bytes of its own
         if root.code == "dynamic-update-slice" and root.operands[1] in inside:
             return size(inside[root.operands[1]].type, every=True)
-        return size(op.type)
+        return size(kind)
+
+
+def _numbered(inside):
+    """A computation's parameters by their number."""
+    return {
+        int(found[1]): x
+        for x in inside.values()
+        if x.code == "parameter" and (found := re.match(r"(\d+)\)", x.rest))
+    }
 
 
 def _lines(text):

@@ -101,9 +101,12 @@ class Links:
     def __init__(self, mesh, chip: hardware.Chip | None):
         self.names, self.shape = mesh.axis_names, mesh.devices.shape
         self.devices, self.chip = list(mesh.devices.flat), chip
-        places = [getattr(d, "coords", None) for d in self.devices]
-        self.coords = None if None in places else np.array(places)
-        self.sides = None if self.coords is None else np.ptp(self.coords, axis=0) + 1
+        self.coords, self.sides = None, None
+        if chip and isinstance(
+            chip.compiler, hardware.TpuCompiler
+        ):  # GPUs have coords, of no torus
+            self.coords = np.array([d.coords for d in self.devices])
+            self.sides = np.ptp(self.coords, axis=0) + 1
 
     def axes(self, group) -> str:
         """The mesh axes along which a group lies: "fsdp", "fsdp+tensor"."""
@@ -177,21 +180,24 @@ def _walk(program, operations, links, rates):
             found.add(inner, program.trips(op))
         elif op.code in ("call", "conditional"):
             found.add(_branch(program, op, links, rates), 1)
-        elif op.code.endswith("-done") and (begun := _begun(ends, op)):
+        elif begun := _begun(program, ends, op):
             end, took, axes = ends.pop(begun)
             rest = min(took, max(0.0, end - found.seconds))
             found.seconds += rest
             found.exposed[axes] += rest
             found.hidden[axes] += took - rest
+        elif (stage := program.stage(op))[0] == "beside":
+            _compute(found, program, op, rates)
         elif collective := program.collective(op):
             axes = links.axes(collective.group)
             received, took = links.seconds(collective)
             found.wire[axes] += received
             found.collectives += 1
-            if op.code.endswith("-start") and '"is_sync":true' not in op.rest:
+            starts = op.code.endswith("-start") and '"is_sync":true' not in op.rest
+            if starts or stage[0] == "start":
                 found.asynchronous += 1
                 busy = max(busy, found.seconds) + took
-                ends[op.name] = busy, took, axes
+                ends[stage if stage[0] else op.name] = busy, took, axes
             else:  # a fusion computes meanwhile
                 computing = _compute(found, program, op, rates)
                 rest = max(0.0, took - computing)
@@ -203,8 +209,13 @@ def _walk(program, operations, links, rates):
     return found
 
 
-def _begun(ends, op):
-    return next((name for name in op.operands if name in ends), None)
+def _begun(program, ends, op):
+    """What stands in `ends` for the collective that an operation ends."""
+    what, channel = program.stage(op)
+    if what == "done":
+        return ("start", channel) if ("start", channel) in ends else None
+    operands = op.operands if op.code.endswith("-done") else ()
+    return next((name for name in operands if name in ends), None)
 
 
 def _branch(program, op, links, rates):

@@ -36,7 +36,6 @@ class Job:
     number: int = 0
     top: int = 0
     constraint: Constraint | None = None
-    adapter: str = ""
     cancelled: bool = False
 
 
@@ -136,7 +135,7 @@ class Worker(threading.Thread):
                 try:
                     slot = self.engine.insert(
                         job.prompt_ids, job.sampling, job.max_tokens, job.stop, job.number,
-                        job.top, job.constraint, job.adapter,
+                        job.top, job.constraint,
                     )  # fmt: skip
                     self._held[slot] = job
                 except UserError as error:

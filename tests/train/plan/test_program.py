@@ -1,9 +1,13 @@
 """FLOPs, bytes and trip counts read from HLO text, against arithmetic and real programs."""
 
+import types
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from puna.train.plan import timing
 from puna.train.plan.program import Program, size
 
 TEXT = """HloModule step, is_scheduled=true
@@ -147,3 +151,75 @@ def test_flops_of_attention_kernels():
     found = ops(program)
     assert program.cost(found["splash_fwd.1"]).flops == forward
     assert program.cost(found["splash_mha_dkv.1"]).flops == 2.5 * forward
+
+
+FUSED = """HloModule step, is_scheduled=true
+
+%begin (x: f32[64]) -> (f32[64], f32[256], u32[]) {
+  %x = f32[64]{0} parameter(0)
+  %g0 = f32[256]{0} all-gather(%x), channel_id=7, replica_groups=[1,4]<=[4], backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  ROOT %s = (f32[64]{0}, f32[256]{0}, u32[]{:S(2)}) custom-call(%g0), custom_call_target="AsyncCollectiveStart"
+}
+
+%slices (p: f32[32,8,8], i: s32[]) -> f32[8,8] {
+  %p = f32[32,8,8]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %cut = f32[1,8,8]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,8,8}
+  ROOT %flat = f32[8,8]{1,0} bitcast(%cut)
+}
+
+%along (x1: f32[64], y1: f32[256], u1: u32[], p1: f32[32,8,8], i1: s32[]) -> (f32[8,8], f32[64], f32[256], u32[]) {
+  %x1 = f32[64]{0} parameter(0)
+  %y1 = f32[256]{0} parameter(1)
+  %u1 = u32[]{:S(2)} parameter(2)
+  %p1 = f32[32,8,8]{2,1,0} parameter(3)
+  %i1 = s32[] parameter(4)
+  %g1 = f32[256]{0} all-gather(%x1), channel_id=7, replica_groups=[1,4]<=[4], backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  %one = f32[8,8]{1,0} fusion(%p1, %i1), kind=kLoop, calls=%slices
+  %c = f32[8,8]{1,0} dot(%one, %one), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}, u32[]) tuple(%c, %x1, %g1, %u1)
+}
+
+%end (x2: f32[64], y2: f32[256], u2: u32[]) -> f32[256] {
+  %x2 = f32[64]{0} parameter(0)
+  %y2 = f32[256]{0} parameter(1)
+  %u2 = u32[]{:S(2)} parameter(2)
+  %g2 = f32[256]{0} all-gather(%x2), channel_id=7, replica_groups=[1,4]<=[4], backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %d = f32[256]{0} custom-call(%g2, %y2, %u2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[64], w: f32[32,8,8], n: s32[]) -> f32[256] {
+  %a = f32[64]{0} parameter(0)
+  %w = f32[32,8,8]{2,1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %start = (f32[64]{0}, f32[256]{0}, u32[]{:S(2)}) fusion(%a), kind=kCustom, calls=%begin
+  %x = f32[64]{0} get-tuple-element(%start), index=0
+  %y = f32[256]{0} get-tuple-element(%start), index=1
+  %u = u32[]{:S(2)} get-tuple-element(%start), index=2
+  %work = (f32[8,8]{1,0}, f32[64]{0}, f32[256]{0}, u32[]{:S(2)}) fusion(%x, %y, %u, %w, %n), kind=kOutput, calls=%along
+  %x3 = f32[64]{0} get-tuple-element(%work), index=1
+  %y3 = f32[256]{0} get-tuple-element(%work), index=2
+  %u3 = u32[]{:S(2)} get-tuple-element(%work), index=3
+  ROOT %out = f32[256]{0} fusion(%x3, %y3, %u3), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_goes_on_inside_fusions_is_one_and_asynchronous():
+    program = Program(FUSED, 4)
+    found = ops(program)
+    assert [program.stage(found[name]) for name in ("start", "work", "out", "x")] == [
+        ("start", "7"), ("beside", "7"), ("done", "7"), ("", "")
+    ]  # fmt: skip
+    # One slice of w is read, below a fusion in the fusion, the index, and the product written:
+    # what is gathered meanwhile is no traffic of the product.
+    assert program.cost(found["work"]).bytes == 8 * 8 * 4 * 2 + 4
+    assert program.cost(found["work"]).flops == 2 * 8 * 8 * 8
+    links = timing.Links(types.SimpleNamespace(axis_names=("fsdp",), devices=np.empty(4)), None)
+    work = (8 * 8 * 4 * 2 + 4) / 1e9
+    for seconds in (work / 2, 3 * work):
+        links.seconds = lambda op, seconds=seconds: (op.bytes, seconds)
+        times = timing.measure(program, links, timing.Rates(1e15, 1e9))
+        assert (times.asynchronous, times.collectives, times.wire["fsdp"]) == (1, 1, 1024)
+        assert times.seconds == pytest.approx(max(work, seconds))
+        assert times.hidden["fsdp"] == pytest.approx(min(work, seconds))

@@ -1,0 +1,77 @@
+"""Options that the compiler of a training step is given, without environment variables.
+
+The table is in models/hardware.py. Of it a compiler that has never heard of an option is not
+given it, with a note; an option that a user names must be known.
+"""
+
+import functools
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from ..configs.errors import ConfigError
+from ..configs.patterns import names
+from ..models import hardware
+
+Value = bool | int | str
+
+
+def options(text: str, mesh) -> dict[str, Value]:
+    """What `jax.jit(compiler_options=...)` takes for the devices of a mesh.
+
+    Args:
+      text: `train.compiler_options`: NAME=VALUE, comma separated; `auto` stands for those of the
+        table. Of a name twice the last counts.
+
+    Raises:
+      ConfigError: the compiler does not know a name, or the value will not do for it.
+    """
+    device = next(  # of several processes one's own, which it can compile for
+        (d for d in mesh.devices.flat if d.process_index == jax.process_index()),
+        mesh.devices.flat[0],
+    )
+    found: dict[str, Value] = {}
+    for part in names(text):
+        name, _, value = part.partition("=")
+        if part == "auto":
+            found |= _of_table(device)
+        else:
+            found[name.strip()] = _value(value.strip())
+            if trouble := _trouble(device, tuple(found.items())):
+                raise ConfigError(f"train.compiler_options={text}: {trouble}")
+    return found
+
+
+def _value(text):
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+@functools.cache
+def _of_table(device) -> dict[str, Value]:
+    """Those of the table that the compiler of a device knows."""
+    known: dict[str, Value] = {
+        option.name: option.value for option in hardware.options(device.device_kind)
+    }
+    while known and (trouble := _trouble(device, tuple(known.items()))):
+        unknown = next((name for name in known if f"'{name}'" in trouble), None)
+        if unknown is None:
+            raise ConfigError(f"train.compiler_options=auto: {trouble}")
+        del known[unknown]
+        print(f"the compiler of {device.device_kind} has no option {unknown}", file=sys.stderr)
+    return known
+
+
+@functools.cache
+def _trouble(device, chosen: tuple[tuple[str, Value], ...]) -> str:
+    """What a compiler says against some options; empty where it takes them."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+    try:
+        jax.jit(lambda x: x).lower(scalar).compile(compiler_options=dict(chosen))
+    except jax.errors.JaxRuntimeError as e:
+        return str(e).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+    return ""
