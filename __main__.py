@@ -12,7 +12,9 @@ import traceback
 
 from absl import flags
 
-from .configs import command_line, errors, files, paths, schema, storage
+from .configs import command_line, errors, files, schema, storage
+from .configs.command_line import required
+from .configs.display import print_results
 from .train.resilience.background import background_log
 
 COMMANDS = {
@@ -28,7 +30,6 @@ COMMANDS = {
     "convert": "SRC DST: write a model as a Hugging Face release, or others' weights as a run",
 }
 
-_REPLAY_SETTINGS = ("quantize", "adapter", "mesh_config")
 _SETTINGS = ("max_tokens", "stop", "dtype")
 _PLAN_SETTINGS = (
     "search budget_s tokens mfu country power_mw days context batch quantize facts".split()
@@ -40,7 +41,7 @@ def _train(args):
     from .models.weights import run
     from .train.loop import train
 
-    workdir = storage.at(_required(args, "workdir"))
+    workdir = storage.at(required(args, "workdir"))
     if (args.fresh or not args.resume) and run.holds_checkpoints(workdir):
         raise errors.UserError(
             f"--fresh: {workdir / run.CHECKPOINTS} holds checkpoints already, which puna never "
@@ -50,121 +51,20 @@ def _train(args):
     if not is_first():
         return
     results = json.loads((workdir / "results.json").read_text())
-    _summary(results)
+    print_results(results)
     print(f"checkpoints, metrics.jsonl, loss.png and results.json are in {workdir}")
 
 
 def _eval(args):
-    from .eval.evaluate import evaluate
-    from .models.parallel.processes import is_first
-    from .models.weights.run import is_run
+    from .eval import command
 
-    if args.compare is not None:
-        _compare(args)
-        return
-    checkpoint = storage.at(_required(args, "checkpoint"))
-    # Beside a run's checkpoints; not into models of others, nor what grows into a bucket.
-    is_home = is_run(checkpoint) and not (_asks(args) and paths.in_bucket(checkpoint))
-    beside = checkpoint / "eval" if is_home else pathlib.Path(f"eval-{checkpoint.stem}")
-    workdir = storage.at(args.workdir or beside)
-    if args.harness is not None:
-        _harness(args, checkpoint, workdir)
-        return
-    if args.tasks is not None or args.replay is not None:
-        _tasks(args, checkpoint, workdir)
-        return
-    results = evaluate(args.config, checkpoint, args.quantize, args.adapter)
-    if is_first():
-        _summary(results)
-        _write_results(workdir, results)
-
-
-def _harness(args, checkpoint, workdir):
-    from .eval.harness import evaluate_harness, table
-    from .models.parallel.processes import is_first
-
-    results = evaluate_harness(
-        checkpoint, [name for name in args.harness.split(",") if name], workdir,
-        include_path=args.include_path, **_asking(args),
-    )  # fmt: skip
-    if is_first():
-        print(table(results))
-        print(f"harness.json and requests.jsonl are in {workdir}")
-
-
-def _tasks(args, checkpoint, workdir):
-    from .eval.tasks import evaluate
-    from .models.parallel.processes import is_first
-
-    if args.replay is not None:
-        settings = {k: v for k, v in _asking(args).items() if k in _REPLAY_SETTINGS}
-        results = evaluate.replay(args.replay, checkpoint, **settings)
-        if is_first():
-            _summary(results)
-            files.write_json(pathlib.Path(args.replay) / "replay.json", results)
-            print(f"replay.json is in {args.replay}")
-        return
-    results = evaluate.evaluate_tasks(
-        checkpoint, [name for name in args.tasks.split(",") if name], workdir,
-        data_dir=args.data_dir, **_asking(args),
-    )  # fmt: skip
-    if is_first():
-        print(evaluate.table(results))
-        print(f"results.json, report.html, requests.jsonl and samples.jsonl are in {workdir}")
-
-
-def _compare(args):
-    from .eval.tasks import evaluate
-
-    folders = args.compare.split(",")
-    if len(folders) != 2:
-        raise errors.UserError(f"--compare={args.compare} must be two workdirs: FIRST,SECOND")
-    print(evaluate.table(evaluate.compare(*folders, args.workdir)))
-    print(f"comparison.json and comparison.html are in {args.workdir or folders[1]}")
+    command.evaluate(args)
 
 
 def _audit(args):
-    from .eval.audits import contamination, memorisation
+    from .eval import command
 
-    if (args.passages is None) == (args.corpus is None):
-        raise errors.UserError("audit takes either --passages or --corpus; --help shows the flags")
-    if args.corpus is not None:
-        results = contamination.audit_contamination(
-            args.tasks, args.benchmark, args.corpus, ngram=args.ngram, share=args.share,
-            data_dir=args.data_dir,
-        )  # fmt: skip
-        print(contamination.table(results))
-        name = "contamination.json"
-    else:
-        if not all(prefix.isdecimal() for prefix in args.prefix):
-            raise errors.UserError(f"--prefix={','.join(args.prefix)} must be like 16,32,64")
-        results = memorisation.audit_memorisation(
-            _required(args, "checkpoint"), args.passages, _required(args, "unseen"),
-            prefixes=[int(prefix) for prefix in args.prefix], suffix=args.suffix,
-            quantize=args.quantize, adapter=args.adapter, batch_size=args.batch_size,
-            **_where(args),
-        )  # fmt: skip
-        print(memorisation.table(results))
-        name = "memorisation.json"
-    workdir = pathlib.Path(args.workdir or "audit")
-    workdir.mkdir(parents=True, exist_ok=True)
-    files.write_json(workdir / name, results)
-    print(f"{name} is in {workdir}")
-
-
-def _asking(args) -> dict:
-    """What --harness and --tasks have in common."""
-    names = ("quantize", "adapter", "batch_size", "max_length", "limit", "num_fewshot",
-             "apply_chat_template")  # fmt: skip
-    return {name: getattr(args, name) for name in names} | _where(args)
-
-
-def _where(args) -> dict:
-    """The mesh and the dtype to compute in, where --config says them."""
-    if args.config is None:
-        return {}
-    config = schema.from_dict(args.config)
-    return {"mesh_config": config.mesh, "compute_dtype": config.model.compute_dtype}
+    command.audit(args)
 
 
 def _generate(args):
@@ -174,7 +74,7 @@ def _generate(args):
     from .models.parallel import processes
     from .models.weights.load import load
 
-    path = _required(args, "checkpoint")
+    path = required(args, "checkpoint")
     if args.prompt is None:  # an empty one is a prompt too
         raise errors.UserError("--prompt is needed; --help shows the flags")
     tokenizer, mesh = _open_tokenizer(args)
@@ -208,7 +108,7 @@ def _plan(args):
 
     from .train.plan import plan, report
 
-    topology = _required(args, "topology")
+    topology = required(args, "topology")
     jax.config.update("jax_platforms", "cpu")  # whatever is here is not what is asked about
     settings = {name: args[name].value for name in _PLAN_SETTINGS if args[name].present}
     found = plan(
@@ -269,7 +169,7 @@ def _open_tokenizer(args):
     from .models.parallel import sharding
     from .models.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(_required(args, "checkpoint"))
+    tokenizer = load_tokenizer(required(args, "checkpoint"))
     return tokenizer, sharding.make_mesh(_mesh(args.mesh))
 
 
@@ -277,11 +177,14 @@ def _open_engine(args, tokenizer, mesh, num_slots):
     import jax
 
     from .models.decode.slots import Engine
+    from .models.weights import adapter_sum
     from .models.weights.load import load
 
-    model, params = load(args.checkpoint, args.dtype, mesh, args.quantize, args.adapter)
+    adapter = adapter_sum.of_flags(args.adapter)
+    names = tuple(adapter) if isinstance(adapter, dict) else ()
+    model, params = load(args.checkpoint, args.dtype, mesh, args.quantize, adapter)
     with jax.set_mesh(mesh):
-        return Engine(model, params, tokenizer, num_slots, args.max_length)
+        return Engine(model, params, tokenizer, num_slots, args.max_length, names)
 
 
 def _sampling(args, tokenizer):
@@ -313,7 +216,7 @@ def _data(args):
     reasons = found.pop("reasons")
     marked = "green" if colour else "in [[ ]]"
     print(f"--- at most {args.limit} examples; what is learnt is {marked}")
-    _summary(found)
+    print_results(found)
     for reason, count in reasons.items():
         print(f"  dropped {count}: {reason}")
 
@@ -373,27 +276,6 @@ def _write_results(workdir: pathlib.Path, results: dict) -> None:
     print(f"results.json is in {workdir}")
 
 
-def _asks(args) -> bool:
-    """Whether this needs no configuration: an audit, some forms of `puna eval` and `puna plan`."""
-    if "passages" in args or ("fit" in args and (args.fit or args.flops)):
-        return True
-    forms = ("harness", "tasks", "compare", "replay")
-    return "harness" in args and any(getattr(args, form) is not None for form in forms)
-
-
-def _required(args, name: str):
-    value = getattr(args, name)
-    if value in (None, ""):
-        raise errors.UserError(f"--{name} is needed; --help shows the flags")
-    return value
-
-
-def _summary(results: dict) -> None:
-    width = max(map(len, results))
-    for name, value in results.items():
-        print(f"  {name:<{width}}  {f'{value:,.5g}' if isinstance(value, float) else value}")
-
-
 def _usage() -> str:
     lines = ["usage: puna COMMAND --flags     (puna COMMAND --help shows them)", ""]
     return "\n".join(lines + [f"  {name:<10} {text}" for name, text in COMMANDS.items()])
@@ -432,10 +314,10 @@ def _run(argv: list[str]) -> None:
     if left:
         raise errors.UserError(f"{left[0]} is not a flag; flags are written --name=value")
     for name in ("workdir", "checkpoint", "facts"):
-        if name in args and args[name].value:
+        if name in args and isinstance(args[name].value, str) and args[name].value:
             args[name].value = str(storage.anywhere(args[name].value, f"--{name}"))
-    if "config" in args and (args.config is not None or not _asks(args)):
-        _required(args, "config")
+    if "config" in args and (args.config is not None or not command_line.needs_no_config(args)):
+        required(args, "config")
         if not schema.build(args.config).train.init_from:  # which completes the configuration
             schema.from_dict(args.config)
     if "coordinator" in args:

@@ -18,6 +18,7 @@ _NOT_EXPERIMENTS = {
     "command_line",
     "display",
     "errors",
+    "fields",
     "files",
     "paths",
     "patterns",

@@ -5,6 +5,7 @@ import re
 from absl import flags
 
 from . import find, get_config, names, schema
+from .errors import UserError
 
 
 def define(command: str, arguments: list[str]) -> flags.FlagValues:
@@ -84,12 +85,24 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("count", 3, "examples to print; 0 = all", **text)
         flags.DEFINE_integer("limit", 1000, "examples that the summary is of", **text)
         flags.DEFINE_bool("json", False, 'print {"ids", "weights"} a line, nothing else', **text)
-    if command in ("eval", "audit", "generate", "chat", "serve"):
+    if command == "eval":
+        flags.DEFINE_multi_string(
+            "checkpoint", None, "a run's --workdir, or a model; several by a pattern such as "
+            "'runs/a/checkpoints/*', or by giving it again", **text,
+        )  # fmt: skip
+    if command in ("audit", "generate", "chat", "serve"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
+    if command in ("eval", "audit", "generate", "chat", "serve"):
         flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "how to keep matrices", **text)
+    if command in ("eval", "audit", "generate"):
         flags.DEFINE_string(
             "adapter", "", "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR", **text
         )
+    if command in ("chat", "serve"):
+        flags.DEFINE_multi_string(
+            "adapter", [], "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR; "
+            "NAME=DIR offers it beside the model and can be repeated", **text,
+        )  # fmt: skip
     if command == "eval":
         flags.DEFINE_string(
             "harness", None, "tasks of lm-eval, separated by commas, instead of held-out text; "
@@ -215,3 +228,23 @@ def prepare(arguments: list[str]) -> list[str]:
             argument = f"--config={path}" + ("" if variant is None else f":{variant}")
         out.append(argument)
     return out
+
+
+def needs_no_config(args: flags.FlagValues) -> bool:
+    """Whether this needs no configuration: an audit, some forms of `puna eval` and `puna plan`."""
+    if "passages" in args or ("fit" in args and (args.fit or args.flops)):
+        return True
+    forms = ("harness", "tasks", "compare", "replay")
+    return "harness" in args and any(getattr(args, form) is not None for form in forms)
+
+
+def required(args: flags.FlagValues, name: str):
+    """The value of a flag.
+
+    Raises:
+      UserError: it is not given.
+    """
+    value = getattr(args, name)
+    if value in (None, "", []):
+        raise UserError(f"--{name} is needed; --help shows the flags")
+    return value

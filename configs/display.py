@@ -1,7 +1,7 @@
 """What a notebook shows of results and models: a table where it can draw one, text elsewhere."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def html_table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
@@ -23,3 +23,17 @@ class Results(dict):
 
     def _repr_html_(self) -> str:
         return html_table(list(self.items()))
+
+
+def print_results(results: Mapping) -> None:
+    """Print a line for each number or text."""
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"  {name:<{width}}  {f'{value:,.5g}' if isinstance(value, float) else value}")
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of which is the head, as lines of aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)

@@ -60,6 +60,9 @@ def check_model(m) -> None:
             f"model.num_experts={m.num_experts} must be 0 where model.moe_interval=0; "
             "set model.moe_interval=1 to make every layer mixture-of-experts"
         )
+    if m.mlp_bias and m.moe_interval:
+        raise ConfigError("model.mlp_bias=True must be False where model.moe_interval is set: "
+                          "experts have no biases")  # fmt: skip
     if m.vision.num_layers:
         v = m.vision
         _multiple("model.vision.embed_dim", v.embed_dim, "model.vision.num_heads", v.num_heads)

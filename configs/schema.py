@@ -14,6 +14,7 @@ from typing import Any
 
 from . import paths
 from .errors import ConfigError
+from .fields import Only, checked, key, section, shown
 from .patterns import are_names, are_options
 from .rules import Rule, at_least, between, check, check_model, more_than, one_of
 
@@ -37,42 +38,12 @@ TOKENIZER = Rule(
 AXIS_SIZE = Rule("be at least 1, or -1 for all devices that are left", lambda v: v == -1 or v >= 1)
 DTYPE = one_of("float32", "bfloat16")
 ENDS = one_of("auto", "always", "never")
-
-
-@dataclasses.dataclass(frozen=True)
-class Only:
-    """Where a key has an effect: where `key` is one of `values`, or set at all if there are none.
-
-    Elsewhere it must be left at its default, since a value that nothing reads is a mistake.
-    """
-
-    key: str
-    values: tuple[str, ...] = ()
-
-    @property
-    def text(self) -> str:
-        return f"only where {self.key} is {' or '.join(self.values) or 'set'}"
-
-    def holds(self, value) -> bool:
-        return value in self.values if self.values else bool(value)
-
-
-def key(default, doc: str, rule: Rule | None = None, only: Only | None = None) -> Any:
-    """Declare one configuration key."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "rule": rule, "only": only})
-
-
 MOE = Only("model.moe_interval")
 WSD = Only("optimizer.schedule", ("wsd",))
 DECAYING = Only("optimizer.schedule", ("cosine", "linear", "wsd"))
 ADAPTED = Only("adapter.rank")
 STARTED = Only("train.init_from")
 ADAM = Only("optimizer.name", ("adamw", "muon"))  # Adafactor has decays of its own
-
-
-def section(cls, only: Only | None = None) -> Any:
-    """Declare a section of keys, and where they have an effect."""
-    return dataclasses.field(default_factory=cls, metadata={"only": only})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +88,18 @@ class ModelConfig:
     mlp_dim: int = key(704, "hidden width of a dense SwiGLU", POSITIVE)
     norm_eps: float = key(1e-5, "epsilon of every RMSNorm", more_than(0))
     tie_embeddings: bool = key(False, "output projection = embedding")
+    attention_bias: str = key("none", "biases of attention: of q, k and v, or of the output too",
+                              one_of("none", "qkv", "all"))  # fmt: skip
+    mlp_bias: bool = key(False, "biases of the dense SwiGLU")
     max_positions: int = key(8192, "longest context the model is meant for, tokens", POSITIVE)
 
     rope_theta: float = key(500000.0, "base of the rotary frequencies", more_than(0))
     rope_scaling_factor: float = key(1.0, "Llama 3.1 frequency scaling; 1 = none", at_least(1.0))
     rope_low_freq_factor: float = key(1.0, "start of the scaled band", more_than(0))
     rope_high_freq_factor: float = key(4.0, "end of the scaled band", more_than(0))
+    rope_ramp: str = key("periods", "the band is crossed by periods (Llama 3.1), dims or rounded "
+                         "dims (YaRN)", one_of("periods", "dims", "rounded_dims"))  # fmt: skip
+    rope_attention_factor: float = key(1.0, "YaRN's factor on q and on k", more_than(0))
     rope_original_positions: int = key(8192, "context before scaling, tokens", POSITIVE)
     nope_interval: int = key(0, "every n-th layer has no RoPE and sees all; 0 = none", at_least(0))
     chunk_size: int = key(0, "RoPE layers attend within chunks of n; 0 = all", at_least(0))
@@ -453,8 +430,7 @@ def _first(section_name: str) -> str:
 def _build(values, cls, prefix):
     if not isinstance(values, Mapping) and not hasattr(values, "items"):
         raise ConfigError(
-            f"{prefix.rstrip('.') or 'the configuration'}={_shown(values)} must be a section of "
-            "keys"
+            f"{prefix.rstrip('.') or 'the configuration'}={shown(values)} must be a section of keys"
         )
     types = typing.get_type_hints(cls)
     for name in values:
@@ -472,28 +448,5 @@ def _build(values, cls, prefix):
         if dataclasses.is_dataclass(kind):
             made[field.name] = _build(value, kind, f"{name}.")
         else:
-            made[field.name] = _value(name, value, kind, field.metadata["rule"])
+            made[field.name] = checked(name, value, kind, field.metadata["rule"])
     return cls(**made)
-
-
-def _value(name, value, kind, rule):
-    if kind in (int, float) and type(value) is int and abs(value) > 2**53:
-        raise ConfigError(f"{name}={_shown(value)} must be less than 2**53")
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{name}={_shown(value)} must be of type {kind.__name__}, not "
-                          f"{type(value).__name__}")  # fmt: skip
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} must be a finite number")
-    if rule and not rule.holds(value):
-        raise ConfigError(f"{name}={value!r} must {rule.text}")
-    return value
-
-
-def _shown(value) -> str:
-    """The value as a message quotes it."""
-    try:
-        return repr(value)
-    except ValueError:  # Python writes out no int of more than 4,300 digits
-        return f"<{type(value).__name__}>"

@@ -40,46 +40,73 @@ def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Re
     Raises:
       UserError: the config, the data or the checkpoint will not do, or a number is not finite.
     """
-    c = schema.from_dict(config)
-    if not c.data.validation:
-        raise ConfigError("data.validation='' must name what to evaluate on")
-    path = storage.anywhere(path, "checkpoint")
-    mesh = sharding.make_mesh(c.mesh)
-    # The data before the weights, which may take minutes to load.
-    tokenizer = with_ends(c.data, load_tokenizer(path))
-    folder = _run_of(c, path)
-    old = run.read_config(folder) if folder else None
-    if old:
-        if quantize or adapter:
-            raise UserError(
-                f"--quantize={quantize} --adapter={adapter}: {path} is measured by its own "
-                f"train.objective={c.train.objective} as it was trained; leave both out"
-            )
-        c = _with_objective_of(c, old, path)
-    objective = objectives.make(c, tokenizer.token_bytes)
-    held_out = HeldOut(c, objective, tokenizer, mesh)
-    if old and folder:
-        model = Transformer(c.model)
-        params, frozen = restore_for_evaluation(folder, old, objective, mesh)
-    else:
-        model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
-        model = Transformer(dataclasses.replace(model.config, compute_dtype=c.model.compute_dtype))
-        frozen = {}
-    numbers = held_out(model, params, frozen)
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise UserError(
-                f"{path}: {name} is {number} on data.validation={c.data.validation}: the "
-                "parameters are damaged or have diverged"
-            )
-    return Results(
-        checkpoint=str(path),
-        data=c.data.validation,
-        begin_ids=list(tokenizer.begin_ids),
-        end_ids=list(tokenizer.end_ids),
-        parameters=count_params(model.config),
-        **numbers,
-    )
+    return Evaluation(config)(path, quantize, adapter)
+
+
+class Evaluation:
+    """`evaluate` of one model after another: data of one tokenizer are read and packed once.
+
+    Args:
+      config: as of `evaluate`.
+
+    Raises:
+      UserError: the config will not do.
+    """
+
+    def __init__(self, config: Mapping):
+        self.config = schema.from_dict(config)
+        if not self.config.data.validation:
+            raise ConfigError("data.validation='' must name what to evaluate on")
+        self.mesh = sharding.make_mesh(self.config.mesh)
+        self._held_out: dict[tuple, HeldOut] = {}
+
+    def __call__(self, path, quantize: str = "", adapter: str = "") -> Results:
+        """Evaluate a model; see `evaluate`."""
+        c, mesh = self.config, self.mesh
+        path = storage.anywhere(path, "checkpoint")
+        # The data before the weights, which may take minutes to load.
+        tokenizer = with_ends(c.data, load_tokenizer(path))
+        folder = _run_of(c, path)
+        old = run.read_config(folder) if folder else None
+        if old:
+            if quantize or adapter:
+                raise UserError(
+                    f"--quantize={quantize} --adapter={adapter}: {path} is measured by its own "
+                    f"train.objective={c.train.objective} as it was trained; leave both out"
+                )
+            c = _with_objective_of(c, old, path)
+        held_out = self._prepared(c, tokenizer)
+        if old and folder:
+            model = Transformer(c.model)
+            params, frozen = restore_for_evaluation(folder, old, held_out.objective, mesh)
+        else:
+            model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
+            dtype = c.model.compute_dtype
+            model = Transformer(dataclasses.replace(model.config, compute_dtype=dtype))
+            frozen = {}
+        numbers = held_out(model, params, frozen)
+        for name, number in numbers.items():
+            if not math.isfinite(number):
+                raise UserError(
+                    f"{path}: {name} is {number} on data.validation={c.data.validation}: the "
+                    "parameters are damaged or have diverged"
+                )
+        return Results(
+            checkpoint=str(path),
+            data=c.data.validation,
+            begin_ids=list(tokenizer.begin_ids),
+            end_ids=list(tokenizer.end_ids),
+            parameters=count_params(model.config),
+            **numbers,
+        )
+
+    def _prepared(self, c: schema.Config, tokenizer) -> HeldOut:
+        """The data, ready to be measured; the last ones are kept, as they may fill memory."""
+        key = (c, tokenizer.fingerprint, tuple(tokenizer.begin_ids), tuple(tokenizer.end_ids))
+        if key not in self._held_out:
+            objective = objectives.make(c, tokenizer.token_bytes)
+            self._held_out = {key: HeldOut(c, objective, tokenizer, self.mesh)}
+        return self._held_out[key]
 
 
 def _run_of(c: schema.Config, path: pathlib.Path) -> pathlib.Path | None:

@@ -2,7 +2,8 @@
 of its own for what each output multiplies (DoRA, arXiv 2402.09353).
 
 An adapter is a part of the leaf of its weight, so it works wherever a weight does: projections,
-MLPs, routed and shared experts, the embedding and the output. Dropout is left out on purpose.
+MLPs, routed and shared experts, the embedding and the output. Several can lie side by side, of
+which each row of a batch has one or none. Dropout is left out on purpose.
 """
 
 import math
@@ -29,6 +30,9 @@ class Adapted(flax.struct.PyTreeNode):
     the rank, then the other dims. Dims that stack layers or experts stand first in both.
     m: of DoRA: the norm over the dims of `a` that the weight is to have, of size 1 along them; the
     gain is m over the norm of the sum. gain: the same once it is known (`leaf.settle`).
+    owner_r: where several adapters lie side by side, the number of the one that each rank is of.
+    chosen_B: the number of the adapter of each row, another for none (`choose`); without it none
+    has one. Layers that are stacked stand first in both.
     """
 
     base: Any
@@ -37,6 +41,8 @@ class Adapted(flax.struct.PyTreeNode):
     scale: float = flax.struct.field(pytree_node=False)
     m: jax.Array | None = None
     gain: jax.Array | None = None
+    owner_r: jax.Array | None = None
+    chosen_B: jax.Array | None = None
 
     @property
     def shape(self):
@@ -45,7 +51,7 @@ class Adapted(flax.struct.PyTreeNode):
     @property
     def T(self):
         assert self.m is None and self.gain is None, "a gain multiplies what a product gives"
-        return Adapted(self.base.T, self.b.T, self.a.T, self.scale)
+        return self.replace(base=self.base.T, a=self.b.T, b=self.a.T)
 
 
 def is_adapted(x) -> bool:
@@ -183,6 +189,25 @@ def attach(adapters: dict, base: dict) -> dict:
         above, below = adapters[name], base[name]
         both[name] = above.replace(base=below) if is_adapted(above) else attach(above, below)
     return {**adapters, **base, **both}
+
+
+def choose(params, chosen_B):
+    """Parameters for a batch whose rows have an adapter each, of those that lie side by side.
+
+    A product multiplies by all of them and counts for each row the ranks of its own: so a row
+    gives what its adapter alone would, and its work grows with the sum of their ranks.
+
+    Args:
+      chosen_B: int32 numbers of adapters, -1 for none; traced or not.
+    """
+
+    def one(leaf):
+        if not is_adapted(leaf) or leaf.owner_r is None:
+            return leaf
+        stacked = leaf.owner_r.shape[:-1]
+        return leaf.replace(chosen_B=jnp.broadcast_to(chosen_B, (*stacked, len(chosen_B))))
+
+    return jax.tree.map(one, params, is_leaf=is_adapted)
 
 
 def detach(params):

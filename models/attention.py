@@ -11,7 +11,7 @@ from . import rope
 from .cache import LayerCache
 from .kernels import attention as kernels
 from .kernels import blockwise
-from .layers import contract, normal, param, residual_std, rms_norm
+from .layers import add_bias, contract, normal, param, residual_std, rms_norm, zeros
 from .masks import Tokens
 from .parallel import context, sharding
 from .parallel.sharding import constrain
@@ -42,10 +42,21 @@ class Attention(nn.Module):
         q_BTNH = constrain(q_BTNH, "batch", "length", "act_heads", None)
         k_BTKH = constrain(k_BTKH, "batch", "length", "act_kv_heads", None)
         v_BTKH = constrain(v_BTKH, "batch", "length", "act_kv_heads", None)
+        if c.attention_bias != "none":
+            # One dim, not two: optimizers take what has two for a matrix. Q = N * H, M = K * H.
+            bq_Q = param(self, "bq_Q", (N * H,), ("heads",), zeros, c.param_dtype)
+            bk_M = param(self, "bk_M", (K * H,), ("kv_heads",), zeros, c.param_dtype)
+            bv_M = param(self, "bv_M", (K * H,), ("kv_heads",), zeros, c.param_dtype)
+            q_BTNH = add_bias(q_BTNH, bq_Q.reshape(N, H))
+            k_BTKH, v_BTKH = (
+                add_bias(x, b.reshape(K, H)) for x, b in ((k_BTKH, bk_M), (v_BTKH, bv_M))
+            )
 
         if self.use_rope:
             angles_BTJ = rope.angles(tokens.positions_BT, rope.frequencies(c))
             q_BTNH, k_BTKH = rope.rotate(q_BTNH, angles_BTJ), rope.rotate(k_BTKH, angles_BTJ)
+            if c.rope_attention_factor != 1.0:  # that of k is in the one of q
+                q_BTNH = (q_BTNH * c.rope_attention_factor**2).astype(q_BTNH.dtype)
             if c.qk_norm:
                 q_BTNH, k_BTKH = (rms_norm(x, None, c.norm_eps) for x in (q_BTNH, k_BTKH))
         elif c.temperature_scale:
@@ -58,7 +69,11 @@ class Attention(nn.Module):
         else:
             a_BTNH, cache = attend_cached(q_BTNH, k_BTKH, v_BTKH, tokens, cache)
         y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
-        return constrain(y_BTD, "batch", "residual_length", "act_embed"), cache
+        y_BTD = constrain(y_BTD, "batch", "residual_length", "act_embed")
+        if c.attention_bias == "all":
+            bo_D = param(self, "bo_D", (D,), ("norm",), zeros, c.param_dtype)
+            y_BTD = add_bias(y_BTD, bo_D)
+        return y_BTD, cache
 
 
 def attend(q_BTNH, k_BTKH, v_BTKH, tokens: Tokens, chunk_size: int):

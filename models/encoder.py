@@ -11,7 +11,7 @@ from flax import linen as nn
 from ..configs.schema import AudioConfig, ModelConfig, VisionConfig
 from . import rope
 from .kernels.blockwise import attend
-from .layers import contract, normal, ones, param
+from .layers import add_bias, contract, normal, ones, param, zeros
 from .masks import Tokens
 from .parallel.sharding import constrain
 from .remat import rematerialized
@@ -20,18 +20,9 @@ from .remat import rematerialized
 _EPS = 1e-5
 
 
-def _zeros(key, shape, dtype):
-    return jnp.zeros(shape, dtype)
-
-
 def gelu(x):
     """Gaussian error linear unit by erf, in float32, back in x's dtype (arXiv 1606.08415)."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
-
-
-def add_bias(x, bias):
-    """x + bias in float32, back in x's dtype."""
-    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -43,7 +34,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x_BTD):
         shape, dtype = x_BTD.shape[-1:], self.config.param_dtype
         scale_D = param(self, "scale_D", shape, ("norm",), ones, dtype).astype(jnp.float32)
-        bias_D = param(self, "bias_D", shape, ("norm",), _zeros, dtype).astype(jnp.float32)
+        bias_D = param(self, "bias_D", shape, ("norm",), zeros, dtype).astype(jnp.float32)
         y_BTD = x_BTD.astype(jnp.float32)
         y_BTD -= jnp.mean(y_BTD, axis=-1, keepdims=True)
         y_BTD *= jax.lax.rsqrt(jnp.mean(y_BTD * y_BTD, axis=-1, keepdims=True) + _EPS)
@@ -66,7 +57,7 @@ class SelfAttention(nn.Module):
             w_DNH = param(self, f"w{name}_DNH", (D, N, H), ("embed", "heads", "head_dim"), read,
                           c.param_dtype)  # fmt: skip
             # One dim, not two: optimizers take what has two for a matrix.
-            b_D = param(self, f"b{name}_D", (D,), ("heads",), _zeros, c.param_dtype)
+            b_D = param(self, f"b{name}_D", (D,), ("heads",), zeros, c.param_dtype)
             x_BTNH = contract("BTD,DNH->BTNH", x_BTD, w_DNH, c.compute_dtype)
             x_BTNH = constrain(x_BTNH, "batch", None, "act_heads", None)
             return add_bias(x_BTNH, b_D.reshape(N, H))
@@ -76,7 +67,7 @@ class SelfAttention(nn.Module):
         a_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, tokens, tokens)
         wo_NHD = param(self, "wo_NHD", (N, H, D), ("heads", "head_dim", "embed"), write,
                        c.param_dtype)  # fmt: skip
-        bo_D = param(self, "bo_D", (D,), ("norm",), _zeros, c.param_dtype)
+        bo_D = param(self, "bo_D", (D,), ("norm",), zeros, c.param_dtype)
         y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
         return add_bias(constrain(y_BTD, "batch", None, "act_embed"), bo_D)
 
@@ -92,9 +83,9 @@ class MLP(nn.Module):
         c, D, F = self.config, self.sizes.embed_dim, self.sizes.mlp_dim
         read, write = normal(D**-0.5), normal(_residual_std(self.sizes, F))
         w_up_DF = param(self, "w_up_DF", (D, F), ("embed", "mlp"), read, c.param_dtype)
-        b_up_F = param(self, "b_up_F", (F,), ("mlp",), _zeros, c.param_dtype)
+        b_up_F = param(self, "b_up_F", (F,), ("mlp",), zeros, c.param_dtype)
         w_down_FD = param(self, "w_down_FD", (F, D), ("mlp", "embed"), write, c.param_dtype)
-        b_down_D = param(self, "b_down_D", (D,), ("norm",), _zeros, c.param_dtype)
+        b_down_D = param(self, "b_down_D", (D,), ("norm",), zeros, c.param_dtype)
         h_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
         h_BTF = gelu(add_bias(constrain(h_BTF, "batch", None, "act_mlp"), b_up_F))
         y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)

@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..configs.schema import ModelConfig
 from . import bits
-from .adapters import Adapted, factor_names
+from .adapters import Adapted, factor_names, is_adapted
 from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
@@ -50,6 +50,16 @@ def ones(key, shape, dtype):
     return jnp.ones(shape, dtype)
 
 
+def zeros(key, shape, dtype):
+    """Initializer of biases."""
+    return jnp.zeros(shape, dtype)
+
+
+def add_bias(x, bias):
+    """x + bias in float32, back in x's dtype."""
+    return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
 def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """Einsum of an activation with a weight, accumulated in float32.
 
@@ -79,7 +89,8 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
         left, letters = terms.split(",")
         a, b = factor_names(letters, weight.a.ndim, weight.b.ndim)
         low = "".join(letter for letter in left if letter in out) + "r"
-        x_low = _contract(f"{left},{a}->{low}", x, weight.a, dtype, None)
+        assert weight.counts_Br is None or left[0] == "B", "rows of x have an adapter each"
+        x_low = weight.low(_contract(f"{left},{a}->{low}", x, weight.a, dtype, None))
         y += _contract(f"{low},{b}->{out}", x_low, weight.b, dtype, "float32")
     if weight.gain is not None:
         y *= _beside(spec, weight.gain)
@@ -179,7 +190,7 @@ def look_up(table_VD, tokens_BT, dtype: str):
         rows_BTD = values_VD.at[tokens_BT].get(mode="fill", fill_value=0)
         rows_BTD = rows_BTD * scale_V1.at[tokens_BT].get(mode="fill", fill_value=jnp.nan)
     if weight.a is not None:
-        low_BTr = _look_up(weight.a, tokens_BT, dtype, "rank")
+        low_BTr = weight.low(_look_up(weight.a, tokens_BT, dtype, "rank"))
         rows_BTD += _contract("BTr,rD->BTD", low_BTr, weight.b, dtype, "float32")
     if weight.gain is not None:
         rows_BTD *= weight.gain[0]
@@ -194,10 +205,11 @@ def widen(x_BTD, w_DV, dtype: str):
       and zeros up to a number of rows that splits as D does.
     """
     weight = resolve(w_DV)
-    base_DV = dense(w_DV.base if weight.a is not None else w_DV)
+    base_DV = dense(w_DV.base if is_adapted(w_DV) else w_DV)
     if weight.a is None or weight.b is None:
         return x_BTD, base_DV
     low_BTr = _contract("BTD,Dr->BTr", x_BTD, weight.a, dtype, None).astype(x_BTD.dtype)
+    low_BTr = weight.low(low_BTr)
     missing = -low_BTr.shape[-1] % sharding.parts("embed")
     low_BTr = jnp.pad(low_BTr, ((0, 0), (0, 0), (0, missing)))
     b_rV = jnp.pad(weight.b, ((0, missing), (0, 0)))
@@ -242,7 +254,7 @@ class Unembed(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), without biases (arXiv 2002.05202)."""
+    """down(silu(gate x) * up x) (arXiv 2002.05202), with biases if the config has them."""
 
     config: ModelConfig
     hidden_dim: int
@@ -258,8 +270,17 @@ class SwiGLU(nn.Module):
         gate_BTF = contract("BTD,DF->BTF", x_BTD, w_gate_DF, c.compute_dtype)
         up_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
         gate_BTF, up_BTF = (constrain(x, "batch", "length", "act_mlp") for x in (gate_BTF, up_BTF))
+        if c.mlp_bias:
+            b_gate_F, b_up_F = (
+                param(self, name, (F,), ("mlp",), zeros, c.param_dtype)
+                for name in ("b_gate_F", "b_up_F")
+            )
+            gate_BTF, up_BTF = add_bias(gate_BTF, b_gate_F), add_bias(up_BTF, b_up_F)
         y_BTD = contract("BTF,FD->BTD", swiglu(gate_BTF, up_BTF), w_down_FD, c.compute_dtype)
-        return constrain(y_BTD, "batch", "residual_length", "act_embed")
+        y_BTD = constrain(y_BTD, "batch", "residual_length", "act_embed")
+        if not c.mlp_bias:
+            return y_BTD
+        return add_bias(y_BTD, param(self, "b_down_D", (D,), ("norm",), zeros, c.param_dtype))
 
 
 def swiglu(gate, up):

@@ -22,6 +22,7 @@ class Weight(NamedTuple):
       gradient rule keeps the bytes.
     scale, gain: have size 1 along the dims that a product sums over, so they can multiply it.
     a, b: see `adapters.Adapted`, its scale included.
+    counts_Br: which ranks of `a b` a row of what is multiplied has; all where None.
     """
 
     values: jax.Array | Int4
@@ -29,14 +30,27 @@ class Weight(NamedTuple):
     a: jax.Array | None = None
     b: jax.Array | None = None
     gain: jax.Array | None = None
+    counts_Br: jax.Array | None = None
+
+    def low(self, x):
+        """The product x [B, ..., r] with `a`, as it is multiplied by `b`."""
+        if self.counts_Br is None:
+            return x
+        B, r = self.counts_Br.shape
+        return jnp.where(self.counts_Br.reshape(B, *(1,) * (x.ndim - 2), r), x, 0)
 
 
 def resolve(leaf) -> Weight:
     """What a leaf stands for."""
     if isinstance(leaf, Adapted):
         leaf = settle(leaf)
+        counts_Br = None
+        if leaf.owner_r is not None:
+            if leaf.chosen_B is None:
+                return resolve(leaf.base)
+            counts_Br = leaf.chosen_B[:, None] == leaf.owner_r
         a, b, gain = bits.unpack((leaf.a, leaf.b, leaf.gain))
-        return resolve(leaf.base)._replace(a=a, b=b * leaf.scale, gain=gain)
+        return resolve(leaf.base)._replace(a=a, b=b * leaf.scale, gain=gain, counts_Br=counts_Br)
     leaf = bits.unpack(leaf)
     if isinstance(leaf, Int8):
         return Weight(leaf.values, leaf.scale)
@@ -50,6 +64,7 @@ def numbers(values):
 
 def dense(leaf):
     """The weight as one array: of a plain leaf as it is, of any other in float32."""
+    assert not is_adapted(leaf) or leaf.owner_r is None, "it is another weight in each row"
     weight = resolve(leaf)
     values = numbers(weight.values)
     if weight.scale is None and weight.a is None:
@@ -115,6 +130,21 @@ def settled(params):
     return jax.tree.map(one, params, is_leaf=is_adapted)
 
 
+def of_rows(leaves, arrange):
+    """Leaves for rows that come from those of a batch: `arrange` of what each row has chosen.
+
+    All of them have chosen alike.
+    """
+    chosen = [x.chosen_B for x in leaves if is_adapted(x) and x.chosen_B is not None]
+    if not chosen:
+        return leaves
+    arranged = arrange(chosen[0])
+    return [
+        x.replace(chosen_B=arranged) if is_adapted(x) and x.chosen_B is not None else x
+        for x in leaves
+    ]
+
+
 def merge(params, dtype=None):
     """Parameters with their adapters added into what they adapt.
 
@@ -154,7 +184,14 @@ def split_names(leaf, names):
     if isinstance(leaf, Adapted):
         a, b = factor_names(names, leaf.a.ndim, leaf.b.ndim)
         m, gain = (x if x is None else _beside(x, names) for x in (leaf.m, leaf.gain))
-        return leaf.replace(base=split_names(leaf.base, names), a=a, b=b, m=m, gain=gain)
+        owner, chosen = (
+            x if x is None else (*names[: x.ndim - 1], name)
+            for x, name in ((leaf.owner_r, "rank"), (leaf.chosen_B, "batch"))
+        )
+        return leaf.replace(
+            base=split_names(leaf.base, names), a=a, b=b, m=m, gain=gain, owner_r=owner,
+            chosen_B=chosen,
+        )  # fmt: skip
     if isinstance(leaf, Int4):
         return Int4(names, names, names)
     if isinstance(leaf, Int8):

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from ..configs.schema import ModelConfig
 from .kernels.experts import Routing, read_pairs, sort_by_expert, swiglu_experts, write_pairs
 from .layers import SwiGLU, contract, normal, param, residual_std
-from .leaf import split_names
+from .leaf import of_rows, split_names
 from .masks import Tokens
 from .parallel import context, exchange, sharding
 from .parallel.sharding import constrain
@@ -242,6 +242,7 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
             token_BM = jnp.where(here_BM, token_BM, 0)
             expert_BM = jnp.where(here_BM, expert_BM, num_experts)
         token_BM = token_BM + T * jnp.arange(B)[:, None]
+        weights = of_rows(weights, lambda chosen_B: jnp.repeat(chosen_B, T))
         choice = choice._replace(token_BM=token_BM, expert_BM=expert_BM)
         routing = Routing(*jax.tree.map(lambda a: a.reshape(-1), choice))
         x_TD = x_BTD.reshape(B * T, D)
@@ -268,7 +269,7 @@ def _gathered(w, spec):
 
     Its gradient comes back to the parts added up by a reduce-scatter.
     """
-    for dim in (1, 2):
+    for dim in range(1, w.ndim):
         axes = spec[dim]
         if axes and axes != "tensor":
             w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
@@ -290,10 +291,15 @@ def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):
     plan = exchange.plan(send_n)
     slots = num_pairs if bound is None else min(num_pairs, here * bound)
     rows_RD = exchange.send(read_pairs(x_TD, routing, pair_M), plan, slots)
-    # Empty slots come as 0.
-    number_M1 = (routing.expert_M[order_M] % here + 1)[:, None]
-    number_R = jnp.ravel(exchange.send(number_M1, plan, slots))
-    expert_R = jnp.where(number_R > 0, number_R - 1, here)
+
+    def sent(number_M):
+        """Numbers from 0 on with their rows; -1 for an empty slot."""
+        return jnp.ravel(exchange.send(number_M[:, None] + 1, plan, slots)) - 1
+
+    expert_R = sent(routing.expert_M[order_M] % here)
+    expert_R = jnp.where(expert_R >= 0, expert_R, here)
+    token_M = routing.token_M[order_M]
+    weights = of_rows(weights, lambda chosen_T: sent(chosen_T[token_M]))
     y_RD, _ = swiglu_experts(
         rows_RD, Routing(jnp.arange(len(rows_RD)), expert_R), *weights,
         capacity=None if bound is None else devices * bound,

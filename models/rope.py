@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) with the Llama 3.1 frequency scaling.
+"""Rotary position embedding (arXiv 2104.09864) with the scaling of Llama 3.1 or YaRN.
 
 The first half of a head's dims rotates with the second half; weights of the interleaved
 formats are permuted when they are loaded. Angles are kept in turns, in integer arithmetic: in
@@ -18,18 +18,41 @@ MAX_POSITIONS = 2**24
 def frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each pair of dims, [H/2] in float64.
 
-    The scaling keeps short wavelengths, divides the frequency of long ones by
-    `rope_scaling_factor` and blends between (the Llama 3.1 rule).
+    The scaling keeps wavelengths that fit the old context `rope_high_freq_factor` times or more,
+    divides the frequency of those that fit it `rope_low_freq_factor` times or less by
+    `rope_scaling_factor` and blends between: linearly in how often they fit (Llama 3.1) or, with
+    `rope_ramp` of dims, in the number of the pair (YaRN, arXiv 2309.00071, whose beta are the two
+    factors; rounded_dims widens the band to whole pairs, as its authors' code does).
     """
     f = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     if config.rope_scaling_factor == 1.0:
         return f
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    if config.rope_ramp != "periods":
+        interpolated = _by_dims(config, low, high)
+        return f * (1.0 - interpolated + interpolated / config.rope_scaling_factor)
     periods = config.rope_original_positions * f / (2 * math.pi)  # that fit the old context
     # low == high (Llama 4 Scout) has no band to blend in.
     smooth = (periods - low) / (high - low) if high > low else (periods >= high).astype(float)
     keep = np.clip(smooth, 0.0, 1.0)
     return f * (keep + (1.0 - keep) / config.rope_scaling_factor)
+
+
+def _by_dims(config, low, high):
+    """How far each pair is into the band, 0 to 1: pair j of J turns theta^(-j / J) a position."""
+    J = config.head_dim // 2
+
+    def pair(periods):
+        """The pair, between two, that fits the old context so often."""
+        wavelength = config.rope_original_positions / periods
+        return J * math.log(wavelength / (2 * math.pi)) / math.log(config.rope_theta)
+
+    first, last = pair(high), pair(low)
+    if config.rope_ramp == "rounded_dims":
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    last += 0.001 * (first == last)
+    return np.clip((np.arange(J) - first) / (last - first), 0.0, 1.0)
 
 
 def angles(positions, radians_per_position: np.ndarray):

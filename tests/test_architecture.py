@@ -22,20 +22,20 @@ MAX_LINES_WITHOUT_A_TEST_FILE = 60
 # What is tested through the module that uses it, and where: parts of one thing seen from outside.
 TESTED_WITH = {
     "configs/test_published_sizes.py": ["configs/llama4.py"],
-    "configs/test_schema.py": ["configs/rules.py"],
+    "configs/test_schema.py": ["configs/fields.py", "configs/rules.py"],
     "eval/judging/test_judge.py": ["eval/judging/sandbox.py"],
     "eval/tasks/test_definition.py": [
         "eval/tasks/documents.py", "eval/tasks/grade.py", "eval/tasks/made.py",
     ],
     "eval/tasks/test_evaluate.py": ["eval/tasks/report.py", "eval/tasks/requests.py"],
     "eval/test_harness.py": ["eval/harness_model.py"],
+    "eval/test_several.py": ["eval/command.py"],
     "test_commands.py": ["configs/command_line.py"],
     "models/decode/server/test_app.py": [
         "models/decode/server/answer.py", "models/decode/server/openapi.py",
         "models/decode/server/page.py", "models/decode/server/prepare.py",
         "models/decode/server/worker.py",
     ],
-    "models/weights/test_peft.py": ["models/weights/adapter_sum.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": [
         "models/release/card.py", "models/release/source.py", "models/weights/licences.py",
@@ -45,7 +45,7 @@ TESTED_WITH = {
     "models/text/test_files.py": ["models/text/gguf.py"],
     "models/text/test_template.py": ["models/text/sandbox.py"],
     "models/text/test_tokenizer.py": ["models/text/bpe.py"],
-    "models/weights/test_gguf.py": ["models/weights/gguf_files.py"],
+    "models/weights/test_config.py": ["models/weights/rope_keys.py"],
     "models/weights/test_load.py": ["models/weights/huggingface.py", "models/weights/placing.py"],
     "models/weights/test_meta.py": ["models/weights/torch_files.py"],
     "models/weights/test_safetensors_files.py": ["models/weights/tensors.py"],

@@ -23,6 +23,7 @@ class Chat:
 
     Attributes:
       messages: what has been said, as `Tokenizer.chat` takes it.
+      adapter: the name of the engine's adapter that answers next; empty for none.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling | None = None, system: str = "",
@@ -38,7 +39,7 @@ class Chat:
           UserError: the tokenizer has no chat format, or an impossible setting.
         """
         self.engine, self.sampling = engine, sampling or Sampling()
-        self.max_tokens = max_tokens
+        self.max_tokens, self.adapter = max_tokens, ""
         self._first = [{"role": "system", "content": system}] if system else []
         self.reset()
         self._begin("a")
@@ -59,7 +60,7 @@ class Chat:
         """
         ids, max_tokens = self._begin(text)
         sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)
-        slot = self.engine.insert(ids, sampling, max_tokens)
+        slot = self.engine.insert(ids, sampling, max_tokens, adapter=self.adapter)
 
         def pieces():
             answer = ""
@@ -95,15 +96,17 @@ class Chat:
 def run(chat: Chat) -> None:
     """Talk with who types, or with what a pipe says: a message a line, until it ends."""
     typed = sys.stdin.isatty()
+    names = chat.engine.adapters
+    help_text = HELP + (f"; /adapter NAME: {', '.join(names)}, or none of them" if names else "")
     if typed:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  # input() then edits lines and remembers them
-        print(HELP)
+        print(help_text)
     while True:
         try:
             line = input("> ") if typed else sys.stdin.readline()
         except KeyboardInterrupt:
-            print(f"\n{HELP}")
+            print(f"\n{help_text}")
             continue
         except EOFError:
             print()
@@ -115,10 +118,21 @@ def run(chat: Chat) -> None:
             return
         if line == "/reset":
             chat.reset()
+        elif line.split()[:1] == ["/adapter"]:
+            _choose(chat, line.removeprefix("/adapter").strip())
         elif line.startswith("/"):
-            print(f"{line.split()[0]} is not a command: {HELP}")
+            print(f"{line.split()[0]} is not a command: {help_text}")
         elif line:
             _answer(chat, line)
+
+
+def _choose(chat, name):
+    if name and name not in chat.engine.adapters:
+        there = ", ".join(chat.engine.adapters) or "none"
+        print(f"no adapter is called {name}; there is {there} (--adapter=NAME=DIR)")
+        return
+    chat.adapter = name
+    print(f"{name or 'the model without an adapter'} answers from here on")
 
 
 def _answer(chat, line):

@@ -1,4 +1,8 @@
-"""What the rows of a cache hold, so that a text which begins alike need not be computed again."""
+"""What the rows of a cache hold, so that a text which begins alike need not be computed again.
+
+Keys and values of one adapter are none of another's: a row holds those of the one it was last
+copied for, and gives nothing to the others.
+"""
 
 from collections.abc import Sequence
 
@@ -16,7 +20,7 @@ class Prefixes:
     def forget(self) -> None:
         """Empty all rows."""
         # Of its last chunk a row holds the positions from `_since` on in layers with chunks.
-        self._sizes, self._since = np.zeros((2, len(self._ids)), np.int32)
+        self._sizes, self._since, self._adapters = np.zeros((3, len(self._ids)), np.int32)
 
     def add(self, row: int, ids: Sequence[int] | np.ndarray) -> None:
         """Append what has been computed."""
@@ -24,12 +28,14 @@ class Prefixes:
         self._ids[row, start : start + len(ids)] = ids
         self._sizes[row] += len(ids)
 
-    def shared(self, row: int, ids: np.ndarray) -> int:
-        """How many of the first `ids` a row can give.
+    def shared(self, row: int, ids: np.ndarray, adapter: int) -> int:
+        """How many of the first `ids`, read with an adapter of that number, a row can give.
 
         The next token attends to its own chunk and, in layers without chunks, to all before: where
         the row has left that chunk it can give the chunks before it only.
         """
+        if self._adapters[row] != adapter:
+            return 0
         size, chunk = int(self._sizes[row]), self._chunk
         width = min(size, len(ids))
         differs = np.flatnonzero(self._ids[row, :width] != ids[:width])
@@ -40,9 +46,10 @@ class Prefixes:
                 return start
         return count
 
-    def copy(self, source: int, row: int, count: int) -> None:
-        """Let a row hold the first `count` tokens of another one, or of itself."""
+    def copy(self, source: int, row: int, count: int, adapter: int) -> None:
+        """Let a row hold the first `count` tokens of another one, or of itself, for an adapter."""
+        assert not count or self._adapters[source] == adapter
         self._ids[row, :count] = self._ids[source, :count]
         since = int(self._since[source])
         self._since[row] = since if self._chunk and count % self._chunk else count
-        self._sizes[row] = count
+        self._sizes[row], self._adapters[row] = count, adapter

@@ -21,6 +21,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 from .. import bits
+from ..adapters import choose
 from ..cache import LayerCache, init_cache
 from ..leaf import settled
 from ..parallel import sharding
@@ -42,6 +43,8 @@ from .sampling import Sampling, check, per_row
 _PIECES = (16, 128, 1024)
 # A word of a mask that forbids nothing.
 _EVERY = 0xFFFFFFFF
+# The number of a request's adapter where it has none.
+_BASE = -1
 # Likeliest ids that a request can have beside each token.
 TOP = 20
 
@@ -102,7 +105,7 @@ def _of_row(layers, change):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep):
+def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, chosen):
     """The cache with a piece of a prompt in one slot, after the first `keep` tokens of `source`.
 
     Only the first of B rows counts: the others let a mesh that splits rows do so.
@@ -124,6 +127,7 @@ def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep):
     layers = jax.tree.map(cut, layers, is_leaf=lambda x: isinstance(x, LayerCache))
     lengths_B = jnp.full(len(tokens_BT), keep, cache.lengths_B.dtype)
     rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
+    kept = choose(kept, jnp.full(len(tokens_BT), chosen))
     rows = model.apply(
         {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=rows, method="states"
     ).cache
@@ -137,8 +141,9 @@ def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep):
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def _write(model, params, kept, cache, last_B, active_B, steps_B, sampling, rows_B, tops_B,
-           masks_BW, vocab_size):  # fmt: skip
+           masks_BW, chosen_B, vocab_size):  # fmt: skip
     """One token of every active slot: the cache, ids_B, logprobs_B and the TOP likeliest."""
+    params, kept = choose(params, chosen_B), choose(kept, chosen_B)
     states = model.apply(
         {"params": kept}, last_B[:, None], segment_ids_BT=active_B[:, None].astype(jnp.int32),
         cache=cache, method="states",
@@ -168,13 +173,17 @@ def _write(model, params, kept, cache, last_B, active_B, steps_B, sampling, rows
 class Engine:
     """A model with `num_slots` slots; used by one thread at a time, works under `jax.set_mesh`.
 
+    Attributes:
+      adapters: the names that a request can have one of.
+
     slot = engine.insert(prompt_ids, Sampling(0.7, seed=1), max_tokens=64)
     while slot in engine.requests:
         for slot, token in engine.step().items():
             print(token.text)
     """
 
-    def __init__(self, model, params, tokenizer, num_slots: int = 8, max_length: int = 4096):
+    def __init__(self, model, params, tokenizer, num_slots: int = 8, max_length: int = 4096,
+                 adapters: Sequence[str] = ()):  # fmt: skip
         """Make the cache.
 
         Args:
@@ -182,6 +191,8 @@ class Engine:
           num_slots: requests answered at a time.
           max_length: most tokens of a request, prompt and answer together; at most
             `model.config.max_positions`, which it is cut to.
+          adapters: names of those that lie side by side in `params`, in the order of
+            `puna.load(path, adapter={name: folder})`.
 
         Raises:
           UserError: an impossible setting; a model that cannot generate.
@@ -198,6 +209,7 @@ class Engine:
         self.num_slots = num_slots
         self.max_length = min(max_length, model.config.max_positions)
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
+        self.adapters = tuple(adapters)
         self.requests: dict[int, _Request] = {}  # by slot
         self._reading: collections.deque[int] = collections.deque()
         self.reused = 0  # tokens of prompts that were copied and not computed
@@ -210,6 +222,7 @@ class Engine:
         # Of each slot. What is not in use is greedy, which costs the least.
         self._sampling = per_row(Sampling(), 1, rows)
         self._numbers, self._last, self._steps, self._tops = np.zeros((4, rows), np.int32)
+        self._chosen = np.full(rows, _BASE, np.int32)
         self._masks = np.full((rows, -(-model.config.vocab_size // 32)), _EVERY, np.uint32)
         self.constraints = Constraints(tokenizer)
 
@@ -218,8 +231,12 @@ class Engine:
         """How many requests can be inserted now."""
         return self.num_slots - len(self.requests)
 
-    def check(self, prompt_ids: Sequence[int], sampling: Sampling, max_tokens: int) -> None:
+    def check(self, prompt_ids: Sequence[int], sampling: Sampling, max_tokens: int,
+              adapter: str = "") -> None:  # fmt: skip
         """Refuse what `insert` would, but for a lack of slots."""
+        if adapter and adapter not in self.adapters:
+            there = ", ".join(self.adapters) or "none"
+            raise UserError(f"adapter={adapter} is not loaded; there is {there}")
         check_prompts([prompt_ids])
         check(sampling, 1)
         if max_tokens < 1:
@@ -228,7 +245,7 @@ class Engine:
 
     def insert(self, prompt_ids: Sequence[int], sampling: Sampling | None = None,
                max_tokens: int = 64, stop=(), number: int = 0, top: int = 0,
-               constraint: Constraint | None = None) -> int:  # fmt: skip
+               constraint: Constraint | None = None, adapter: str = "") -> int:  # fmt: skip
         """Take a request and return its slot; `step` does the work.
 
         Args:
@@ -241,6 +258,7 @@ class Engine:
           top: how many of the likeliest ids each `Token` has, at most `TOP`.
           constraint: what the text must match, from `self.constraints.compile`; the text ends as
             soon as it can only end.
+          adapter: the name of the adapter that answers; empty for the model without any.
 
         Raises:
           Full: every slot is taken.
@@ -248,7 +266,7 @@ class Engine:
             vocabulary.
         """
         sampling = Sampling() if sampling is None else sampling
-        self.check(prompt_ids, sampling, max_tokens)
+        self.check(prompt_ids, sampling, max_tokens, adapter)
         if not 0 <= top <= TOP:
             raise UserError(f"top={top} must lie in 0..{TOP}")
         [prompt], [row] = begin_rows(self.tokenizer, [prompt_ids], stop)
@@ -259,13 +277,14 @@ class Engine:
             constraint = constraint.copy()
             mask = constraint.allowed(self.model.config.vocab_size)
             row.follows_text = True  # the grammar counts the blank of a first word
-        slot = self._place(prompt)
+        chosen = self.adapters.index(adapter) if adapter else _BASE
+        slot = self._place(prompt, chosen)
         self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
         self._masks[slot] = mask
         self._reading.append(slot)
         self._set(slot, sampling)
         self._last[slot], self._numbers[slot], self._tops[slot] = prompt[-1], number, top
-        self._steps[slot] = 0
+        self._steps[slot], self._chosen[slot] = 0, chosen
         return slot
 
     def evict(self, slot: int) -> None:
@@ -305,7 +324,7 @@ class Engine:
         # JAX may still look at what it is given when the host goes on to change it.
         host = jax.tree.map(
             np.copy, (self._last, active_B, self._steps, self._sampling, self._numbers, self._tops,
-                      self._masks)
+                      self._masks, self._chosen)
         )  # fmt: skip
         self._cache, found = _write(
             self.model, self.params, self._kept, self._cache, *host, self.vocab_size
@@ -326,10 +345,10 @@ class Engine:
         for array, value in zip(self._sampling, per_row(sampling, 1, 1), strict=True):
             np.asarray(array)[slot] = np.asarray(value)[0]
 
-    def _place(self, prompt) -> int:
+    def _place(self, prompt, chosen: int) -> int:
         """Take a free slot: one that holds the beginning of a prompt, else the longest unused."""
         ids = np.asarray(prompt[:-1], np.int32)
-        shared = [self._held.shared(slot, ids) for slot in range(self.num_slots)]
+        shared = [self._held.shared(slot, ids, chosen) for slot in range(self.num_slots)]
         best = max(shared)
         found = [slot for slot in self._unused if best and shared[slot] == best]
         slot = found[0] if found else self._unused[0]
@@ -337,15 +356,15 @@ class Engine:
         return slot
 
     def _read_piece(self, slot):
-        request = self.requests[slot]
+        request, chosen = self.requests[slot], int(self._chosen[slot])
         source = slot
         if not request.begun:
             # Only now: what was inserted before may have been read in the meantime.
             ids = np.asarray(request.prompt[:-1], np.int32)
-            shared = [self._held.shared(row, ids) for row in range(self.num_slots)]
+            shared = [self._held.shared(row, ids, chosen) for row in range(self.num_slots)]
             source = max(range(self.num_slots), key=lambda row: (shared[row], row == slot))
             request.begun, request.read = True, shared[source]
-            self._held.copy(source, slot, request.read)
+            self._held.copy(source, slot, request.read, chosen)
             self.reused += request.read
         ids = request.prompt[request.read : request.to_read]
         size = next((size for size in _PIECES if len(ids) <= size), _PIECES[-1])
@@ -354,7 +373,7 @@ class Engine:
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
         self._cache = _read(
             self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
-            np.int32(source), np.int32(request.read),
+            np.int32(source), np.int32(request.read), np.int32(chosen),
         )  # fmt: skip
         self._held.add(slot, ids)
         request.read += len(ids)

@@ -19,7 +19,7 @@ from jax import lax
 
 from .. import bits
 from ..layers import contract, swiglu
-from ..leaf import numbers, resolve
+from ..leaf import numbers, of_rows, resolve
 from ..quantize import is_quantized
 
 # Rows of one matmul of the loop at most: more gains nothing on a CPU and wastes more padding.
@@ -82,6 +82,7 @@ def swiglu_experts(
     Returns:
       (y_TD in the dtype of x_TD, ExpertStats). Gradients reach x, both scales and the weights.
     """
+    weights = (w_gate_EDF, w_up_EDF, w_down_EFD)
     num_experts, num_pairs = w_gate_EDF.shape[0], len(routing.token_M)
     order_M, load_E = sort_by_expert(routing.expert_M, num_experts)
     if capacity is None:
@@ -106,14 +107,23 @@ def swiglu_experts(
         matmul = batched
 
     rows_RD = read_pairs(x_TD, routing, pair_R)
-    gate_RF, up_RF = matmul(rows_RD, w_gate_EDF), matmul(rows_RD, w_up_EDF)
-    out_RD = matmul(swiglu(gate_RF, up_RF), w_down_EFD)
+    token_R = tokens_of(pair_R, routing, x_TD)
+    gate, up, down = of_rows(
+        weights, lambda chosen_T: chosen_T.at[token_R].get(mode="fill", fill_value=-1)
+    )
+    gate_RF, up_RF = matmul(rows_RD, gate), matmul(rows_RD, up)
+    out_RD = matmul(swiglu(gate_RF, up_RF), down)
     return write_pairs(out_RD, routing, pair_R, x_TD), ExpertStats(load_E, dropped)
+
+
+def tokens_of(pair_R, routing: Routing, x_TD):
+    """The token of each pair, T where pair_R is M."""
+    return routing.token_M.at[pair_R].get(mode="fill", fill_value=len(x_TD))
 
 
 def read_pairs(x_TD, routing: Routing, pair_R):
     """What the experts of the pairs read: their tokens, scaled; zeros where pair_R is M."""
-    token_R = routing.token_M.at[pair_R].get(mode="fill", fill_value=len(x_TD))
+    token_R = tokens_of(pair_R, routing, x_TD)
     return _scale(x_TD.at[token_R].get(mode="fill", fill_value=0), routing.input_scale_M, pair_R)
 
 
@@ -122,7 +132,7 @@ def write_pairs(y_RD, routing: Routing, pair_R, x_TD):
 
     What an unused row holds is dropped, so no NaN leaks from it.
     """
-    token_R = routing.token_M.at[pair_R].get(mode="fill", fill_value=len(x_TD))
+    token_R = tokens_of(pair_R, routing, x_TD)
     y_RD = _scale(y_RD, routing.output_scale_M, pair_R).astype(jnp.float32)
     y_TD = jnp.zeros(x_TD.shape, jnp.float32).at[token_R].add(y_RD, mode="drop")
     return y_TD.astype(x_TD.dtype)
@@ -138,7 +148,7 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = No
     """Multiply rows sorted by expert by their expert's weights, without padding to a capacity.
 
     Args:
-      w_EDF: a leaf of any kind.
+      w_EDF: a leaf of any kind, whose adapters are chosen for each of the M rows.
       x_MD: the first group_sizes_E[0] rows belong to expert 0, the next to expert 1, ...
       group_sizes_E: int32; the sum is at most M.
       expected_rows: the sum to choose block sizes for; None means M.
@@ -160,7 +170,7 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = No
     if weight.scale is not None:
         y_MF = (y_MF * of_experts(weight.scale)).astype(dtype)
     if weight.a is not None:
-        low_Mr = _grouped_matmul(x_MD.astype(dtype), weight.a, group_sizes_E, mean)
+        low_Mr = weight.low(_grouped_matmul(x_MD.astype(dtype), weight.a, group_sizes_E, mean))
         y_MF += _grouped_matmul(low_Mr, weight.b, group_sizes_E, mean)
     if weight.gain is not None:
         y_MF = (y_MF * of_experts(weight.gain)).astype(dtype)

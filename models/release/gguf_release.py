@@ -1,7 +1,8 @@
-"""Writing a GGUF file that llama.cpp runs: a dense Llama, its tokenizer and chat template.
+"""Writing a GGUF file that llama.cpp runs: a Llama's text model, its tokenizer and chat template.
 
-Names and metadata are those of llama.cpp's own converter for `LLM_ARCH_LLAMA`. Matrices may be
-float32, float16, bfloat16 or Q8_0, norms are always float32. Llama 4 is left out, as in reading.
+Names and metadata are those of llama.cpp's own converter. Matrices may be float32, float16,
+bfloat16 or Q8_0, norms and routers are always float32. A Llama 4 must be what llama.cpp takes every
+Llama 4 for, see `weights/gguf.py`.
 """
 
 import json
@@ -18,7 +19,6 @@ from .. import rope
 from ..text import hub
 from ..text.kinds import LLAMA3_PATTERN, LLAMA4_PATTERN
 from ..text.tokenizer import Tokenizer, load_tokenizer
-from ..weights import config as hf_config
 from ..weights import gguf, licences
 
 # What `--dtype` may say, and GGUF's name for it.
@@ -46,9 +46,10 @@ def write(
     """
     library = _library()
     config: ModelConfig = model.config
-    if hf_config.family(config) != hf_config.LLAMA or config.vision.num_layers:
-        raise UserError("--to=gguf writes dense Llama 1 to 3; use --to=hf for other architectures")
-    writer = library.GGUFWriter(None, "llama")
+    _check_expressible(config)
+    if config.rope_ramp != "periods":
+        raise UserError("--to=gguf writes no RoPE scaled by YaRN; use --to=hf")
+    writer = library.GGUFWriter(None, gguf.architecture(config))
     _add_sizes(writer, config, name, model.origin["licence"])
     if tokenizer is not None:
         _add_tokenizer(writer, tokenizer, config.vocab_size)
@@ -110,9 +111,33 @@ def _add_sizes(writer, config: ModelConfig, name: str, licence: str) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if gguf.architecture(config) == "llama4":
+        writer.add_interleave_moe_layer_step(config.moe_interval)
+        if config.moe_interval:
+            writer.add_expert_count(config.num_experts)
+            writer.add_expert_used_count(config.experts_per_token)
+            writer.add_expert_feed_forward_length(config.expert_dim)
+        if not config.chunk_size:
+            writer.add_sliding_window(0)
     if config.rope_scaling_factor != 1.0:
         for key in gguf.SCALING:
             writer.add_float32(key, float(getattr(config, key.removeprefix("puna."))))
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    if config.vision.num_layers or config.audio.num_layers:
+        raise UserError("--to=gguf writes text models; use --to=hf for one with an encoder")
+    if gguf.architecture(config) == "llama":
+        return
+    if config.bias_update_rate:
+        raise UserError("--to=gguf has no place for the bias of a router "
+                        f"(model.bias_update_rate={config.bias_update_rate})")  # fmt: skip
+    for field, value in gguf.llama4_fields(config.num_experts, bool(config.chunk_size)).items():
+        if (found := getattr(config, field)) != value:
+            raise UserError(
+                f"model.{field}={found} must be {value} for --to=gguf: llama.cpp has it so for "
+                "every Llama 4 of this kind; use --to=hf"
+            )
 
 
 def _rope_factors(config: ModelConfig) -> np.ndarray | None:
@@ -131,7 +156,7 @@ def _plans(model, library, dtype: str | None) -> Iterator[tuple]:
         for layer, source in enumerate(leaf.sources):
             shape = source.hf_shape
             kind = DTYPES.get(dtype or model.dtype(path, layer).name, "F32")
-            if len(shape) == 1:
+            if len(shape) == 1 or source.name.endswith(gguf.ROUTER):
                 kind = "F32"
             elif kind == "Q8_0" and shape[-1] % block:
                 kind = "F16"  # as llama.cpp does with rows that no blocks fill

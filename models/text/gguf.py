@@ -9,11 +9,11 @@ import json
 import pathlib
 
 from ...configs.errors import UserError
-from ..weights.gguf_files import is_gguf, read_header
+from ..weights.gguf_files import first_part, is_gguf, models, read_header
 from . import hub
 from .kinds import LLAMA3_PATTERN, LLAMA4_PATTERN
 
-__all__ = ["is_gguf", "read"]
+__all__ = ["is_gguf", "models", "read"]
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 _IDS = {"bos_id": "bos_token_id", "eos_id": "eos_token_id", "pad_id": "padding_token_id"}
@@ -36,7 +36,7 @@ def read(path: pathlib.Path):
     Raises:
       UserError: the file is damaged, or its tokenizer is of a kind that is not read.
     """
-    _, metadata, _ = read_header(path)
+    _, metadata, _ = read_header(first_part(path))
     own = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items()
            if k.startswith("tokenizer.ggml.")}  # fmt: skip
     tokens = own.get("tokens")

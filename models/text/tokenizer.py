@@ -408,7 +408,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if path.is_dir():
         names = (_SAVED, "tokenizer.json", "tokenizer.model")
         found = [path / name for name in names if (path / name).is_file()]
-        found = found or sorted(path.glob("*.gguf"))
+        found = found or gguf.models(path)
         if not found or (found[0].suffix == ".gguf" and len(found) > 1):
             raise UserError(f"{path}: holds none of {', '.join(names)}, nor one .gguf file")
         path = found[0]

@@ -1,9 +1,10 @@
 """Hugging Face `config.json` <-> `ModelConfig`, for Llama 1-3.3 and Llama 4.
 
 Names, defaults and meaning are those of `LlamaConfig`, `Llama4TextConfig` and `Llama4Config` in
-transformers 5.23; older files are read too, and Mistral's where no window slides. Every key is
-mapped, or cannot change a number (`keys.py`), or is refused by its name. Only the text model is
-mapped here: the vision keys of a `llama4` file are left for the image encoder's own mapping.
+transformers 5.23; older files are read too, and those of other types whose network is Llama's
+(`_NEIGHBOURS`). Every key is mapped, or cannot change a number (`keys.py`), or is refused by its
+name. Only the text model is mapped here: the vision keys of a `llama4` file are left for the image
+encoder's own mapping.
 """
 
 from collections.abc import Mapping
@@ -11,18 +12,41 @@ from typing import Any
 
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
-from . import keys
+from . import keys, rope_keys
 
 LLAMA = "llama"
 LLAMA4 = "llama4_text"
 # Other types whose network is Llama's, and where their defaults differ from those of `LlamaConfig`.
 _NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "internlm": {"bias": True, "vocab_size": 103168},
     "mistral": {
         "intermediate_size": 14336,
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "sliding_window": 4096,
     },
+    "qwen2": {
+        "intermediate_size": 22016,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "vocab_size": 151936,
+    },
+    "smollm3": {
+        "hidden_size": 2048,
+        "max_position_embeddings": 32768,
+        "no_rope_layer_interval": 4,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 128256,
+    },
+}
+# Keys of theirs beside Llama's: of biases, and of layers without RoPE.
+_NEIGHBOUR_READ = {
+    "internlm": {"bias"},
+    "smollm3": {"no_rope_layer_interval", "no_rope_layers"},
 }
 
 # Key of config.json: field of ModelConfig.
@@ -82,14 +106,14 @@ _DEFAULTS = {  # of the configuration classes
 }
 _READ = {  # keys that functions below read, besides the fields
     LLAMA: {
+        "attention_bias",
         "head_dim",
+        "mlp_bias",
         "num_key_value_heads",
-        "original_max_position_embeddings",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-    },
+    }
+    | rope_keys.KEYS,
     LLAMA4: {
+        "attention_bias",
         "attention_chunk_size",
         "attn_scale",
         "attn_temperature_tuning",
@@ -101,11 +125,8 @@ _READ = {  # keys that functions below read, besides the fields
         "no_rope_layer_interval",
         "no_rope_layers",
         "num_key_value_heads",
-        "original_max_position_embeddings",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-    },
+    }
+    | rope_keys.KEYS,
 }
 
 _NULLABLE = {"attention_chunk_size", "head_dim", "num_key_value_heads"}
@@ -123,15 +144,6 @@ _MULTIMODAL = {
     "vision_config",
 }
 
-# Linear scaling is that of Llama 3.1 where each wavelength counts as long (arXiv 2306.15595).
-_EVERY_FREQUENCY = 1e9
-_LLAMA3_ROPE = {
-    "factor": "rope_scaling_factor",
-    "high_freq_factor": "rope_high_freq_factor",
-    "low_freq_factor": "rope_low_freq_factor",
-    "original_max_position_embeddings": "rope_original_positions",
-}
-
 
 def family(config: ModelConfig) -> str:
     """Return "llama" where Llama 1-3 can express the model, else "llama4_text"."""
@@ -143,7 +155,7 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """Map a Hugging Face `config.json` to keyword arguments of `ModelConfig`.
 
     Args:
-      config_json: the parsed file, of model type `llama`, `llama4_text`, `llama4` or `mistral`.
+      config_json: the parsed file, of model type `llama`, `llama4_text`, `llama4` or a neighbour's.
 
     Returns:
       The architecture's fields; those that the file cannot know (dtypes, remat, loss weights)
@@ -152,7 +164,7 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: a key that puna does not know, or a value that it cannot honour.
     """
-    kind = config_json.get("model_type")
+    kind = own = config_json.get("model_type")
     values = dict(config_json)
     if kind == "llama4":
         values = _text_of(config_json)
@@ -164,13 +176,17 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join((*_FIELDS, "llama4", *_NEIGHBOURS))
         raise UserError(f"config.json: model_type={kind!r} must be one of {known}")
     mapped = set(_FIELDS[kind]) | set(_EXPERT_FIELDS if kind == LLAMA4 else ()) | _READ[kind]
+    mapped |= _NEIGHBOUR_READ.get(own, set())
     keys.check(values, mapped)
     get = _Reader(values, _DEFAULTS[kind])
     made = {field: get(key) for key, field in _FIELDS[kind].items()}
     made["norm_eps"] = float(made["norm_eps"])
     made["num_kv_heads"] = _or(get("num_key_value_heads"), made["num_heads"])
     made["head_dim"] = _or(get("head_dim"), made["embed_dim"] // made["num_heads"])
-    made |= _rope(values, get, made["max_positions"])
+    made |= rope_keys.from_hf(values, get, made["max_positions"])
+    made |= _biases(own, values)
+    if own == "smollm3":
+        made["nope_interval"] = _nope_interval(get, made["num_layers"])
     if kind == LLAMA4:
         made |= _llama4(get, made["num_layers"])
     return made
@@ -204,22 +220,19 @@ def to_hf(
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
-        "attention_bias": False,
+        "attention_bias": config.attention_bias == "all",
         "attention_dropout": 0.0,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "num_key_value_heads": config.num_kv_heads,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope_keys.to_hf(config),
     }
     out |= {key: getattr(config, field) for key, field in _FIELDS[kind].items()}
-    if config.rope_scaling_factor != 1.0 and config.rope_low_freq_factor >= _EVERY_FREQUENCY:
-        out["rope_parameters"] |= {"rope_type": "linear", "factor": config.rope_scaling_factor}
-    elif config.rope_scaling_factor != 1.0:
-        out["rope_parameters"] |= {"rope_type": "llama3"} | {
-            key: getattr(config, field) for key, field in _LLAMA3_ROPE.items()
-        }
+    if config.attention_bias == "qkv":  # Llama's own have one of the output, too
+        del out["attention_bias"]
+        return out | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     if kind == LLAMA:
-        return out | {"mlp_bias": False}
+        return out | {"mlp_bias": config.mlp_bias}
     layers = range(config.num_layers)
     rope = [config.uses_rope(i) for i in layers]
     chunked = [uses and bool(config.chunk_size) for uses in rope]
@@ -277,55 +290,24 @@ def _text_of(config_json):
     return {"tie_word_embeddings": config_json.get("tie_word_embeddings", False)} | dict(text)
 
 
-def _rope(values, get, max_positions):
-    """Both layouts: rope_theta beside rope_scaling (before v5), or all in rope_parameters."""
-    old, new = values.get("rope_scaling"), values.get("rope_parameters")
-    if old and new and old != new:
-        raise UserError("config.json: rope_scaling and rope_parameters differ; keep one of them")
-    name = "rope_scaling" if old else "rope_parameters"
-    rope = {key: value for key, value in dict(old or new or {}).items() if value is not None}
-    kind = rope.pop("rope_type", None)
-    kind = _or(kind, rope.pop("type", "default"))
-    rope.pop("type", None)
-    theta = rope.pop("rope_theta") if "rope_theta" in rope else get("rope_theta")
-    made = {"rope_theta": _number("rope_theta", theta)}
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        raise UserError(f"config.json: {name}.partial_rotary_factor must be 1")
-    if kind == "linear" and rope.get("factor") == 1:
-        kind = "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise UserError(f"config.json: {name}.rope_type={kind!r} must be default, linear or llama3")
-    allowed = {"llama3": _LLAMA3_ROPE, "linear": {"factor": ""}}.get(kind, {})
-    for key, value in rope.items():
-        if key not in allowed and not keys.changes_nothing(key, value):
-            raise UserError(
-                f"config.json: {name}.{key}={keys.short(value)} is not a key of rope_type={kind}"
-            )
-    if kind == "linear":
-        if "factor" not in rope:
-            raise UserError(f"config.json: {name}.factor is missing, rope_type=linear needs it")
-        made["rope_scaling_factor"] = _number(f"{name}.factor", rope["factor"])
-        made["rope_low_freq_factor"] = made["rope_high_freq_factor"] = _EVERY_FREQUENCY
-    if kind == "llama3":
-        old_context = "original_max_position_embeddings"
-        # In transformers the one outside wins.
-        rope[old_context] = _or(values.get(old_context), rope.get(old_context, max_positions))
-        for key, field in _LLAMA3_ROPE.items():
-            if key not in rope:
-                raise UserError(f"config.json: {name}.{key} is missing, rope_type=llama3 needs it")
-            made[field] = _number(f"{name}.{key}", rope[key])
-        made["rope_original_positions"] = int(made["rope_original_positions"])
-    return made
+def _biases(kind, values):
+    """Which biases there are: of q, k and v in Qwen 2, of all of attention in InternLM."""
+
+    def has(key):
+        value = values.get(key) or False
+        if not isinstance(value, bool):
+            raise UserError(f"config.json: {key}={keys.short(value)} must be true or false")
+        return value
+
+    if kind == "qwen2":
+        return {"attention_bias": "qkv"}
+    of_attention = has("bias" if kind == "internlm" else "attention_bias")
+    of_mlp = kind in (LLAMA, "smollm3") and has("mlp_bias")
+    return {"attention_bias": "all" if of_attention else "none", "mlp_bias": of_mlp}
 
 
-def _number(key, value):
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"config.json: {key}={keys.short(value)} must be a number")
-    return float(value)
-
-
-def _llama4(get, num_layers):
-    """What Llama 4 adds: NoPE layers, chunks, temperature, experts."""
+def _ropes(get, num_layers):
+    """Whether each layer has RoPE."""
     every = get("no_rope_layer_interval")
     rope = get("no_rope_layers")  # 1 = RoPE, whatever the name says; an empty list means absent
     rope = rope or [int(not every or (i + 1) % every != 0) for i in range(num_layers)]
@@ -334,12 +316,21 @@ def _llama4(get, num_layers):
             f"config.json: no_rope_layers has {len(rope)} entries and must have "
             f"num_hidden_layers={num_layers}"
         )
-    rope = [bool(uses) for uses in rope[:num_layers]]
+    return [bool(uses) for uses in rope[:num_layers]]
+
+
+def _nope_interval(get, num_layers):
+    without = [i for i, uses in enumerate(_ropes(get, num_layers)) if not uses]
+    return _interval("no_rope_layers", without, num_layers)
+
+
+def _llama4(get, num_layers):
+    """What Llama 4 adds: NoPE layers, chunks, temperature, experts."""
+    rope = _ropes(get, num_layers)
     made = {
-        "nope_interval": _interval("no_rope_layers", [i for i in range(num_layers) if not rope[i]],
-                                   num_layers),
+        "nope_interval": _nope_interval(get, num_layers),
         "chunk_size": _or(get("attention_chunk_size"), 0),
-    }  # fmt: skip
+    }
     types = get("layer_types")
     chunked = rope if types is None else [kind == "chunked_attention" for kind in types]
     if set(types or ()) - {"chunked_attention", "full_attention"} or (
@@ -392,5 +383,10 @@ def _check_expressible(config, kind):
             refuse("shared_expert", "must be True")
         if config.bias_update_rate:
             refuse("bias_update_rate", "must be 0: there is no place for the router's bias")
+    if config.mlp_bias and (kind != LLAMA or config.attention_bias == "qkv"):
+        refuse("mlp_bias", f"must be False beside attention_bias={config.attention_bias} and "
+               f"nope_interval={config.nope_interval}")  # fmt: skip
+    if config.attention_bias == "qkv" and kind != LLAMA:
+        refuse("attention_bias", "must be none or all in a model of Llama 4's layers")
     if kind == LLAMA and config.embed_dim % config.num_heads:
         refuse("embed_dim", f"must be a multiple of model.num_heads={config.num_heads}")

@@ -2,11 +2,13 @@
 
 The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian. The header is read here
 because a hostile one makes the reader of the `gguf` package run out of memory; that package turns
-quantised blocks back into numbers.
+quantised blocks back into numbers. A model in several files (llama-gguf-split) is known by their
+names; the first has the metadata.
 """
 
 import math
 import pathlib
+import re
 import struct
 
 import numpy as np
@@ -21,7 +23,10 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 # Tensor types, by their number.
 _PLAIN = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 30: BFLOAT16}
-_QUANTISED = {2: "Q4_0", 3: "Q4_1", 8: "Q8_0", 12: "Q4_K", 14: "Q6_K"}
+_QUANTISED = {
+    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K",
+    13: "Q5_K", 14: "Q6_K", 20: "IQ4_NL", 23: "IQ4_XS",
+}  # fmt: skip
 
 
 class Quantised:
@@ -99,6 +104,59 @@ def is_gguf(path: pathlib.Path) -> bool:
     """Whether a file says it is GGUF."""
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
+
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+
+
+def first_part(path: pathlib.Path) -> pathlib.Path:
+    """The first file of the model that a file is a part of: itself where it is whole."""
+    match = _PART.fullmatch(path.name)
+    return path.with_name(f"{match[1]}-00001-of-{match[3]}.gguf") if match else path
+
+
+def models(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The models of a folder, sorted, each by its first file."""
+    return sorted({first_part(path) for path in folder.glob("*.gguf")})
+
+
+def open_model(path: pathlib.Path) -> tuple[dict, dict[str, Mapped | Quantised]]:
+    """Open a whole model: its metadata, and its tensors by name, unread.
+
+    Args:
+      path: its file, or any of its parts.
+
+    Raises:
+      UserError: damaged, a part is missing or of another model.
+    """
+    first = first_part(path)
+    file, metadata, described = read_header(first)
+    tensors = open_tensors(first, file, described)
+    count = metadata.get("split.count", 1) or 1
+    if count == 1:
+        return metadata, tensors
+    match = _PART.fullmatch(first.name)
+    if type(count) is not int or not match or int(match[3]) != count:
+        raise UserError(
+            f"{first}: split.count={str(count)[:20]} must stand in its name, as in "
+            "NAME-00001-of-00003.gguf: the names that llama-gguf-split gives"
+        )
+    for i in range(1, count):
+        part = first.with_name(f"{match[1]}-{i + 1:05}-of-{match[3]}.gguf")
+        if not part.is_file():
+            raise UserError(f"{part}: is missing: part {i + 1} of {count} of {first.name}")
+        file, own, described = read_header(part)
+        if (own.get("split.no"), own.get("split.count")) != (i, count):
+            raise UserError(f"{part}: must be part {i + 1} of {count} (split.no={i}, "
+                            f"split.count={count})")  # fmt: skip
+        found = open_tensors(part, file, described)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{part}: tensor {twice[0]} appears in another part as well")
+        tensors |= found
+    wanted = metadata.get("split.tensors.count", len(tensors))
+    if wanted != len(tensors):
+        raise UserError(f"{first}: its parts hold {len(tensors)} tensors, not {wanted}")
+    return metadata, tensors
 
 
 def read_header(path: pathlib.Path) -> tuple[File, dict, list]:

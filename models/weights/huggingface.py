@@ -62,6 +62,36 @@ VALUES = (
 )
 
 
+BIASES = {
+    "none": (),
+    "qkv": (
+        Row("attention/bq_Q", "NH", "self_attn.q_proj.bias", "NH"),
+        Row("attention/bk_M", "KH", "self_attn.k_proj.bias", "KH"),
+        Row("attention/bv_M", "KH", "self_attn.v_proj.bias", "KH"),
+    ),
+}
+BIASES["all"] = (*BIASES["qkv"], Row("attention/bo_D", "D", "self_attn.o_proj.bias", "D"))
+MLP_BIASES = (
+    Row("mlp/b_gate_F", "F", "mlp.gate_proj.bias", "F"),
+    Row("mlp/b_up_F", "F", "mlp.up_proj.bias", "F"),
+    Row("mlp/b_down_D", "D", "mlp.down_proj.bias", "D"),
+)
+# Of q and k in files whose pairs lie side by side.
+_TURNED = {"attention/bq_Q": ("NRP", "NPR"), "attention/bk_M": ("KRP", "KPR")}
+
+
+def bias_rows(config: ModelConfig, interleaved: bool) -> tuple[Row, ...]:
+    """The table of a layer's biases."""
+    rows = BIASES[config.attention_bias]
+    if interleaved:
+        rows = tuple(
+            dataclasses.replace(row, dims=_TURNED[row.puna][0], hf_dims=_TURNED[row.puna][1])
+            if row.puna in _TURNED else row
+            for row in rows
+        )  # fmt: skip
+    return rows + (MLP_BIASES if config.mlp_bias else ())
+
+
 def _swiglu(puna: str, hf: str, width: str) -> tuple[Row, ...]:
     return (
         Row(f"{puna}/w_gate_DF", f"D {width}", f"{hf}.gate_proj.weight", f"{width} D"),
@@ -82,6 +112,7 @@ SHARED = _swiglu("moe/shared", "feed_forward.shared_expert", "X")
 def layer_rows(config: ModelConfig, layer: int, kind: str) -> tuple[Row, ...]:
     """The table of one decoder layer of family `kind`."""
     rows = NORMS + (INTERLEAVED if kind == LLAMA4 else HALF_SPLIT) + VALUES
+    rows += bias_rows(config, interleaved=kind == LLAMA4)
     if config.is_moe(layer):
         return rows + EXPERTS + (SHARED if config.shared_expert else ())
     return rows + _swiglu("mlp", "feed_forward" if kind == LLAMA4 else "mlp", "F")

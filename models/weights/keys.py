@@ -37,10 +37,10 @@ _HARMLESS = {
 # Keys with values that puna can honour: those values, and why no other.
 _ONLY: dict[str, tuple[tuple, str]] = {
     "add_cross_attention": ((False,), "puna's text models are decoders"),
-    "attention_bias": ((False,), "no Llama has biases"),
+    "attention_bias": ((False,), "puna reads no biases of this type"),
     "hidden_act": (("silu", "swish"), "every Llama is SwiGLU"),
     "is_encoder_decoder": ((False,), "puna's text models are decoders"),
-    "mlp_bias": ((False,), "no Llama has biases"),
+    "mlp_bias": ((False,), "puna reads no biases of this type"),
     "partial_rotary_factor": ((1,), "RoPE turns the whole head"),
     "per_layer_config": ((None, {}), "every layer of a Llama has one shape"),
     "sliding_window": ((None,), "no Llama has a sliding window"),

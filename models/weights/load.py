@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -33,7 +34,9 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         see `models/quantize.py`; dtype is then that of the computation and of the rest. A run that
         holds quantised weights has them in any case.
       adapter: folder of a PEFT LoRA of this model, which is laid on it in float32; `leaf.merge`
-        adds it in. Several with weights, "0.7*DIR,0.3*DIR", are their exact sum.
+        adds it in. Several with weights, "0.7*DIR,0.3*DIR", are their exact sum. A dict of such by
+        names has them side by side: `adapters.choose` gives each row of a batch one, and
+        `decode.slots.Engine` each request.
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens_BT).logits_BTV`;
@@ -67,13 +70,20 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         weights.warn_of_nonfinite(path)
     if dtype is not None:
         config = dataclasses.replace(config, compute_dtype=dtype, param_dtype=dtype)
-    if adapter:
+    if isinstance(adapter, Mapping) and adapter:
+        found, owners = adapter_sum.side_by_side(adapter, path, config)
+        config, params = _lay_on(found, config, params, mesh, owners)
+    elif adapter:
         config, params = _lay_on(adapter_sum.read(adapter, path, config), config, params, mesh)
     return Transformer(config), params
 
 
-def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh):
-    """The architecture and parameters of a model under an adapter."""
+def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh, owners=None):
+    """The architecture and parameters of a model under an adapter.
+
+    Args:
+      owners: by path, whose the ranks are where it is several side by side.
+    """
     flat = traverse_util.flatten_dict(params, sep="/")
     names = sharding.names(abstract_params(adapter.config))
 
@@ -99,10 +109,13 @@ def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh):
         if is_adapted(flat[path]):
             raise UserError(f"{path} has an adapter of the run's own; convert the run first")
         layers, m = adapter.magnitudes.get(path), None
+        owner_r = owners and owners[path]
+        if owners and path.startswith("blocks/"):
+            owner_r = np.tile(owner_r, (len(a), 1))
         if layers:
             own = next(iter(layers.values())).shape
             m = np.ones((*flat[path].shape[: -len(own)], *own), np.float32)
-        whole = put(path, Adapted(flat[path], a, b, 1.0, m))
+        whole = put(path, Adapted(flat[path], a, b, 1.0, m, owner_r=owner_r))
         if layers:
             # Layers of a stack without an adapter keep the length that they have.
             m = with_magnitudes({"": whole}, {"": whole.base})[""].m
@@ -133,10 +146,10 @@ def open_weights(path) -> Weights:
         if gguf.is_gguf(path):
             return gguf.open_file(path)
         raise UserError(f"{path}: is not a GGUF file; other formats are given as their directory")
-    from . import meta, safetensors_files
+    from . import gguf_files, meta, safetensors_files
 
     # A folder may hold several formats: what is whole comes first.
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = gguf_files.models(path)
     if safetensors_files.is_whole(path):
         return safetensors_files.open_directory(path)
     if meta.is_whole(path):

@@ -14,7 +14,7 @@ import numpy as np
 from ...configs import schema
 from ...configs.errors import UserError
 from . import config as hf_config
-from . import huggingface, keys, licences, vision_table
+from . import huggingface, keys, licences, rope_keys, vision_table
 from .tensors import BFLOAT16, File, Mapped, Weights, check, warn
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
@@ -82,7 +82,7 @@ def open_directory(path: pathlib.Path) -> Weights:
             fields["vision"] = _fields(path / "config.json", vision_table.from_hf, values)
     model = schema.from_dict(fields, schema.ModelConfig, "model.")
     for level in (values, values.get("text_config"), values.get("vision_config")):
-        for note in keys.notes(level or {}):
+        for note in keys.notes(level or {}) + rope_keys.notes(level or {}):
             warn(f"{path}: {note}")
     check_depth(path, model, tensors)
     ignored = {name for name in tensors if _ROPE.fullmatch(name)}

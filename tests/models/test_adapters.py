@@ -259,6 +259,119 @@ def test_a_mesh_gives_the_numbers_of_one_device(name, axes):
     close(found, forward(name)(plain, TOKENS_BT))
 
 
+@functools.cache
+def beside(name):
+    """Two adapters side by side, of other ranks, the second on every other weight; what is alone.
+
+    Returns:
+      parameters, and those of the base, of the first and of the second alone.
+    """
+    base, first, _ = made(name)
+    rng, number = np.random.default_rng(3), 0
+
+    def second(leaf_):
+        nonlocal number
+        number += 1
+        if not adapters.is_adapted(leaf_) or number % 2:
+            return None
+        a, b = (jnp.array(0.3 * rng.normal(size=x.shape), jnp.float32) for x in (leaf_.a, leaf_.b))
+        stacked = a.ndim + b.ndim - 2 - leaf_.base.ndim
+        return a[..., :2], jnp.take(b, np.arange(2), stacked), stacked
+
+    leaves, tree = jax.tree.flatten(first, is_leaf=adapters.is_adapted)
+    seconds = [second(x) for x in leaves]
+
+    def both(path, x, new):
+        if not adapters.is_adapted(x):
+            return x
+        a, b, owner = x.a, x.b * x.scale, [0] * x.a.shape[-1]
+        if new:
+            a, b = jnp.concatenate([a, new[0]], -1), jnp.concatenate([b, new[1]], new[2])
+            owner += [1] * 2
+        if sharding.path_name(path).startswith("blocks"):
+            owner = np.tile(owner, (len(a), 1))
+        return adapters.Adapted(x.base, a, b, 1.0, owner_r=jnp.array(owner, jnp.int32))
+
+    def alone(x, new):
+        if not adapters.is_adapted(x):
+            return x
+        return adapters.Adapted(x.base, *new[:2], 1.0) if new else x.base
+
+    paths = [path for path, _ in jax.tree.leaves_with_path(first, is_leaf=adapters.is_adapted)]
+    together = [both(*three) for three in zip(paths, leaves, seconds, strict=True)]
+    only = [alone(*two) for two in zip(leaves, seconds, strict=True)]
+    return jax.tree.unflatten(tree, together), (base, first, jax.tree.unflatten(tree, only))
+
+
+CHOSEN_B = np.array([0, -1, 1, 1, 0, -1, 0, 1])
+
+
+def of_each(name):
+    """Logits of each row of TOKENS_BT as what it has chosen alone gives them."""
+    base, first, second = (forward(name)(params, TOKENS_BT) for params in beside(name)[1])
+    return np.choose(CHOSEN_B[:, None, None] + 1, (base, first, second))
+
+
+@pytest.mark.parametrize("name", ["dense", "tied", "scout"])
+def test_each_row_gives_what_its_adapter_alone_gives(name):
+    params, _ = beside(name)
+    close(forward(name)(adapters.choose(params, CHOSEN_B), TOKENS_BT), of_each(name), 3e-6)
+    # Without a choice, and for whoever has chosen none, it is the base to the last bit.
+    base = np.asarray(forward(name)(beside(name)[1][0], TOKENS_BT))
+    assert np.array_equal(forward(name)(params, TOKENS_BT), base)
+
+
+def test_the_loss_of_rows_is_that_of_their_adapters():
+    params, _ = beside("scout")
+    chosen = adapters.choose(params, CHOSEN_B)
+    model = Transformer(MODELS["scout"])
+    hidden_BTD = model.apply({"params": chosen}, TOKENS_BT, method="states").hidden_BTD
+    table = unembed_table(model.config, chosen)
+    found = log_probs(hidden_BTD, table, TOKENS_BT, "float32", 16)
+    logp_BTV = np.asarray(jax.nn.log_softmax(of_each("scout")))
+    wanted = np.take_along_axis(logp_BTV, TOKENS_BT[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+def test_a_neighbour_s_adapter_that_has_failed_changes_no_other_row():
+    params, _ = beside("scout")
+    broken = jax.tree.map(
+        lambda x: x.replace(a=jnp.where(x.owner_r[..., None, :] == 1, jnp.nan, x.a))
+        if adapters.is_adapted(x) and x.a.ndim == x.owner_r.ndim + 1 else x,
+        params, is_leaf=adapters.is_adapted,
+    )  # fmt: skip
+    found = np.asarray(forward("scout")(adapters.choose(broken, CHOSEN_B), TOKENS_BT))
+    assert np.isnan(found[CHOSEN_B == 1]).all()
+    close(found[CHOSEN_B != 1], of_each("scout")[CHOSEN_B != 1], 3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 4, "fsdp": 2}, {"expert": 2}]
+)
+def test_rows_on_a_mesh_have_their_adapters(axes):
+    name, params = "scout", beside("scout")[0]
+    mesh = sharding.make_mesh(
+        MeshConfig(**{"data": 1} | axes), jax.devices()[: np.prod([*axes.values()])]
+    )
+    names = sharding.names(abstract_params(MODELS[name]))
+    spread = jax.tree.map_with_path(
+        lambda path, leaf_: jax.tree.map(
+            lambda x, n: jax.device_put(
+                x, jax.NamedSharding(mesh, sharding.resolve("", x.shape, n, mesh))
+            ),
+            leaf_, leaf.split_names(leaf_, names[sharding.path_name(path)]),
+        ),
+        params, is_leaf=adapters.is_adapted,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        run = jax.jit(
+            lambda params, chosen_B: forward(name)(adapters.choose(params, chosen_B), TOKENS_BT)
+        )
+        found = np.asarray(run(spread, CHOSEN_B))
+    close(found, of_each(name))
+
+
 def test_new_adapters_change_nothing_on_any_mesh():
     boxed = abstract_params(DENSE)
     box = adapters.box(boxed, lora("dense"))

@@ -66,7 +66,7 @@ class Choice:
 class Answer:
     """All texts of one request, and what is said about them."""
 
-    def __init__(self, ask: Ask, model: str, tokenizer, prompt_tokens: int, num_choices: int):
+    def __init__(self, ask: Ask, tokenizer, prompt_tokens: int, num_choices: int):
         self.ask, self.tokenizer, self.prompt_tokens = ask, tokenizer, prompt_tokens
         names = [tool["name"] for tool in ask.tools]
         marks = {tokenizer.special[mark]: mark for mark in MARKS if mark in tokenizer.special}
@@ -79,7 +79,7 @@ class Answer:
             "id": f"{'chatcmpl' if ask.chat else 'cmpl'}-{os.urandom(12).hex()}",
             "object": name + (".chunk" if ask.chat and ask.stream else ""),
             "created": int(time.time()),
-            "model": model,
+            "model": ask.model,
         }
 
     def usage(self) -> dict:

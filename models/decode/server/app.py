@@ -1,7 +1,7 @@
 """The routes of the server, and running it until it is told to end.
 
 Everything a client can get wrong is a 4xx in OpenAI's form; a 5xx means that the server is at
-fault or is ending. Left out on purpose: several models.
+fault or is ending. Left out on purpose: several models, but for adapters of one.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Server:
 
         Args:
           worker: started by the caller.
-          name: of the model, as clients call it.
+          name: of the model, as clients call it; its adapters have their own.
           api_key: that requests to /v1 must have; empty for none.
         """
         self.worker, self.engine, self.name = worker, worker.engine, name
@@ -148,7 +148,7 @@ class Server:
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         begun = time.monotonic()
-        ask = parse(await _body(request), chat, self.name)
+        ask = parse(await _body(request), chat, self.name, self.engine.adapters)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver_to(index):
@@ -167,7 +167,7 @@ class Server:
         except RuntimeError:
             raise _ending() from None
         self.metrics.add("puna_prompt_tokens_total", prompt_tokens)
-        answer = Answer(ask, self.name, self.engine.tokenizer, prompt_tokens, len(jobs))
+        answer = Answer(ask, self.engine.tokenizer, prompt_tokens, len(jobs))
         left = len(jobs)
 
         def closed():
@@ -230,19 +230,21 @@ class Server:
     # What there is to know
 
     async def _models(self, request: Request) -> Response:
-        return Json({"object": "list", "data": [self._described()]})
+        names = (self.name, *self.engine.adapters)
+        return Json({"object": "list", "data": [self._described(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name != self.name:
+        if name not in (self.name, *self.engine.adapters):
             raise ApiError(404, f"the model {name!r:.200} is not here", "model", "model_not_found")
-        return Json(self._described())
+        return Json(self._described(name))
 
-    def _described(self) -> dict:
-        return {
-            "id": self.name, "object": "model", "created": self._since, "owned_by": "puna",
+    def _described(self, name: str) -> dict:
+        found = {
+            "id": name, "object": "model", "created": self._since, "owned_by": "puna",
             "max_model_len": self.engine.max_length,
         }  # fmt: skip
+        return found if name == self.name else {**found, "parent": self.name}
 
     async def _health(self, request: Request) -> Response:
         if self.worker.is_alive():
@@ -260,7 +262,8 @@ class Server:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def _openapi(self, request: Request) -> Response:
-        return Json(document(self.name, self.engine.max_length))
+        names = (self.name, *self.engine.adapters)
+        return Json(document(names, self.engine.max_length))
 
     async def _page(self, request: Request) -> Response:
         policy = (
@@ -298,6 +301,8 @@ def serve(engine, listener: socket.socket, mesh, name: str, api_key: str = "",
     Raises:
       UserError: an impossible setting; or what has ended the engine.
     """
+    if name in engine.adapters:
+        raise UserError(f"--adapter={name}=... must have another name than the model: --name")
     if max_waiting < 0:
         raise UserError(f"--max_waiting={max_waiting} must be 0 or more")
     sampling_for(engine.tokenizer, 0)  # refuses a generation_config.json that makes no sense

@@ -1,5 +1,7 @@
 """What the server understands and answers, as an OpenAPI document."""
 
+from collections.abc import Sequence
+
 from ..slots import TOP
 from .protocol import FIELDS, NUMBERS
 
@@ -77,12 +79,12 @@ _ERROR = _fields(
 )  # fmt: skip
 _MODEL = _fields(
     ["id", "object", "created", "owned_by"], id=_TEXT, object={"const": "model"},
-    created={"type": "integer"}, owned_by=_TEXT, max_model_len={"type": "integer"},
+    created={"type": "integer"}, owned_by=_TEXT, max_model_len={"type": "integer"}, parent=_TEXT,
 )  # fmt: skip
 
 
-def document(model: str, max_length: int) -> dict:
-    """The document, version 3.1, of a server of one model with texts of `max_length` tokens."""
+def document(models: Sequence[str], max_length: int) -> dict:
+    """The document, version 3.1, of a server of these models, with texts of `max_length` tokens."""
     path = {"name": "model", "in": "path", "required": True, "schema": {**_TEXT, "minLength": 1}}
     listed = _fields(["object", "data"], object={"const": "list"}, data=_list(_MODEL))
     health = _fields(["status"], status=_TEXT)
@@ -90,11 +92,11 @@ def document(model: str, max_length: int) -> dict:
         "openapi": "3.1.0",
         "info": {"title": "puna serve", "version": "1"},
         "paths": {
-            "/v1/completions": {"post": _post(False, model, max_length)},
-            "/v1/chat/completions": {"post": _post(True, model, max_length)},
+            "/v1/completions": {"post": _post(False, models, max_length)},
+            "/v1/chat/completions": {"post": _post(True, models, max_length)},
             "/v1/models": {"get": _get(listed, "401", "403")},
             "/v1/models/{model}": {
-                "parameters": [{**path, "example": model}],
+                "parameters": [{**path, "example": models[0]}],
                 "get": _get(_MODEL, "401", "403", "404"),
             },
             "/health": {
@@ -123,7 +125,7 @@ def _get(schema: dict, *statuses: str) -> dict:
     return {"security": [{"key": []}, {}], "responses": responses}
 
 
-def _post(chat: bool, model: str, max_length: int) -> dict:
+def _post(chat: bool, models: Sequence[str], max_length: int) -> dict:
     fields = {name: _TYPES.get(name, {}) for name in sorted(FIELDS[chat])}
     fields["logprobs"] = _FLAG if chat else {"type": "integer", "minimum": 0, "maximum": TOP}
     for name, (kind, least, most, doc) in NUMBERS.items():
@@ -131,7 +133,7 @@ def _post(chat: bool, model: str, max_length: int) -> dict:
             "type": "integer" if kind is int else "number",
             "minimum": least, "maximum": most, "description": doc,
         }  # fmt: skip
-    fields["model"] = {"const": model}
+    fields["model"] = {"enum": list(models)}
     for name in {"max_tokens", "max_completion_tokens"} & fields.keys():
         fields[name] = {**fields["max_tokens"], "maximum": max_length}
     fields = {name: _nullable(schema) for name, schema in fields.items()}

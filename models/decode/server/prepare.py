@@ -50,8 +50,9 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
             raise ApiError(400, str(error)) from None
         for i in range(ask.n):
             job = Job(
-                prompt, sampling, most, deliver_to(len(jobs)), ask.stop, i, ask.top or 0, constraint
-            )
+                prompt, sampling, most, deliver_to(len(jobs)), ask.stop, i, ask.top or 0,
+                constraint, ask.adapter,
+            )  # fmt: skip
             jobs.append(job)
     return jobs, sum(map(len, prompts))
 

@@ -7,6 +7,7 @@ answer and is not supported is refused, never ignored, and so is an unknown one.
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 
 from ..slots import TOP
 from . import formats
@@ -50,6 +51,7 @@ _MOST_STOPS, _LONGEST_STOP = 16, 1000
 class Ask:
     """What a request asks for.
 
+    model: the name that it asks. adapter: the same where it is that of an adapter, else empty.
     prompts: texts or lists of ids; empty for a chat, which has `messages`.
     sampling: what is told of temperature, top_p, top_k and min_p.
     top: likeliest tokens to give beside each; None for no log-probabilities at all.
@@ -59,6 +61,8 @@ class Ask:
     several: whether an answer may have more than one call.
     """
 
+    model: str
+    adapter: str
     chat: bool
     prompts: list
     messages: list
@@ -77,12 +81,13 @@ class Ask:
     several: bool
 
 
-def parse(data: bytes, chat: bool, model: str) -> Ask:
+def parse(data: bytes, chat: bool, model: str, adapters: Sequence[str] = ()) -> Ask:
     """Read the body of a request.
 
     Args:
       chat: whether it is one of /v1/chat/completions.
-      model: the name of the model that is served.
+      model: the name of the model that is served, which a request without one asks.
+      adapters: names of the model with an adapter.
 
     Raises:
       ApiError: 400 and what is wrong, or 404 for another model.
@@ -96,9 +101,13 @@ def parse(data: bytes, chat: bool, model: str) -> Ask:
         elif key not in FIELDS[chat] and key not in _IGNORED:
             raise ApiError(400, f"unknown field {key!r:.60}", None, "unknown_parameter")
     wanted = of(body, "model", str, model)
-    if wanted != model:
+    if wanted not in (model, *adapters):
+        there = ", ".join(map(repr, (model, *adapters)))
         raise ApiError(
-            404, f"the model {wanted!r:.200} is not here; {model!r} is", "model", "model_not_found"
+            404,
+            f"the model {wanted!r:.200} is not here; there is {there}",
+            "model",
+            "model_not_found",
         )
     numbers = {name: _number(body, name) for name in NUMBERS}
     max_tokens = numbers["max_tokens"]
@@ -114,6 +123,8 @@ def parse(data: bytes, chat: bool, model: str) -> Ask:
     if tools and source:
         raise ApiError(400, "tools and a format of the answer cannot be combined", "tools")
     return Ask(
+        model=wanted,
+        adapter="" if wanted == model else wanted,
         chat=chat,
         prompts=[] if chat else _prompts(body),
         messages=_messages(body) if chat else [],

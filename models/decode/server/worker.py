@@ -36,6 +36,7 @@ class Job:
     number: int = 0
     top: int = 0
     constraint: Constraint | None = None
+    adapter: str = ""
     cancelled: bool = False
 
 
@@ -135,7 +136,7 @@ class Worker(threading.Thread):
                 try:
                     slot = self.engine.insert(
                         job.prompt_ids, job.sampling, job.max_tokens, job.stop, job.number,
-                        job.top, job.constraint,
+                        job.top, job.constraint, job.adapter,
                     )  # fmt: skip
                     self._held[slot] = job
                 except UserError as error:

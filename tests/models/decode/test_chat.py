@@ -23,9 +23,11 @@ class Echo(Engine):
     def __init__(self, tokenizer=TOKENIZER, max_length=200, on_step=lambda step: None):
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, 280
         self.requests, self.asked, self.num_slots, self.on_step = {}, [], 1, on_step
+        self.adapters, self.answered_by = ("poet", "clerk"), []
 
-    def insert(self, prompt_ids, sampling=None, max_tokens=64):
+    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter=""):
         self.asked.append((list(prompt_ids), sampling, max_tokens))
+        self.answered_by.append(adapter)
         self.requests[0] = list(f"<{len(prompt_ids)}>")
         return 0
 
@@ -60,6 +62,17 @@ def test_the_history_is_read_again_until_it_is_reset(monkeypatch, capsys):
     second = prompt("hi", f"<{len(first)}>", "you?")
     assert [ids for ids, *_ in engine.asked] == [first, second, first]
     assert out == f"<{len(first)}>\n<{len(second)}>\n<{len(first)}>\n"
+
+
+def test_an_adapter_answers_until_another_is_named(monkeypatch, capsys):
+    engine = Echo()
+    lines = "a\n/adapter poet\nb\nc\n/adapter nobody\nd\n/adapter\ne\n"
+    out = talk(monkeypatch, capsys, lines, Chat(engine)).splitlines()
+    assert engine.answered_by == ["", "poet", "poet", "poet", ""]
+    assert out[1] == "poet answers from here on"
+    assert out[4] == "no adapter is called nobody; there is poet, clerk (--adapter=NAME=DIR)"
+    # What was said stays said.
+    assert engine.asked[1][0][: len(prompt("a")) - 1] == prompt("a")[:-1]
 
 
 def test_the_system_message_stays(monkeypatch, capsys):

@@ -59,22 +59,23 @@ def test_what_is_given_is_in_the_cache_and_nothing_more_would_be(data):
     cache, held = Cache(3), Prefixes(3, LENGTH, CHUNK)
     for _ in range(data.draw(st.integers(1, 12))):
         row = data.draw(st.integers(0, 2))
-        # Few ids, so that texts begin alike.
+        # Few ids, so that texts begin alike; what an adapter makes of an id is its own.
         wanted = np.array(data.draw(st.lists(st.sampled_from([5, 5, 5, 7]), max_size=30)), np.int32)
-        shared = [held.shared(r, wanted) for r in range(3)]
+        adapter = data.draw(st.sampled_from([-1, -1, 0]))
+        shared = [held.shared(r, wanted, adapter) for r in range(3)]
         for r, count in enumerate(shared):
-            assert cache.can_give(r, wanted[:count].tolist())
-            common = [held.shared(r, wanted[:n]) for n in range(count + 1)]
+            assert cache.can_give(r, [(i, adapter) for i in wanted[:count]])
+            common = [held.shared(r, wanted[:n], adapter) for n in range(count + 1)]
             assert max(common, default=0) <= count
         source = int(np.argmax(shared))
         count = shared[source]
-        cache.copy(source, row, count), held.copy(source, row, count)
+        cache.copy(source, row, count), held.copy(source, row, count, adapter)
         # A request may be cancelled while its prompt is read, or after.
         rest = wanted[count : data.draw(st.integers(count, len(wanted)))]
-        cache.add(row, count, rest.tolist()), held.add(row, rest)
+        cache.add(row, count, [(i, adapter) for i in rest]), held.add(row, rest)
         # Within its last chunk a row that was computed from the first on can give all.
         if not count:
-            assert held.shared(row, wanted[: len(rest)]) == len(rest)
+            assert held.shared(row, wanted[: len(rest)], adapter) == len(rest)
 
 
 def finish(running):

@@ -20,9 +20,14 @@ def leaves(path):
     return jax.tree.leaves_with_path(params)
 
 
-@pytest.mark.parametrize("name", ["llama1", "llama2", "llama3_1", "llama3_2"])
+@pytest.mark.parametrize("name", ["llama1", "llama2", "llama3_1", "llama3_2", "biases"])
 def test_every_number_comes_back(files, tmp_path, name):
-    config_json, weights = files.hf_family(name)
+    if name == "biases":
+        config = files.model_config(files.TINY | {"attention_bias": "all", "mlp_bias": True})
+        config_json = files.hf_table(config)[1]
+        weights = files.random_tensors(files.hf_shapes(config))
+    else:
+        config_json, weights = files.hf_family(name)
     src = files.write_hf(tmp_path / "src", config_json, weights)
     convert(src, tmp_path / "m.gguf", to="gguf")
     model, _ = puna.load(src)
@@ -82,7 +87,7 @@ def test_the_tokenizer_inside_gives_the_same_ids(files, table, tmp_path, name):
 def test_what_the_format_cannot_hold_is_refused(files, table, tmp_path):
     config_json, weights = files.hf_family("scout")
     src = files.write_hf(tmp_path / "scout", config_json, weights)
-    with pytest.raises(UserError, match="dense Llama 1 to 3"):
+    with pytest.raises(UserError, match="llama.cpp has it so"):
         convert(src, tmp_path / "m.gguf", to="gguf")
 
     def odd(folder):

@@ -160,9 +160,12 @@ REFUSED = {
     "a window that slides": ({"model_type": "mistral"}, {}, "sliding_window=4096 must be None"),
     "no model type": ({}, {"hidden_size": 8}, "model_type=None"),
     "3.2 vision": ({"model_type": "mllama"}, {}, "model_type='mllama'"),
-    "yarn": (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+    "yarn's truncate": (
+        LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate=1"
+    ),
+    "longrope": (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "rope_type='longrope'"),
     "linear by nothing": (LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),
-    "dynamic": (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+    "rope of no object": (LLAMA, {"rope_scaling": [2.0]}, r"rope_scaling=[2.0] must be an object"),
     "half a rope": (
         LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "high_freq_factor"
     ),
@@ -180,8 +183,8 @@ REFUSED = {
     ),
     "rope_theta": (LLAMA, {"rope_theta": "big"}, "rope_theta='big'"),
     "activation": (LLAMA, {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    "attention bias": (LLAMA, {"attention_bias": True}, "attention_bias=True"),
-    "mlp bias": (LLAMA, {"mlp_bias": True}, "mlp_bias=True"),
+    "attention bias": (LLAMA, {"attention_bias": "q"}, "attention_bias='q' must be true or false"),
+    "mlp bias": (LLAMA, {"mlp_bias": 2}, "mlp_bias=2 must be true or false"),
     "sliding window": (LLAMA, {"sliding_window": 4096}, "sliding_window=4096"),
     "quantized": (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
     "layers of several shapes": (LLAMA, {"per_layer_config": {"0": {}}}, "per_layer_config"),
@@ -203,7 +206,7 @@ REFUSED = {
         LLAMA4, {"layer_types": ["chunked_attention"] * 48}, "layer_types must say"
     ),
     "bias inside": (
-        {"model_type": "llama4"}, {"text_config": {"attention_bias": True}}, "attention_bias=True"
+        {"model_type": "llama4"}, {"text_config": {"mlp_bias": True}}, "mlp_bias=True"
     ),
     "unknown outer key": (
         {"model_type": "llama4"}, {"text_config": {}, "audio_config": {}}, "audio_config"

@@ -14,7 +14,10 @@ gguf = pytest.importorskip("gguf", reason="needs the extra [gguf]")
 
 ALL = (slice(None), slice(None))
 # Blocks of 32 and of 256 numbers.
-SMALL, LARGE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"), ("Q4_K", "Q6_K")
+SMALL = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+# Those that the package cannot quantise to, and where in a block their scales lie.
+LARGE = {"Q2_K": (-4, -2), "Q3_K": (-2,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (-2,),
+         "IQ4_NL": (0,), "IQ4_XS": (0,)}  # fmt: skip
 
 
 def names(config):
@@ -54,14 +57,13 @@ def write(path, config, meta, kind="F32", extra=None, tokenizer=None, leave_out=
         if theirs not in meta:
             continue
         used = gguf.GGMLQuantizationType["F32" if meta[theirs].ndim == 1 else kind]
-        if kind in LARGE and meta[theirs].ndim > 1:  # the package cannot quantise to these
+        if kind in LARGE and meta[theirs].ndim > 1:
             block, size = gguf.GGML_QUANT_SIZES[used]
             rng = np.random.default_rng(len(numbers))
             rows, columns = meta[theirs].shape
             data = rng.integers(0, 128, (rows, columns // block * size), dtype=np.uint8)
             scales = data.reshape(rows, -1, size)  # small ones, or float16 could be infinite
-            where = (0, 2) if kind == "Q4_K" else (size - 2,)
-            for at in where:
+            for at in (at % size for at in LARGE[kind]):
                 scales[..., at : at + 2] = np.float16([0.01]).view(np.uint8)
         else:
             data = gguf.quants.quantize(meta[theirs], used)
@@ -76,7 +78,7 @@ def write(path, config, meta, kind="F32", extra=None, tokenizer=None, leave_out=
     return numbers
 
 
-@pytest.mark.parametrize("kind", SMALL + LARGE)
+@pytest.mark.parametrize("kind", [*SMALL, *LARGE])
 def test_reads_every_type(files, tmp_path, kind):
     wide = {"embed_dim": 256, "mlp_dim": 256, "head_dim": 64, "num_layers": 1}
     config = files.model_config(files.TINY | (wide if kind in LARGE else {}))
@@ -248,15 +250,15 @@ HOSTILE = {
         "must be a power of two",
     ),
     "no architecture": (container(keys=b"\0" * 99), "general.architecture=None"),
-    "llama4": (
-        container(keys=text("general.architecture") + struct.pack("<I", 8) + text("llama4"),
-                  num_keys=1), "general.architecture='llama4' must be llama",
+    "qwen2": (
+        container(keys=text("general.architecture") + struct.pack("<I", 8) + text("qwen2"),
+                  num_keys=1), "general.architecture='qwen2' must be llama or llama4",
     ),
     "dims without end": (one(shape=(1,) * 7), "has 7 dims"),
     "absurd shape": (one(shape=(2**62, 2**62)), "beyond its end"),
     "absurd offset": (one(offset=2**63), "beyond its end"),
     "just too far": (one(shape=(16,), offset=4), "beyond its end"),
-    "type Q2_K": (one(kind=10, shape=(256, 1)), "has type Q2_K; read are F32"),
+    "type TQ1_0": (one(kind=34, shape=(256, 1)), "has type TQ1_0; read are F32"),
     "type 9999": (one(kind=9999), "has type 9999"),
     "blocks": (one(kind=8, shape=(33, 2)), "not made of blocks of 32"),
     "twice": (container(described() [:-64] + described(), ARCHITECTURE, 2, 1),

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from puna.configs.errors import UserError
 from puna.configs.schema import ModelConfig
 from puna.models import transformer
+from puna.models.adapters import Adapted
 from puna.models.decode.generate import complete
 from puna.models.decode.slots import Engine
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
@@ -34,11 +36,24 @@ def params(drawn):
     return drawn(CONFIG)
 
 
+def with_poet(params, **fields):
+    """The model with an adapter of one weight."""
+    wq = params["blocks"]["layer_0"]["attention"]["wq_DNH"]
+    a, b = (np.random.default_rng(5).normal(size=(1, *shape)).astype(np.float32)
+            for shape in ((32, 2), (2, 4, 8)))  # fmt: skip
+    adapted = Adapted(wq, a, b, 1.0, **fields)
+    layer = params["blocks"]["layer_0"]
+    layer = layer | {"attention": layer["attention"] | {"wq_DNH": adapted}}
+    return params | {"blocks": params["blocks"] | {"layer_0": layer}}
+
+
 @pytest.fixture(scope="module")
 def worker(params):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("puna.models.decode.slots._PIECES", (16,))
-        worker = Worker(Engine(MODEL, params, TOKENIZER, 4, LENGTH), max_waiting=32)
+        beside = with_poet(params, owner_r=np.zeros((1, 2), np.int32))
+        engine = Engine(MODEL, beside, TOKENIZER, 4, LENGTH, adapters=["poet"])
+        worker = Worker(engine, max_waiting=32)
         worker.start()
         yield worker
         worker.stop()
@@ -240,8 +255,8 @@ BAD = [
     ("completions", {"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not supported"),
     ("completions", {"prompt": "a", "temprature": 1}, 400, "unknown field 'temprature'"),
     ("completions", {"prompt": "a", "\ud800": 1}, 400, "unknown field"),
-    ("completions", {"prompt": "a", "model": "other"}, 404, "'tiny' is"),
-    ("completions", {"prompt": "a", "model": "\ud800"}, 404, "'tiny' is"),
+    ("completions", {"prompt": "a", "model": "other"}, 404, "there is 'tiny'"),
+    ("completions", {"prompt": "a", "model": "\ud800"}, 404, "there is 'tiny'"),
     ("chat/completions", {}, 400, "messages must be a list"),
     ("chat/completions", {"messages": [3]}, 400, "messages[0] must be an object"),
     ("chat/completions", {"messages": [{}]}, 400, "messages[0]: has no 'role'"),
@@ -279,7 +294,7 @@ def test_odd_texts_are_answered(client):
 
 def test_what_there_is_to_know(client):
     listed = client.get("/v1/models").json()["data"]
-    assert [model["id"] for model in listed] == ["tiny"] and listed[0]["max_model_len"] == LENGTH
+    assert listed[0]["id"] == "tiny" and listed[0]["max_model_len"] == LENGTH
     assert client.get("/v1/models/tiny").json() == listed[0]
     assert client.get("/v1/models/a%2Fb").json()["error"]["code"] == "model_not_found"
     assert client.get("/v1/completions").status_code == 405
@@ -368,6 +383,25 @@ def asked(server, method="POST", path="/v1/completions", headers=None, **body):
     return asyncio.run(request())
 
 
+def test_an_adapter_is_a_model_of_its_own(client, params, worker):
+    listed = client.get("/v1/models").json()["data"]
+    assert [(m["id"], m.get("parent")) for m in listed] == [("tiny", None), ("poet", "tiny")]
+    assert client.get("/v1/models/poet").json() == listed[1]
+    [wanted] = complete(MODEL, with_poet(params), TOKENIZER, ["the llama"], 8)
+    [plain] = complete(MODEL, params, TOKENIZER, ["the llama"], 8)
+    assert wanted.text != plain.text
+    for model, made in (("poet", wanted), ("tiny", plain), ("poet", wanted)):
+        answer = post(client, "completions", model=model, prompt="the llama", max_tokens=8).json()
+        assert (answer["model"], answer["choices"][0]["text"]) == (model, made.text)
+    answer = post(client, "completions", model="clerk", prompt="a")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].endswith(
+        "'clerk' is not here; there is 'tiny', 'poet'"
+    )
+    with pytest.raises(UserError, match="^--adapter=poet=... must have another name than the mo"):
+        app.serve(worker.engine, None, None, "poet")
+
+
 def test_an_api_key_is_needed_where_there_is_one(worker):
     server = app.Server(worker, "tiny", api_key="s\u00e9cret")
     for key in (None, "Bearer wrong", "Bearer ", "Basic s\u00e9cret", "s\u00e9cret"):
@@ -409,7 +443,7 @@ def test_a_full_queue_asks_for_patience(worker):
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_fails_ends_the_answers(worker, stream):
     class Broken:
-        num_slots, free, max_length = 1, 1, LENGTH
+        num_slots, free, max_length, adapters = 1, 1, LENGTH, ()
         tokenizer, check = TOKENIZER, worker.engine.check
 
         def insert(self, *args):

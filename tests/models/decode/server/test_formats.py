@@ -170,7 +170,7 @@ def test_several_calls_of_what_a_model_writes():
     body = {"messages": CHAT, "tools": TOOLS, "stream": True}
     for several in (True, False):
         data = json.dumps({**body, "parallel_tool_calls": several}).encode()
-        answer = Answer(parse(data, True, "m"), "m", LLAMA4, 1, 1)
+        answer = Answer(parse(data, True, "m"), LLAMA4, 1, 1)
         chunks = []
         for at in range(0, len(text), 3):
             last = at + 3 >= len(text)
