@@ -70,33 +70,31 @@ def _audit(args):
 def _generate(args):
     import jax
 
-    from .models.decode import generate
+    from .models.decode.engine import round_up
+    from .models.decode.generate import begin_rows
     from .models.parallel import processes
-    from .models.weights.load import load
 
-    path = required(args, "checkpoint")
     if args.prompt is None:  # an empty one is a prompt too
         raise errors.UserError("--prompt is needed; --help shows the flags")
     tokenizer, mesh = _open_tokenizer(args)
     sampling = _sampling(args, tokenizer)
-    model, params = load(path, args.dtype, mesh, args.quantize, args.adapter)
-    pieces = generate.stream(
-        model, params, tokenizer, args.prompt, max_tokens=args.max_tokens,
-        stop=tuple(args.stop), **sampling._asdict(),
-    )  # fmt: skip
+    [ids], _ = begin_rows(tokenizer, [args.prompt], args.stop)
+    engine = _open_engine(args, tokenizer, mesh, 1, round_up(len(ids) + args.max_tokens))
     text, show = "", processes.is_first()
-    if show:
-        print(args.prompt, end="", flush=True)
     with jax.set_mesh(mesh):
-        for piece in pieces:
-            text += piece
+        tokens = engine.stream(ids, sampling, args.max_tokens, args.stop)
+        if show:
+            print(args.prompt, end="", flush=True)
+        for token in tokens:
+            text += token.text
             if show:
-                print(piece, end="", flush=True)
+                print(token.text, end="", flush=True)
     if show:
         print()
     if args.workdir and show:
         settings = {name: getattr(args, name) for name in _SETTINGS} | sampling._asdict()
-        results = {"checkpoint": path, "prompt": args.prompt, "text": text, **settings}
+        results = {"checkpoint": args.checkpoint, "prompt": args.prompt, "text": text, **settings}
+        results |= {"proposed": engine.proposed, "accepted": engine.accepted}
         _write_results(storage.at(args.workdir), results)
 
 
@@ -145,7 +143,7 @@ def _chat(args):
     # Before the weights are read: a model that cannot chat says so at once.
     tokenizer.chat([{"role": "user", "content": "?"}])
     sampling = _sampling(args, tokenizer)
-    engine = _open_engine(args, tokenizer, mesh, num_slots=1)
+    engine = _open_engine(args, tokenizer, mesh, 1, args.max_length)
     with jax.set_mesh(mesh):
         chat.run(chat.Chat(engine, sampling, args.system, args.max_tokens))
 
@@ -159,7 +157,7 @@ def _serve(args):
         ) from None
     tokenizer, mesh = _open_tokenizer(args)
     with app.listen(args.host, args.port) as socket:
-        engine = _open_engine(args, tokenizer, mesh, args.slots)
+        engine = _open_engine(args, tokenizer, mesh, args.slots, args.max_length)
         name = args.name or pathlib.Path(args.checkpoint).resolve().name
         key = args.api_key or os.environ.get("PUNA_API_KEY", "")
         app.serve(engine, socket, mesh, name, key, args.max_waiting)
@@ -173,18 +171,12 @@ def _open_tokenizer(args):
     return tokenizer, sharding.make_mesh(_mesh(args.mesh))
 
 
-def _open_engine(args, tokenizer, mesh, num_slots):
-    import jax
+def _open_engine(args, tokenizer, mesh, num_slots, max_length):
+    from .models.decode.load_engine import load_engine
 
-    from .models.decode.slots import Engine
-    from .models.weights import adapter_sum
-    from .models.weights.load import load
-
-    adapter = adapter_sum.of_flags(args.adapter)
-    names = tuple(adapter) if isinstance(adapter, dict) else ()
-    model, params = load(args.checkpoint, args.dtype, mesh, args.quantize, adapter)
-    with jax.set_mesh(mesh):
-        return Engine(model, params, tokenizer, num_slots, args.max_length, names)
+    names = ("speculate", "draft", "dtype", "quantize", "adapter")
+    settings = {name: getattr(args, name) for name in names}
+    return load_engine(args.checkpoint, tokenizer, mesh, num_slots, max_length, **settings)
 
 
 def _sampling(args, tokenizer):

@@ -173,6 +173,14 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
     if command in ("generate", "chat", "serve"):
         flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
+        flags.DEFINE_integer(
+            "speculate", None, "tokens proposed and checked at a time, which changes the speed and "
+            "not the text; 4 with --draft, else 0", **text,
+        )  # fmt: skip
+        flags.DEFINE_string(
+            "draft", "", "smaller model with the same tokenizer that proposes them; without one "
+            "they are looked up in the text so far", **text,
+        )  # fmt: skip
     if command == "launch":
         flags.DEFINE_integer("n", 2, "processes", **text)
         flags.DEFINE_integer("devices", 0, "of each process: GPUs, or simulated on CPU", **text)

@@ -58,7 +58,9 @@ class LayerCache(flax.struct.PyTreeNode):
             swap = [kept[..., None, None], kept[..., None, None], kept]
             out = [jnp.where(w, o, n) for w, o, n in zip(swap, old, new, strict=True)]
             new = [jnp.where(w, n, o) for w, o, n in zip(swap, old, new, strict=True)]
-            seen = jnp.where(kept, old[2] >= 0, tokens.segments_BT != 0)
+            # What is written again, at the same position, is not lost but wrong.
+            left = (old[2] >= 0) & (old[2] < positions)
+            seen = jnp.where(kept, left, tokens.segments_BT != 0)
             lost = [(Tokens(out[2], seen.astype(jnp.int32)), _taker(*out[:2]))]
         k, v, p = (x.at[at].set(n, mode="drop") for x, n in zip(arrays, new, strict=True))
         cache = self.replace(k_BSKH=k, v_BSKH=v, positions_BS=p)

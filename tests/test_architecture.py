@@ -36,6 +36,7 @@ TESTED_WITH = {
         "models/decode/server/page.py", "models/decode/server/prepare.py",
         "models/decode/server/worker.py",
     ],
+    "models/decode/test_slots.py": ["models/decode/cached_model.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": [
         "models/release/card.py", "models/release/source.py", "models/weights/licences.py",

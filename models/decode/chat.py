@@ -66,7 +66,7 @@ class Chat:
             answer = ""
             try:
                 while slot in self.engine.requests and not stopped():
-                    for token in self.engine.step().values():
+                    for _, token in self.engine.step():
                         answer += token.text
                         if token.text:
                             yield token.text

@@ -1,7 +1,7 @@
 """Rows of ids through a model: prefill, then one token of every row at a time.
 
 Nothing that a row gives depends on the rows beside it, beyond the rounding of matmuls of another
-size. Beam search and speculative decoding are left out on purpose.
+size. Beam search is left out on purpose.
 """
 
 import dataclasses
@@ -193,7 +193,7 @@ def _blocks(model, params, prompts, most_B, sampling, first_row, stop_ids, vocab
     longest = max(map(len, prompts))
     # The last token of a prompt is the first input of the decoding loop.
     T = max(1, longest - 1)
-    T = _round_up(T) if T <= _PIECE else T + -T % _PIECE
+    T = round_up(T) if T <= _PIECE else T + -T % _PIECE
     tokens_BT = np.zeros((rows, T), np.int32)
     segments_BT = np.zeros((rows, T), np.int32)
     last_B = np.zeros(rows, np.int32)
@@ -203,7 +203,7 @@ def _blocks(model, params, prompts, most_B, sampling, first_row, stop_ids, vocab
         last_B[r] = prompt[-1]
 
     max_tokens = int(most_B.max())
-    cache, max_length = None, _round_up(longest + max_tokens)
+    cache, max_length = None, round_up(longest + max_tokens)
     for start in range(0, T, _PIECE):
         piece = np.s_[:, start : start + _PIECE]
         cache = _prefill(model, max_length, kept, cache, tokens_BT[piece], segments_BT[piece])
@@ -257,7 +257,7 @@ def check_ids(ids) -> None:
         raise UserError("the model gives NaN: its parameters are damaged or have diverged")
 
 
-def _round_up(length: int) -> int:
+def round_up(length: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96, ...: few lengths to compile, a third unused at most."""
     if length <= 16:
         return 16

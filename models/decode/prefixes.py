@@ -22,6 +22,10 @@ class Prefixes:
         # Of its last chunk a row holds the positions from `_since` on in layers with chunks.
         self._sizes, self._since, self._adapters = np.zeros((3, len(self._ids)), np.int32)
 
+    def ids(self, row: int) -> np.ndarray:
+        """What a row holds."""
+        return self._ids[row, : self._sizes[row]]
+
     def add(self, row: int, ids: Sequence[int] | np.ndarray) -> None:
         """Append what has been computed."""
         start = self._sizes[row]

@@ -6,47 +6,31 @@ new. A prompt that begins as what a slot holds, or has held and is not overwritt
 keys and values from there. What a request gives does not depend on the requests beside or before
 it, beyond the rounding of matmuls of another size; greedy ids are those of `generate`.
 
+With `speculate`, tokens are proposed and checked several at a time, see `speculation`.
+
 Left out on purpose: paging (a slot has room for `max_length` tokens whatever it holds, and a shared
-beginning is copied), speculative decoding.
+beginning is copied).
 """
 
 import collections
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ...configs.errors import UserError
-from .. import bits
-from ..adapters import choose
-from ..cache import LayerCache, init_cache
-from ..leaf import settled
 from ..parallel import sharding
-from .engine import (
-    check_fit,
-    check_ids,
-    check_prompts,
-    constrain_cache,
-    for_decoding,
-    next_ids,
-    row_keys,
-)
+from .cached_model import BASE, EVERY, TOP, CachedModel, Place
+from .engine import check_fit, check_ids, check_prompts
 from .generate import begin_rows
 from .grammar import Constraint, Constraints
 from .prefixes import Prefixes
 from .sampling import Sampling, check, per_row
+from .speculation import look_up
 
 # Sizes of the pieces of a prompt: each is compiled once, when first needed.
 _PIECES = (16, 128, 1024)
-# A word of a mask that forbids nothing.
-_EVERY = 0xFFFFFFFF
-# The number of a request's adapter where it has none.
-_BASE = -1
-# Likeliest ids that a request can have beside each token.
-TOP = 20
 
 
 class Full(UserError):
@@ -88,102 +72,23 @@ class _Request:
         return len(self.prompt) - 1
 
 
-def _of_row(layers, change):
-    """Apply `change(array, axis of rows, ...)` to the arrays of one or two trees of caches."""
-
-    def one(*caches):
-        k, v, positions = (
-            [getattr(cache, name) for cache in caches] for name in
-            ("k_BSKH", "v_BSKH", "positions_BS")
-        )  # fmt: skip
-        return caches[0].replace(
-            k_BSKH=change(k[0].ndim - 4, *k), v_BSKH=change(v[0].ndim - 4, *v),
-            positions_BS=change(positions[0].ndim - 2, *positions),
-        )  # fmt: skip
-
-    return jax.tree.map(one, *layers, is_leaf=lambda x: isinstance(x, LayerCache))
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, chosen):
-    """The cache with a piece of a prompt in one slot, after the first `keep` tokens of `source`.
-
-    Only the first of B rows counts: the others let a mesh that splits rows do so.
-    """
-
-    def take(axis, x):
-        row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
-        return jnp.repeat(row, len(tokens_BT), axis)
-
-    def put(axis, x, rows):
-        row = jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
-        return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
-
-    def cut(layer):
-        known = layer.positions_BS < keep
-        return layer.replace(positions_BS=jnp.where(known, layer.positions_BS, -1))
-
-    layers = _of_row([cache.layers], take)
-    layers = jax.tree.map(cut, layers, is_leaf=lambda x: isinstance(x, LayerCache))
-    lengths_B = jnp.full(len(tokens_BT), keep, cache.lengths_B.dtype)
-    rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
-    kept = choose(kept, jnp.full(len(tokens_BT), chosen))
-    rows = model.apply(
-        {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=rows, method="states"
-    ).cache
-    return constrain_cache(
-        cache.replace(
-            layers=_of_row([cache.layers, rows.layers], put),
-            lengths_B=put(0, cache.lengths_B, rows.lengths_B),
-        )
-    )
-
-
-@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _write(model, params, kept, cache, last_B, active_B, steps_B, sampling, rows_B, tops_B,
-           masks_BW, chosen_B, vocab_size):  # fmt: skip
-    """One token of every active slot: the cache, ids_B, logprobs_B and the TOP likeliest."""
-    params, kept = choose(params, chosen_B), choose(kept, chosen_B)
-    states = model.apply(
-        {"params": kept}, last_B[:, None], segment_ids_BT=active_B[:, None].astype(jnp.int32),
-        cache=cache, method="states",
-    )  # fmt: skip
-    keys_B = jax.vmap(jax.random.fold_in)(row_keys(sampling.seed, rows_B), steps_B)
-    ids_B, logprobs_B, _, logits_BV = next_ids(
-        model, params, states.hidden_BTD, keys_B, sampling, vocab_size, masks_BW
-    )
-    width = min(TOP, logits_BV.shape[-1])
-
-    def likeliest():
-        all_BV = jax.nn.log_softmax(logits_BV)
-        known_V = jnp.arange(logits_BV.shape[-1]) < vocab_size
-        return tuple(jax.lax.top_k(jnp.where(known_V, all_BV, -jnp.inf), width))
-
-    def nothing():
-        shape = (len(ids_B), width)
-        return jnp.zeros(shape, logits_BV.dtype), jnp.zeros(shape, jnp.int32)
-
-    top_logprobs_BW, top_ids_BW = jax.lax.cond(jnp.any(tops_B > 0), likeliest, nothing)
-    found = ids_B, logprobs_B, top_ids_BW, top_logprobs_BW
-    return constrain_cache(states.cache), tuple(
-        sharding.constrain(x, *[None] * x.ndim) for x in found
-    )
-
-
 class Engine:
     """A model with `num_slots` slots; used by one thread at a time, works under `jax.set_mesh`.
 
-    Attributes:
-      adapters: the names that a request can have one of.
-
     slot = engine.insert(prompt_ids, Sampling(0.7, seed=1), max_tokens=64)
     while slot in engine.requests:
-        for slot, token in engine.step().items():
+        for slot, token in engine.step():
             print(token.text)
+
+    Attributes:
+      adapters: the names that a request can have one of.
+      free: how many requests can be inserted now.
+      reused: tokens of prompts that were copied and not computed.
+      proposed, accepted: tokens of texts that were proposed, and of those, that were right.
     """
 
     def __init__(self, model, params, tokenizer, num_slots: int = 8, max_length: int = 4096,
-                 adapters: Sequence[str] = ()):  # fmt: skip
+                 adapters: Sequence[str] = (), speculate: int = 0, draft=None):  # fmt: skip
         """Make the cache.
 
         Args:
@@ -193,37 +98,43 @@ class Engine:
             `model.config.max_positions`, which it is cut to.
           adapters: names of those that lie side by side in `params`, in the order of
             `puna.load(path, adapter={name: folder})`.
+          speculate: most tokens of a text that are proposed and checked at a time.
+          draft: model and parameters that propose them, see `speculation.check_draft`; left out,
+            they are looked up in the text so far.
 
         Raises:
           UserError: an impossible setting; a model that cannot generate.
         """
-        for name, value in (("num_slots", num_slots), ("max_length", max_length)):
-            if value < 1:
-                raise UserError(f"{name}={value} must be at least 1")
+        for name, value, least in (
+            ("num_slots", num_slots, 1), ("max_length", max_length, 1),
+            ("speculate", speculate, 0 if draft is None else 1),
+        ):  # fmt: skip
+            if value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
         mesh = jax.sharding.get_abstract_mesh()
         # Rows of one prompt, and of the cache: as many as the mesh can split.
         self._parts = 1 if mesh.empty else sharding.parts("batch", mesh)
         self._rows = num_slots + -num_slots % self._parts
-        params = settled(params)
-        self.model, self.params, self.tokenizer = for_decoding(model), params, tokenizer
+        self.config, self.tokenizer = model.config, tokenizer
         self.num_slots = num_slots
         self.max_length = min(max_length, model.config.max_positions)
         self.vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self.adapters = tuple(adapters)
         self.requests: dict[int, _Request] = {}  # by slot
         self._reading: collections.deque[int] = collections.deque()
-        self.reused = 0  # tokens of prompts that were copied and not computed
-        self._kept = bits.view(params)
-        config, rows, length = self.model.config, self._rows, self.max_length
-        self._cache = jax.jit(lambda: constrain_cache(init_cache(config, rows, length)))()
-        self._held = Prefixes(rows, length, config.chunk_size)
+        self.reused = self.proposed = self.accepted = 0
+        rows, length = self._rows, self.max_length
+        self._model = CachedModel(model, params, rows, length, self.vocab_size)
+        self._speculate = speculate
+        self._draft = draft and CachedModel(*draft, rows, length, self.vocab_size)
+        self._held = Prefixes(rows, length, model.config.chunk_size)
         # By the time they became free, the latest last.
         self._unused = list(range(num_slots))
         # Of each slot. What is not in use is greedy, which costs the least.
         self._sampling = per_row(Sampling(), 1, rows)
-        self._numbers, self._last, self._steps, self._tops = np.zeros((4, rows), np.int32)
-        self._chosen = np.full(rows, _BASE, np.int32)
-        self._masks = np.full((rows, -(-model.config.vocab_size // 32)), _EVERY, np.uint32)
+        self._numbers, self._last, self._tops = np.zeros((3, rows), np.int32)
+        self._chosen = np.full(rows, BASE, np.int32)
+        self._masks = self._no_masks(1)[:, 0]
         self.constraints = Constraints(tokenizer)
 
     @property
@@ -233,7 +144,7 @@ class Engine:
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling, max_tokens: int,
               adapter: str = "") -> None:  # fmt: skip
-        """Refuse what `insert` would, but for a lack of slots."""
+        """Refuse what `insert` would, but for a lack of slots and its own settings."""
         if adapter and adapter not in self.adapters:
             there = ", ".join(self.adapters) or "none"
             raise UserError(f"adapter={adapter} is not loaded; there is {there}")
@@ -241,7 +152,10 @@ class Engine:
         check(sampling, 1)
         if max_tokens < 1:
             raise UserError(f"max_tokens={max_tokens} must be at least 1")
-        check_fit([prompt_ids], [max_tokens], self.max_length, self.vocab_size, "max_length")
+        name = (
+            "max_length" if self.max_length < self.config.max_positions else "model.max_positions"
+        )
+        check_fit([prompt_ids], [max_tokens], self.max_length, self.vocab_size, name)
 
     def insert(self, prompt_ids: Sequence[int], sampling: Sampling | None = None,
                max_tokens: int = 64, stop=(), number: int = 0, top: int = 0,
@@ -272,19 +186,19 @@ class Engine:
         [prompt], [row] = begin_rows(self.tokenizer, [prompt_ids], stop)
         if not self.free:
             raise Full(f"all {self.num_slots} slots are taken: step, or evict one")
-        mask = _EVERY
+        mask = EVERY
         if constraint:
             constraint = constraint.copy()
-            mask = constraint.allowed(self.model.config.vocab_size)
+            mask = constraint.allowed(self.config.vocab_size)
             row.follows_text = True  # the grammar counts the blank of a first word
-        chosen = self.adapters.index(adapter) if adapter else _BASE
+        chosen = self.adapters.index(adapter) if adapter else BASE
         slot = self._place(prompt, chosen)
         self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
         self._masks[slot] = mask
         self._reading.append(slot)
         self._set(slot, sampling)
         self._last[slot], self._numbers[slot], self._tops[slot] = prompt[-1], number, top
-        self._steps[slot], self._chosen[slot] = 0, chosen
+        self._chosen[slot] = chosen
         return slot
 
     def evict(self, slot: int) -> None:
@@ -292,25 +206,44 @@ class Engine:
         if self.requests.pop(slot, None) is not None:
             self._unused.append(slot)
             self._set(slot, Sampling())
-            self._tops[slot], self._masks[slot] = 0, _EVERY
+            self._tops[slot], self._masks[slot] = 0, EVERY
             if slot in self._reading:
                 self._reading.remove(slot)
 
+    def stream(self, *request, **settings) -> Iterator[Token]:
+        """Insert the only request, see `insert`, and yield its tokens; evict it if left early."""
+        slot = self.insert(*request, **settings)
+        held = self.requests[slot]
+
+        def tokens():
+            try:
+                while self.requests.get(slot) is held:
+                    for found, token in self.step():
+                        if found == slot:
+                            yield token
+            finally:
+                if self.requests.get(slot) is held:
+                    self.evict(slot)
+
+        return tokens()
+
     def warm_up(self) -> None:
         """Compile all that requests will need; call it before them."""
-        for size in _PIECES:
-            length = min(size + 1, self.max_length - 1)
-            slot = self.insert([0] * length, max_tokens=1)
-            while slot in self.requests:
-                self.step()
+        # One token at a time, then several.
+        for size, most in [*((size, 1) for size in _PIECES), (1, min(2, self.max_length - 2))]:
+            length = min(size + 1, self.max_length - most)
+            for _ in self.stream([0] * length, max_tokens=most):
+                pass
             self._held.forget()
+        self.proposed = self.accepted = 0
 
-    def step(self) -> dict[int, Token]:
-        """Read one piece of the prompt that has waited longest, then make one token a slot.
+    def step(self) -> list[tuple[int, Token]]:
+        """Read one piece of the prompt that has waited longest, then write in all other slots.
 
         Returns:
-          by slot, the new token of each request whose prompt has been read. A request's slot is
-          free once its token has a finish_reason.
+          slots and new tokens of each request whose prompt has been read, one or, where proposals
+          were accepted, several, in order. A request's slot is free once its token has a
+          finish_reason.
 
         Raises:
           UserError: the model gives NaN; the engine cannot be used any more.
@@ -319,27 +252,96 @@ class Engine:
             self._read_piece(self._reading[0])
         active = [slot for slot in self.requests if slot not in self._reading]
         if not active:
-            return {}
-        active_B = np.isin(np.arange(self._rows), active)
-        # JAX may still look at what it is given when the host goes on to change it.
-        host = jax.tree.map(
-            np.copy, (self._last, active_B, self._steps, self._sampling, self._numbers, self._tops,
-                      self._masks, self._chosen)
-        )  # fmt: skip
-        self._cache, found = _write(
-            self.model, self.params, self._kept, self._cache, *host, self.vocab_size
+            return []
+        proposals = self._proposals(active)
+        T = 1 + (self._speculate if any(map(len, proposals.values())) else 0)
+        inputs_BT, masks_BTW = np.zeros((self._rows, T), np.int32), self._no_masks(T)
+        counts_B = np.zeros(self._rows, np.int32)
+        for slot in active:
+            found = self._allow(slot, proposals[slot], masks_BTW[slot])
+            proposals[slot], counts_B[slot] = found, 1 + len(found)
+            inputs_BT[slot, : 1 + len(found)] = self._last[slot], *found
+        ids_BT, logprobs_BT, top_ids, top_logprobs = self._model.write(
+            inputs_BT, counts_B, self._place_of_rows(), np.copy(self._tops), masks_BTW
         )
+        made = []
         for slot in active:
-            self._held.add(slot, self._last[slot, None])
-        ids_B, logprobs_B, top_ids_BW, top_logprobs_BW = jax.device_get(found)
-        check_ids(ids_B[active_B])
-        tokens = {}
-        for slot in active:
-            top = self.requests[slot].top
-            pairs = zip(top_ids_BW[slot, :top].tolist(), top_logprobs_BW[slot, :top].tolist(),
-                        strict=True)  # fmt: skip
-            tokens[slot] = self._token(slot, int(ids_B[slot]), float(logprobs_B[slot]), list(pairs))
-        return tokens
+            check_ids(ids_BT[slot, : counts_B[slot]])
+            request, proposed, before = self.requests[slot], proposals[slot], len(made)
+            for t in range(counts_B[slot]):
+                pairs = zip(top_ids[slot, t].tolist(), top_logprobs[slot, t].tolist(), strict=True)
+                top = list(pairs)[: request.top]
+                new = int(ids_BT[slot, t])
+                made.append((slot, self._token(slot, new, float(logprobs_BT[slot, t]), top)))
+                if made[-1][1].finish_reason or new != (proposed[t] if t < len(proposed) else None):
+                    break
+            count = len(made) - before
+            self._held.add(slot, inputs_BT[slot, :count])
+            self.proposed += len(proposed)
+            self.accepted += count - 1
+        return made
+
+    def _place_of_rows(self) -> Place:
+        # JAX may still look at what it is given when the host goes on to change it.
+        lengths, steps = np.zeros((2, self._rows), np.int32)
+        for slot, request in self.requests.items():
+            steps[slot] = len(request.row.ids)
+            lengths[slot] = request.to_read + steps[slot]
+        return Place(
+            lengths, steps, *jax.tree.map(np.copy, (self._numbers, self._sampling, self._chosen))
+        )
+
+    def _proposals(self, active) -> dict[int, list[int]]:
+        """Ids that may follow the last one of each slot, as many as there is use for."""
+        limits = {slot: self._limit(slot) for slot in active}
+        if self._draft is None:
+            return {
+                slot: look_up(np.append(self._held.ids(slot), self._last[slot]), limit)
+                for slot, limit in limits.items()
+            }
+        limits_B = np.full(self._rows, -1, np.int32)
+        limits_B[active] = list(limits.values())
+        ids_BT = self._draft.propose(
+            np.copy(self._last), limits_B, self._place_of_rows(), np.copy(self._masks),
+            self._speculate,
+        )  # fmt: skip
+        for slot, limit in limits.items():
+            check_ids(ids_BT[slot, :limit])
+        return {slot: ids_BT[slot, :limit].tolist() for slot, limit in limits.items()}
+
+    def _limit(self, slot) -> int:
+        """How many proposals are of use."""
+        request = self.requests[slot]
+        made = len(request.row.ids)
+        limit = min(self._speculate, request.max_tokens - made - 1)
+        if chunk := self.config.chunk_size:
+            # In layers with chunks the next one takes the place of this one, which is still needed
+            # where proposals are refused.
+            limit = min(limit, chunk - 1 - (request.to_read + made) % chunk)
+        return limit
+
+    def _allow(self, slot, proposed, masks_TW) -> list[int]:
+        """The proposals that a request's format allows; writes the masks of them and of the next.
+
+        The first that it forbids is never drawn, nor is there any use in what comes after it.
+        """
+        masks_TW[0] = self._masks[slot]
+        constraint = self.requests[slot].constraint
+        if not constraint:
+            return proposed
+        constraint = constraint.copy()
+        for t, new in enumerate(proposed):
+            if not masks_TW[t, new // 32] >> (new % 32) & 1:
+                return proposed[:t]
+            constraint.push(new)
+            if constraint.done or constraint.error:
+                return proposed[: t + 1]
+            masks_TW[t + 1] = constraint.allowed(self.config.vocab_size)
+        return proposed
+
+    def _no_masks(self, T):
+        words = -(-self.config.vocab_size // 32)
+        return np.full((self._rows, T, words), EVERY, np.uint32)
 
     def _set(self, slot, sampling):
         for array, value in zip(self._sampling, per_row(sampling, 1, 1), strict=True):
@@ -371,10 +373,8 @@ class Engine:
         ids = ids[:size]
         tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
-        self._cache = _read(
-            self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
-            np.int32(source), np.int32(request.read), np.int32(chosen),
-        )  # fmt: skip
+        for model in filter(None, (self._model, self._draft)):
+            model.read(slot, tokens_BT, segments_BT, source, request.read, chosen)
         self._held.add(slot, ids)
         request.read += len(ids)
         if request.read >= request.to_read:
@@ -385,11 +385,10 @@ class Engine:
         row, start = request.row, len(request.row.text)
         row.push([new], [logprob])
         self._last[slot] = new
-        self._steps[slot] += 1
         reason = "stop" if row.done else None
         if request.constraint and not row.done:
             request.constraint.push(new)
-            self._masks[slot] = request.constraint.allowed(self.model.config.vocab_size)
+            self._masks[slot] = request.constraint.allowed(self.config.vocab_size)
             if request.constraint.error:
                 reason = "error"
             elif request.constraint.done:

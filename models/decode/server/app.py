@@ -258,6 +258,8 @@ class Server:
             puna_running=running,
             puna_waiting=waiting,
             puna_prompt_tokens_reused_total=self.engine.reused,
+            puna_proposed_tokens_total=self.engine.proposed,
+            puna_accepted_tokens_total=self.engine.accepted,
         )
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 

@@ -8,6 +8,8 @@ _HELP = {
     "puna_prompt_tokens_total": ("counter", "tokens of prompts that were taken"),
     "puna_prompt_tokens_reused_total": ("counter", "of those, taken from texts before"),
     "puna_generated_tokens_total": ("counter", "tokens that were made"),
+    "puna_proposed_tokens_total": ("counter", "tokens that speculation has proposed"),
+    "puna_accepted_tokens_total": ("counter", "of those, that were right"),
     "puna_cancelled_total": ("counter", "requests whose client left before the end"),
     "puna_first_token_seconds": ("summary", "from a request's arrival to its first token"),
     "puna_request_seconds": ("summary", "from a request's arrival to its end"),

@@ -109,7 +109,7 @@ class Worker(threading.Thread):
         try:
             with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
                 while self._next():
-                    for slot, token in self.engine.step().items():
+                    for slot, token in self.engine.step():
                         job = self._held[slot]
                         if token.finish_reason:
                             del self._held[slot]

@@ -8,6 +8,7 @@ import types
 import pytest
 
 from puna.configs.errors import UserError
+from puna.configs.schema import ModelConfig
 from puna.models.decode import chat as chat_lib
 from puna.models.decode.chat import Chat
 from puna.models.decode.sampling import Sampling
@@ -22,6 +23,7 @@ class Echo(Engine):
 
     def __init__(self, tokenizer=TOKENIZER, max_length=200, on_step=lambda step: None):
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, 280
+        self.config = ModelConfig(max_positions=2 * max_length)
         self.requests, self.asked, self.num_slots, self.on_step = {}, [], 1, on_step
         self.adapters, self.answered_by = ("poet", "clerk"), []
 
@@ -39,7 +41,7 @@ class Echo(Engine):
         token = types.SimpleNamespace(text=self.requests[0].pop(0))
         if not self.requests[0]:
             del self.requests[0]
-        return {0: token}
+        return [(0, token)]
 
 
 def talk(monkeypatch, capsys, lines, chat):

@@ -139,9 +139,9 @@ def test_settings_and_lengths_compile_once():
 
 @given(st.integers(1, 10**7))
 def test_rounding_up_wastes_a_third_at_most(length):
-    rounded = engine._round_up(length)
+    rounded = engine.round_up(length)
     assert length <= rounded <= max(16, 1.5 * length)
-    assert engine._round_up(rounded) == rounded
+    assert engine.round_up(rounded) == rounded
 
 
 # Sampling

@@ -54,7 +54,7 @@ def engine(params):
 def finish(engine):
     made = {slot: [] for slot in engine.requests}
     while engine.requests:
-        for slot, token in engine.step().items():
+        for slot, token in engine.step():
             made[slot].append(token)
     return made
 
@@ -197,8 +197,8 @@ def test_definitions_that_refer_deep_down_do_not_end_the_process():
 
 def test_a_text_that_its_grammar_can_follow_no_longer_ends_as_an_error(engine, monkeypatch):
     constraint = engine.constraints.compile(grammar.regex("a+"))
-    slot = engine.insert([72], max_tokens=9, constraint=constraint)
+    engine.insert([72], max_tokens=9, constraint=constraint)
     # What llguidance does when a mask would cost too much.
     monkeypatch.setattr(grammar.Constraint, "error", property(lambda self: "too complex"))
-    token = engine.step()[slot]
+    [(_, token)] = engine.step()
     assert token.finish_reason == "error" and engine.free == 4

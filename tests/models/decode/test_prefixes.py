@@ -81,7 +81,7 @@ def test_what_is_given_is_in_the_cache_and_nothing_more_would_be(data):
 def finish(running):
     made = {slot: [] for slot in running.requests}
     while running.requests:
-        for slot, token in running.step().items():
+        for slot, token in running.step():
             made[slot].append(token)
     return made
 
@@ -112,7 +112,7 @@ def test_requests_that_begin_alike_get_what_they_get_alone(params, monkeypatch):
             slot = running.insert(prompts[r], max_tokens=9)
             assert slot not in held
             held[slot], made[r] = r, []
-        for slot, token in running.step().items():
+        for slot, token in running.step():
             made[held[slot]].append(token)
             if token.finish_reason:
                 del held[slot]

@@ -11,7 +11,7 @@ import pytest
 from puna.configs.errors import UserError
 from puna.configs.schema import MeshConfig, ModelConfig
 from puna.models import transformer
-from puna.models.decode import slots
+from puna.models.decode import cached_model, slots
 from puna.models.decode.generate import complete
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine, Full
@@ -55,7 +55,7 @@ def finish(running):
     """Step until all is done: the tokens by slot."""
     made = {slot: [] for slot in running.requests}
     while running.requests:
-        for slot, token in running.step().items():
+        for slot, token in running.step():
             made[slot].append(token)
     return made
 
@@ -85,7 +85,7 @@ def come_and_go(running, count, cancel):
             sampling = Sampling(float(heats[r]), seed=7)
             slot = running.insert(prompts[r], sampling, int(most[r]), number=r)
             held[slot], made[r] = r, []
-        for slot, token in running.step().items():
+        for slot, token in running.step():
             made[held[slot]].append(token)
             if token.finish_reason:
                 del held[slot]
@@ -111,18 +111,36 @@ def test_requests_that_come_and_go_get_what_generate_gives():
     come_and_go(engine(), 60, cancel=0.05)
 
 
-@pytest.mark.slow
-def test_five_hundred_requests_come_and_go():
-    come_and_go(engine(), 500, cancel=0.05)
+def a_draft():
+    """Parameters near those of the model, so that about half of what they propose is right."""
+    rng = np.random.default_rng(3)
+    return jax.tree.map(lambda x: x + jnp.array(0.02 * rng.normal(size=x.shape)), params())
 
 
 @pytest.mark.slow
-def test_five_hundred_requests_come_and_go_on_eight_devices():
+@pytest.mark.parametrize("kind", ["plain", "looked up", "drafted"])
+def test_five_hundred_requests_come_and_go(kind):
+    options = {
+        "plain": {},
+        "looked up": {"speculate": 3},
+        "drafted": {"speculate": 3, "draft": (MODEL, a_draft())},
+    }[kind]
+    running = engine(**options)
+    come_and_go(running, 500, cancel=0.05)
+    assert options == {} or 0 < running.accepted < running.proposed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_five_hundred_requests_come_and_go_on_eight_devices(speculate):
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2), jax.devices()[:8])
     specs = sharding.shardings(transformer.abstract_params(CONFIG), mesh)
     with jax.set_mesh(mesh):
-        split = Engine(MODEL, jax.device_put(params(), specs), TOKENIZER, 4, LENGTH)
+        draft = (MODEL, jax.device_put(a_draft(), specs)) if speculate else None
+        placed = jax.device_put(params(), specs)
+        split = Engine(MODEL, placed, TOKENIZER, 4, LENGTH, (), speculate, draft)
         come_and_go(split, 500, cancel=0.05)
+    assert split.accepted < split.proposed or not speculate
 
 
 def test_each_row_has_its_own_settings_and_none_compiles():
@@ -134,7 +152,7 @@ def test_each_row_has_its_own_settings_and_none_compiles():
         finish_alone.append(finish(running)[0])
     running.insert(list(range(20)), max_tokens=1)
     finish(running)
-    counts = slots._read._cache_size(), slots._write._cache_size()
+    counts = cached_model._read._cache_size(), cached_model._write._cache_size()
     held = [
         running.insert(TOKENIZER.encode("the llama"), sampling, 9, number=2, top=3)
         for sampling in settings
@@ -142,7 +160,7 @@ def test_each_row_has_its_own_settings_and_none_compiles():
     together = finish(running)
     for slot, alone in zip(held, finish_alone, strict=True):
         assert [t.id for t in together[slot]] == [t.id for t in alone]
-    assert counts == (slots._read._cache_size(), slots._write._cache_size())
+    assert counts == (cached_model._read._cache_size(), cached_model._write._cache_size())
     assert len({tuple(t.id for t in row) for row in finish_alone}) == 3
 
 
@@ -161,9 +179,10 @@ def test_the_likeliest_ids_come_with_their_logprobs():
 def test_a_long_prompt_does_not_stop_the_others():
     running = engine(2)
     first = running.insert([65], max_tokens=6)
-    assert list(running.step()) == [first]
+    assert [slot for slot, _ in running.step()] == [first]
     second = running.insert([66] * 40, max_tokens=2)  # three pieces
-    assert [sorted(running.step()) for _ in range(3)] == [[first], [first], [first, second]]
+    found = [sorted(slot for slot, _ in running.step()) for _ in range(3)]
+    assert found == [[first], [first], [first, second]]
 
 
 def test_stop_strings_and_slots():
@@ -231,7 +250,7 @@ def test_on_a_mesh():
     with jax.set_mesh(mesh):
         split = Engine(MODEL, jax.device_put(params(), specs), TOKENIZER, 1, LENGTH)
         split.warm_up()
-        counts = slots._read._cache_size(), slots._write._cache_size()
+        counts = cached_model._read._cache_size(), cached_model._write._cache_size()
         split.insert(ids, max_tokens=8)
         assert split.free == 0
         got = [token.id for token in finish(split)[0]]
@@ -239,5 +258,5 @@ def test_on_a_mesh():
         after = [token.id for token in finish(split)[0]]
     # The slot has left the chunk that 17 ids end in: it gives the chunks of 6 before.
     assert after == got[3:] and split.reused == 12
-    assert counts == (slots._read._cache_size(), slots._write._cache_size())
+    assert counts == (cached_model._read._cache_size(), cached_model._write._cache_size())
     assert got == [token.id for token in finish(alone)[0]]

@@ -111,7 +111,7 @@ def test_requests_have_an_adapter_each_and_no_prefix_of_another(files, folder, m
             r = waiting.pop()
             name, prompt = asked[r]
             held[engine.insert(prompt, Sampling(), 6, adapter=name)], made[r] = r, []
-        for slot, token in engine.step().items():
+        for slot, token in engine.step():
             made[held[slot]].append(token)
             if token.finish_reason:
                 del held[slot]

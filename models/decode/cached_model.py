@@ -1,0 +1,197 @@
+"""A model with a cache of all slots: what devices do for `slots.Engine`, compiled once a shape.
+
+Nothing here is decided: which slot, which tokens, and what becomes of them, the engine says.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import bits
+from ..adapters import choose
+from ..cache import LayerCache, init_cache
+from ..leaf import settled
+from ..parallel import sharding
+from .engine import constrain_cache, for_decoding, next_ids, row_keys
+from .sampling import Sampling
+
+# Likeliest ids that a request can have beside each token.
+TOP = 20
+# The number of a row's adapter where it has none.
+BASE = -1
+# A word of a mask that forbids nothing.
+EVERY = 0xFFFFFFFF
+
+
+class Place(NamedTuple):
+    """Where the text of each row stands, and how its next tokens are drawn; arrays [B].
+
+    lengths: tokens before the next input; what the cache has from there on is not looked at.
+    steps: tokens made before. numbers, sampling: see `Engine.insert`. adapters: see
+    `adapters.choose`.
+    """
+
+    lengths_B: np.ndarray
+    steps_B: np.ndarray
+    numbers_B: np.ndarray
+    sampling: Sampling
+    adapters_B: np.ndarray
+
+    def keys(self, step):
+        """The random keys of the tokens `step` after those made before."""
+        keys_B = row_keys(self.sampling.seed, self.numbers_B)
+        return jax.vmap(jax.random.fold_in)(keys_B, self.steps_B + step)
+
+
+class CachedModel:
+    """A model, its parameters and a cache that its methods change; works under `jax.set_mesh`."""
+
+    def __init__(self, model, params, num_rows: int, max_length: int, vocab_size: int):
+        """Make the cache; ids from `vocab_size` on are never made."""
+        self.model, self.params = for_decoding(model), settled(params)
+        self.vocab_size = min(vocab_size, model.config.vocab_size)
+        self._kept = bits.view(self.params)
+        config = self.model.config
+        make = jax.jit(lambda: constrain_cache(init_cache(config, num_rows, max_length)))
+        self._cache = make()
+
+    def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int,
+             adapter: int) -> None:  # fmt: skip
+        """Put a piece of a prompt into a slot, after the first `keep` tokens of slot `source`.
+
+        Only the first of B rows counts: the others let a mesh that splits rows do so.
+        """
+        self._cache = _read(
+            self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
+            np.int32(source), np.int32(keep), np.int32(adapter),
+        )  # fmt: skip
+
+    def write(self, inputs_BT, counts_B, place: Place, tops_B, masks_BTW):
+        """Draw the id that follows each of the first `counts_B` of T inputs, none for count 0.
+
+        Args:
+          tops_B: more than 0 where a row wants the likeliest ids.
+          masks_BTW: bits of the ids that may follow, see `grammar.Constraint.allowed`.
+
+        Returns:
+          On the host: ids_BT, see `engine.check_ids`; logprobs_BT, see `engine.Block`; and, if
+          any row wants them, the `TOP` likeliest ids and their log-probabilities [B, T, TOP].
+        """
+        self._cache, found = _write(
+            self.model, self.params, self._kept, self._cache, inputs_BT, counts_B, place, tops_B,
+            masks_BTW, self.vocab_size,
+        )  # fmt: skip
+        return jax.device_get(found)
+
+    def propose(self, last_B, limits_B, place: Place, masks_BW, num_tokens: int):
+        """The `num_tokens` ids [B, num_tokens] that would follow `last_B`, in the cache with it.
+
+        Args:
+          limits_B: how many of them a row wants; -1 for nothing at all, not even `last_B`.
+          masks_BW: of the first of them, as in `write`.
+        """
+        self._cache, ids_BT = _propose(
+            self.model, self.params, self._kept, self._cache, last_B, limits_B, place, masks_BW,
+            self.vocab_size, num_tokens,
+        )  # fmt: skip
+        return np.asarray(ids_BT)
+
+
+def _of_row(layers, change):
+    """Apply `change(array, axis of rows, ...)` to the arrays of one or two trees of caches."""
+
+    def one(*caches):
+        k, v, positions = (
+            [getattr(cache, name) for cache in caches] for name in
+            ("k_BSKH", "v_BSKH", "positions_BS")
+        )  # fmt: skip
+        return caches[0].replace(
+            k_BSKH=change(k[0].ndim - 4, *k), v_BSKH=change(v[0].ndim - 4, *v),
+            positions_BS=change(positions[0].ndim - 2, *positions),
+        )  # fmt: skip
+
+    return jax.tree.map(one, *layers, is_leaf=lambda x: isinstance(x, LayerCache))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter):
+    def take(axis, x):
+        row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
+        return jnp.repeat(row, len(tokens_BT), axis)
+
+    def put(axis, x, rows):
+        row = jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
+
+    def cut(layer):
+        known = layer.positions_BS < keep
+        return layer.replace(positions_BS=jnp.where(known, layer.positions_BS, -1))
+
+    layers = _of_row([cache.layers], take)
+    layers = jax.tree.map(cut, layers, is_leaf=lambda x: isinstance(x, LayerCache))
+    lengths_B = jnp.full(len(tokens_BT), keep, cache.lengths_B.dtype)
+    rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
+    kept = choose(kept, jnp.full(len(tokens_BT), adapter))
+    rows = model.apply(
+        {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=rows, method="states"
+    ).cache
+    return constrain_cache(cache.replace(layers=_of_row([cache.layers, rows.layers], put)))
+
+
+def _states(model, kept, cache, tokens_BT, segments_BT, place, step=0):
+    # What rows have from their length on, proposals that were refused, is not removed: a query
+    # sees no later position, and before it sees one that position has been written again.
+    return model.apply(
+        {"params": choose(kept, place.adapters_B)}, tokens_BT,
+        segment_ids_BT=segments_BT.astype(jnp.int32),
+        cache=cache.replace(lengths_B=place.lengths_B + step), method="states",
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def _write(model, params, kept, cache, inputs_BT, counts_B, place, tops_B, masks_BTW, vocab_size):
+    B, T = inputs_BT.shape
+    segments_BT = jnp.arange(T) < counts_B[:, None]
+    states = _states(model, kept, cache, inputs_BT, segments_BT, place)
+    # From here on each token is a row: B T of them.
+    hidden = states.hidden_BTD.reshape(B * T, 1, -1)
+    keys = jax.vmap(place.keys, out_axes=1)(jnp.arange(T)).reshape(-1)
+    sampling = jax.tree.map(lambda x: jnp.repeat(x, T), place.sampling)
+    masks = masks_BTW.reshape(B * T, -1)
+    params = choose(params, jnp.repeat(place.adapters_B, T))
+    ids, logprobs, _, logits = next_ids(model, params, hidden, keys, sampling, vocab_size, masks)
+    width = min(TOP, logits.shape[-1])
+
+    def likeliest():
+        known_V = jnp.arange(logits.shape[-1]) < vocab_size
+        return jax.lax.top_k(jnp.where(known_V, jax.nn.log_softmax(logits), -jnp.inf), width)
+
+    def nothing():
+        return [jnp.zeros((B * T, width), logits.dtype), jnp.zeros((B * T, width), jnp.int32)]
+
+    top_logprobs, top_ids = jax.lax.cond(jnp.any(tops_B > 0), likeliest, nothing)
+    found = (x.reshape(B, T, *x.shape[1:]) for x in (ids, logprobs, top_ids, top_logprobs))
+    return constrain_cache(states.cache), tuple(
+        sharding.constrain(x, *[None] * x.ndim) for x in found
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_tokens"), donate_argnames="cache")
+def _propose(model, params, kept, cache, last_B, limits_B, place, masks_BW, vocab_size, num_tokens):
+    def step(carry, i):
+        cache, last_B = carry
+        segments_BT = (i <= limits_B)[:, None]
+        states = _states(model, kept, cache, last_B[:, None], segments_BT, place, i)
+        masks = jnp.where(i == 0, masks_BW, jnp.uint32(EVERY))
+        ids_B, *_ = next_ids(
+            model, params, states.hidden_BTD, place.keys(i), place.sampling, vocab_size, masks
+        )
+        # The model may fail, see `next_ids`, but its next input must be some id.
+        return (states.cache, jnp.maximum(ids_B, 0)), ids_B
+
+    # The last step draws nothing that is used: it brings its input into the cache.
+    (cache, _), ids_TB = jax.lax.scan(step, (cache, last_B), jnp.arange(num_tokens + 1))
+    return constrain_cache(cache), sharding.constrain(ids_TB[:num_tokens].T, None, None)

@@ -1,0 +1,43 @@
+"""An engine of what is on disk, as `puna generate`, `chat` and `serve` run it."""
+
+from collections.abc import Sequence
+
+import jax
+
+from ..text.tokenizer import load_tokenizer
+from ..weights import adapter_sum
+from ..weights.load import load
+from .slots import Engine
+from .speculation import check_draft
+
+# Tokens that are proposed at a time by a draft model, where nothing else is told.
+_SPECULATE = 4
+
+
+def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int, max_length: int,
+                speculate: int | None = None, draft: str = "", dtype: str = "float32",
+                quantize: str = "", adapter: str | Sequence[str] = "") -> Engine:  # fmt: skip
+    """Read a model, and perhaps a draft model, onto the mesh and make an engine of it.
+
+    Args:
+      checkpoint, dtype, mesh, quantize: see `load`. adapter: as `load` takes it, or several for
+        `adapter_sum.of_flags`.
+      tokenizer: of the checkpoint.
+      speculate, draft: see `Engine`; the draft model as a path, loaded like the model but without
+        an adapter. None for 4 with a draft model, else 0.
+
+    Raises:
+      UserError: see `load`, `Engine` and `check_draft`.
+    """
+    if speculate is None:
+        speculate = _SPECULATE if draft else 0
+    adapters = adapter if isinstance(adapter, str) else adapter_sum.of_flags(adapter)
+    names = tuple(adapters) if isinstance(adapters, dict) else ()
+    model, params = load(checkpoint, dtype, mesh, quantize, adapters)
+    second = None
+    if draft:
+        second = load(draft, dtype, mesh, quantize)
+        max_length = min(max_length, model.config.max_positions)
+        check_draft(tokenizer, load_tokenizer(draft), model.config, second[0].config, max_length)
+    with jax.set_mesh(mesh):
+        return Engine(model, params, tokenizer, num_slots, max_length, names, speculate, second)
