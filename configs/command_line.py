@@ -7,6 +7,9 @@ from absl import flags
 from . import find, get_config, names, schema
 from .errors import UserError
 
+# Of quantised weights, see `models/quantize.py`.
+KINDS = ["", "int8", "int4", "nf4"]
+
 
 def define(command: str, arguments: list[str]) -> flags.FlagValues:
     """The flags of a command; `arguments` say which keys --config.KEY=VALUE are there."""
@@ -69,8 +72,8 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("context", 0, "tokens of a row; plans generation instead", **text)
         flags.DEFINE_integer("batch", 1, "rows that are generated at one time", **text)
         flags.DEFINE_enum(
-            "quantize", "none", ["none", "int8", "int4", "auto"], "weights of generation; auto = "
-            "the first of them that fits", **text,
+            "quantize", "none", ["none", *KINDS[1:], "auto"], "weights of generation; auto = the "
+            "first of them that fits", **text,
         )  # fmt: skip
         flags.DEFINE_float(
             "flops", 0.0, "of training: the best size and tokens by scaling laws, nothing else; "
@@ -93,7 +96,7 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
     if command in ("audit", "generate", "chat", "serve"):
         flags.DEFINE_string("checkpoint", None, "a run's --workdir, or a model", **text)
     if command in ("eval", "audit", "generate", "chat", "serve"):
-        flags.DEFINE_enum("quantize", "", ["", "int8", "int4"], "how to keep matrices", **text)
+        flags.DEFINE_enum("quantize", "", KINDS, "how to keep matrices", **text)
     if command in ("eval", "audit", "generate"):
         flags.DEFINE_string(
             "adapter", "", "PEFT adapter to lay on the model, or several: 0.7*DIR,0.3*DIR", **text
@@ -207,9 +210,7 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_bool(
             "ignore_licence_name", False, "write a name that the base licence forbids", **text
         )
-        flags.DEFINE_enum(
-            "quantize", "", ["", "int8", "int4"], "--to=puna: how matrices are kept", **text
-        )
+        flags.DEFINE_enum("quantize", "", KINDS, "--to=puna: how matrices are kept", **text)
     return args
 
 

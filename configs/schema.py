@@ -259,7 +259,7 @@ class AdapterConfig:
     targets: str = key("^(blocks|tail)/.*/w", "regular expressions of the weights that are adapted",
                        NOT_EMPTY, ADAPTED)  # fmt: skip
     quantize: str = key(
-        "none", "how the frozen weights are stored", one_of("none", "int8", "int4"), ADAPTED
+        "none", "how the frozen weights are stored", one_of("none", "int8", "int4", "nf4"), ADAPTED
     )
 
 
@@ -275,6 +275,10 @@ class DistillConfig:
     top_k: int = key(0, "ids of the teacher, the others being one; 0 = all", at_least(0))
     hard: float = key(0.0, "weight of the cross-entropy; the rest is the divergence's",
                       between(0, 1))  # fmt: skip
+    hard_schedule: str = key("constant", "how that weight changes over train.steps",
+                             one_of("constant", "linear", "cosine"))  # fmt: skip
+    hard_end: float = key(1.0, "that weight in the last step", between(0, 1),
+                          Only("distill.hard_schedule", ("linear", "cosine")))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

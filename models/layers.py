@@ -18,7 +18,7 @@ from .adapters import Adapted, factor_names, is_adapted
 from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
-from .quantize import Int4, is_quantized
+from .quantize import Grouped, is_quantized
 from .remat import PRODUCT
 
 
@@ -28,7 +28,7 @@ def param(module: nn.Module, name: str, shape, names, init, dtype):
     Where the parameters hold another kind of leaf, that leaf is returned.
     """
     held = module.get_variable("params", name)
-    if isinstance(base := held.base if isinstance(held, Adapted) else held, Int4):
+    if isinstance(base := held.base if isinstance(held, Adapted) else held, Grouped):
         # Flax would compare the shape of the bytes.
         assert base.shape == shape, f"{name} {base.shape}, not {shape}"
         return settle(bits.unpack(held))

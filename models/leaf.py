@@ -12,20 +12,20 @@ import jax.numpy as jnp
 
 from . import bits
 from .adapters import Adapted, factor_names, is_adapted
-from .quantize import Int4, Int8, is_quantized
+from .quantize import Grouped, Int8, is_quantized
 
 
 class Weight(NamedTuple):
     """The weight `(values * scale + a b) * gain`; what is None is left out.
 
-    values: an array, or an `Int4`, of which whoever multiplies by it takes the `numbers`; so a
+    values: an array, or a `Grouped`, of which whoever multiplies by it takes the `numbers`; so a
       gradient rule keeps the bytes.
     scale, gain: have size 1 along the dims that a product sums over, so they can multiply it.
     a, b: see `adapters.Adapted`, its scale included.
     counts_Br: which ranks of `a b` a row of what is multiplied has; all where None.
     """
 
-    values: jax.Array | Int4
+    values: jax.Array | Grouped
     scale: jax.Array | None = None
     a: jax.Array | None = None
     b: jax.Array | None = None
@@ -59,7 +59,7 @@ def resolve(leaf) -> Weight:
 
 def numbers(values):
     """`Weight.values` as one array."""
-    return values.numbers() if isinstance(values, Int4) else values
+    return values.numbers() if isinstance(values, Grouped) else values
 
 
 def dense(leaf):
@@ -154,7 +154,7 @@ def merge(params, dtype=None):
     Args:
       dtype: of the merged weights; by default that of their base, float32 where it is quantised.
     """
-    return plain(params, dtype, kept=(Int8, Int4))
+    return plain(params, dtype, kept=(Int8, Grouped))
 
 
 def plain(params, dtype=None, kept=()):
@@ -192,8 +192,8 @@ def split_names(leaf, names):
             base=split_names(leaf.base, names), a=a, b=b, m=m, gain=gain, owner_r=owner,
             chosen_B=chosen,
         )  # fmt: skip
-    if isinstance(leaf, Int4):
-        return Int4(names, names, names)
+    if isinstance(leaf, Grouped):
+        return jax.tree.map(lambda _: names, leaf)
     if isinstance(leaf, Int8):
         return Int8(names, _beside(leaf.scale, names))
     return names

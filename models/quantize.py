@@ -1,11 +1,13 @@
-"""Weight-only int8 and int4: a matrix as whole numbers, with scales in floating point.
+"""Weight-only int8, int4 and NF4: a matrix as whole numbers, with scales in floating point.
 
 int8 has a scale for each output channel, which multiplies the product, so the numbers go into the
 matmul as they are (LLM.int8(), arXiv 2208.07339, without its outliers). int4 has a scale and an
 offset for each group of numbers that a product sums over, those of least squared error among some,
-and is multiplied out where it is used; tables of ids are then int8, as in Meta's quantised Llama
-3.2. Norms, biases, patches and routers stay plain: they are small, and a rounded logit sends a
-token to another expert.
+and is multiplied out where it is used. nf4 is the NormalFloat of QLoRA (arXiv 2305.14314): the
+nearest of 16 quantiles of the normal distribution, times the largest number of each group. Its
+scales are bfloat16 here, and not quantised once more. Tables of ids are int8 with both, as in
+Meta's quantised Llama 3.2. Norms, biases, patches and routers stay plain: they are small, and a
+rounded logit sends a token to another expert.
 Calibration, activations and training of such weights are left out on purpose.
 """
 
@@ -22,8 +24,15 @@ from ..configs.errors import ConfigError
 from .parallel import sharding
 from .parallel.sharding import Param
 
-# Numbers of an int4 weight that share a scale, fewer where that does not divide their dim.
-GROUP = 32
+# Numbers that share a scale by kind, fewer where that does not divide their dim.
+GROUPS = {"int4": 32, "nf4": 64}
+# arXiv 2305.14314, appendix E.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
 _LARGEST = 127
 # Ends of the range that are tried for a group, as parts of its own: what lies beyond is cut.
 _ENDS = (1.0, 0.93, 0.86)
@@ -48,18 +57,17 @@ class Int8(flax.struct.PyTreeNode):
         return Int8(self.values.T, self.scale.T)
 
 
-class Int4(flax.struct.PyTreeNode):
-    """A weight that is `values * scale + least` for each group of G numbers along one dim.
+class Grouped(flax.struct.PyTreeNode):
+    """A weight of 4 bits a number, in groups of G numbers along one dim.
 
     values: 0..15, two in a byte: uint8, in the shape of the weight but half as large along that
     dim. Of a group's G / 2 bytes, byte i has number i in its low half and number i + G / 2 in its
-    high half, so a group is whole on a device wherever the dim is split between groups. scale,
-    least: bfloat16, likewise, with one number for each group.
+    high half, so a group is whole on a device wherever the dim is split between groups. scale:
+    bfloat16, likewise, with one number for each group.
     """
 
     values: Any
     scale: Any
-    least: Any
 
     @property
     def dim(self) -> int:
@@ -79,14 +87,39 @@ class Int4(flax.struct.PyTreeNode):
         """The weight in float32."""
         dim, groups = self.dim, self.scale.shape[self.dim]
         both = _split(self.values, dim, groups)
-        both = jnp.concatenate([both & 15, both >> 4], dim + 1).astype(jnp.float32)
-        scale, least = (jnp.expand_dims(x, dim + 1).astype(jnp.float32)
-                        for x in (self.scale, self.least))  # fmt: skip
-        return (both * scale + least).reshape(self.shape)
+        both = jnp.concatenate([both & 15, both >> 4], dim + 1)
+        return self.of_steps(both, lambda x: jnp.expand_dims(x, dim + 1).astype(jnp.float32)
+                             ).reshape(self.shape)  # fmt: skip
+
+    def of_steps(self, steps, beside):
+        """The numbers of 0..15; `beside` gives what there is of each group the dims of `steps`."""
+        raise NotImplementedError
 
 
-TYPES = {"int8": Int8, "int4": Int4}
+class Int4(Grouped):
+    """A weight that is `values * scale + least`; least: as the scale."""
+
+    least: Any
+
+    def of_steps(self, steps, beside):
+        return steps.astype(jnp.float32) * beside(self.scale) + beside(self.least)
+
+
+class Nf4(Grouped):
+    """A weight that is `NF4[values] * scale`."""
+
+    def of_steps(self, steps, beside):
+        # Selects, bit by bit: accelerators do not look up in tables number by number.
+        found = [jnp.float32(x) for x in NF4]
+        for bit in range(4):
+            is_set = (steps >> bit) & 1 == 1
+            found = [jnp.where(is_set, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
+        return found[0] * beside(self.scale)
+
+
+TYPES = {"int8": Int8, "int4": Int4, "nf4": Nf4}
 KINDS = tuple(TYPES)
+SPELT = " or ".join([", ".join(KINDS[:-1]), KINDS[-1]])
 
 
 def is_quantized(x) -> bool:
@@ -99,6 +132,13 @@ def kind_of(x) -> str:
     return next((kind for kind, of in TYPES.items() if isinstance(x, of)), "")
 
 
+def of_arrays(values, scale, least=None):
+    """The leaf that consists of these arrays, or of their shapes and dtypes."""
+    if least is not None:
+        return Int4(values, scale, least)
+    return (Nf4 if values.dtype == jnp.uint8 else Int8)(values, scale)
+
+
 def _split(x, dim, groups):
     return x.reshape(*x.shape[:dim], groups, -1, *x.shape[dim + 1 :])
 
@@ -109,12 +149,13 @@ def quantize(x: jax.Array, names, kind: str = "int8", group: int | None = None):
     Args:
       names: the logical name of each dim.
       kind: one of KINDS.
-      group: most numbers that share a scale of int4; GROUP by default.
+      group: most numbers that share a scale of int4 or nf4; that of GROUPS by default.
 
     Returns:
       An `Int8` whose error is at most half its scale, 1/254 of the channel's largest number; or an
       `Int4`, whose error is about half its scale, 1/30 of the range of the group; of its ends more,
-      where cutting them makes the squared error of the group smaller.
+      where cutting them makes the squared error of the group smaller; or an `Nf4`, the nearest
+      there is.
 
     Raises:
       ConfigError: the mesh would split a group.
@@ -122,9 +163,9 @@ def quantize(x: jax.Array, names, kind: str = "int8", group: int | None = None):
     dims = _summed(names)
     if dims is None:
         return x
-    if kind == "int4" and (size := _group_size(x.shape, names, group or GROUP)):
-        _check_split(x, names, dims[-1], size)
-        return _int4_quantizer(dims[-1], size, x.sharding)(x)
+    if kind in GROUPS and (size := _group_size(x.shape, names, group or GROUPS[kind])):
+        _check_split(x, names, dims[-1], size, kind)
+        return _QUANTIZERS[kind](dims[-1], size, x.sharding)(x)
     return _int8_quantizer(dims, x.sharding)(x)
 
 
@@ -143,7 +184,7 @@ def box(boxed, kind: str):
         dims, shape = _summed(p.names), p.value.shape
         if dims is None:
             return p
-        size = _group_size(shape, p.names, GROUP) if kind == "int4" else 0
+        size = _group_size(shape, p.names, GROUPS[kind]) if kind in GROUPS else 0
         if size:
             halved, scales = (
                 tuple(s // part if i == dims[-1] else s for i, s in enumerate(shape))
@@ -151,7 +192,7 @@ def box(boxed, kind: str):
             )
             values = Param(jax.ShapeDtypeStruct(halved, jnp.uint8), p.names)
             scale = Param(jax.ShapeDtypeStruct(scales, jnp.bfloat16), p.names)
-            return Int4(values, scale, scale)
+            return Int4(values, scale, scale) if kind == "int4" else Nf4(values, scale)
         sizes = (1 if i in dims else s for i, s in enumerate(shape))
         names = (None if i in dims else name for i, name in enumerate(p.names))
         values = Param(jax.ShapeDtypeStruct(shape, jnp.int8), p.names)
@@ -176,11 +217,11 @@ def _group_size(shape, names, most: int) -> int:
     return max((g for g in range(4, most + 1, 2) if size % g == 0), default=0)
 
 
-def _check_split(x, names, dim, size):
+def _check_split(x, names, dim, size, kind):
     parts = x.sharding.shard_shape(x.shape)[dim]
     if parts % size:
         raise ConfigError(
-            f"int4 groups of {size}: the mesh splits {names[dim]}={x.shape[dim]} into parts of "
+            f"{kind} groups of {size}: the mesh splits {names[dim]}={x.shape[dim]} into parts of "
             f"{parts}, which must be a multiple of {size}"
         )
 
@@ -227,9 +268,32 @@ def _int4_quantizer(dim: int, size: int, place):
                     jnp.where(is_better, new, old) for new, old in zip(found, best, strict=True)
                 ]
         _, scale, least = best
-        both = steps(x, scale, least).astype(jnp.uint8)
-        first, second = jnp.split(both, 2, axis=dim + 1)
-        values = (first | (second << 4)).reshape(*x.shape[:dim], -1, *x.shape[dim + 2 :])
+        values = _packed(steps(x, scale, least).astype(jnp.uint8), dim)
         return Int4(values, *(jnp.squeeze(s, dim + 1).astype(jnp.bfloat16) for s in (scale, least)))
 
     return jax.jit(make, out_shardings=Int4(place, place, place))
+
+
+@functools.cache
+def _nf4_quantizer(dim: int, size: int, place):
+    borders = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
+
+    def make(x):
+        x = _split(x.astype(jnp.float32), dim, x.shape[dim] // size)
+        scale = jnp.max(jnp.abs(x), axis=dim + 1, keepdims=True).astype(jnp.bfloat16)
+        # A group of zeros; NaN stays in the scale.
+        x /= jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+        steps = sum((x > border).astype(jnp.uint8) for border in borders)
+        return Nf4(_packed(steps, dim), jnp.squeeze(scale, dim + 1))
+
+    return jax.jit(make, out_shardings=Nf4(place, place))
+
+
+def _packed(steps, dim: int):
+    """0..15 of groups [..., groups, G, ...] as bytes [..., groups * G / 2, ...]."""
+    first, second = jnp.split(steps, 2, axis=dim + 1)
+    bytes_ = first | (second << 4)
+    return bytes_.reshape(*bytes_.shape[:dim], -1, *bytes_.shape[dim + 2 :])
+
+
+_QUANTIZERS = {"int4": _int4_quantizer, "nf4": _nf4_quantizer}

@@ -34,6 +34,7 @@ def make_train_step(config: Config, model: Transformer, tx, objective: Objective
 
         def part_loss(params, part):
             """This part's share of the mean loss over the batch."""
+            part = part | {"step": state.step}
             found = objective.loss(model, join(params, state.frozen), state.frozen, part)
             router = jax.tree.map(lambda x: x / parts, found.router)
             # Targets are weighed over the whole batch; routers balance each part for itself.

@@ -76,7 +76,7 @@ def convert(
       tokenizer: where the tokenizer lies; "none" to leave it out; by default beside the weights.
       adapter: of PEFT, as of `load`, to merge into weights of others in float32; the sum is rounded
         once, to the dtype of the weight.
-      quantize: "int8" or "int4": how "puna" keeps matrices, see `models/quantize.py`.
+      quantize: "int8", "int4" or "nf4": how "puna" keeps matrices, see `models/quantize.py`.
 
     Raises:
       UserError: nothing readable at `src`, a destination in use, a name the licence forbids, an
@@ -89,8 +89,9 @@ def convert(
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} must be one of {', '.join(dtypes)} with to={to}")
     if quantize and (to != "puna" or quantize not in quantization.KINDS):
-        kinds = " or ".join(quantization.KINDS)
-        raise UserError(f"quantize={quantize!r} must be {kinds} with to=puna, else empty")
+        raise UserError(
+            f"quantize={quantize!r} must be {quantization.SPELT} with to=puna, else empty"
+        )
     licences.check_choice(base_licence)
     src, dst = storage.anywhere(src, "SRC"), paths.local(dst, "DST")
     _check_free(dst)

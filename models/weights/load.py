@@ -30,9 +30,9 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
       dtype: "float32" or "bfloat16", of the parameters and of the computation; None leaves every
         parameter as it is stored.
       mesh: a device mesh from `sharding.make_mesh`; all devices by default.
-      quantize: "int8" or "int4" keeps matrices as such numbers with scales, a parameter at a time,
-        see `models/quantize.py`; dtype is then that of the computation and of the rest. A run that
-        holds quantised weights has them in any case.
+      quantize: "int8", "int4" or "nf4" keeps matrices as such numbers with scales, a parameter at
+        a time, see `models/quantize.py`; dtype is then that of the computation and of the rest. A
+        run that holds quantised weights has them in any case.
       adapter: folder of a PEFT LoRA of this model, which is laid on it in float32; `leaf.merge`
         adds it in. Several with weights, "0.7*DIR,0.3*DIR", are their exact sum. A dict of such by
         names has them side by side: `adapters.choose` gives each row of a batch one, and
@@ -48,9 +48,7 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
     if dtype not in ("float32", "bfloat16", None):
         raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
     if quantize and quantize not in quantization.KINDS:
-        raise UserError(
-            f"quantize={quantize!r} must be {' or '.join(quantization.KINDS)}, or empty"
-        )
+        raise UserError(f"quantize={quantize!r} must be {quantization.SPELT}, or empty")
     each = functools.partial(quantization.quantize, kind=quantize) if quantize else None
     mesh = sharding.make_mesh(schema.MeshConfig()) if mesh is None else mesh
     path = storage.anywhere(path, "path")
@@ -59,8 +57,8 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         config = model.config
         leaves = jax.tree.leaves(params, is_leaf=quantization.is_quantized)
         kinds = {quantization.kind_of(x) for x in leaves} - {""}
-        # Among int4 weights there are int8 tables.
-        held = "int4" if "int4" in kinds else "int8"
+        # Among those of 4 bits there are int8 tables.
+        held = next(iter(kinds - {"int8"}), "int8")
         if kinds and quantize not in ("", held):
             raise UserError(f"{path}: holds {held} weights: leave quantize={quantize!r} out")
     else:

@@ -30,7 +30,7 @@ from .. import adapters
 from ..adapters import attach, is_adapted
 from ..leaf import dense, split_names
 from ..parallel import processes, sharding
-from ..quantize import Int4, Int8, is_quantized
+from ..quantize import is_quantized, of_arrays
 from ..transformer import Transformer, abstract_params
 from .checksum import checksums
 from .stored import Item
@@ -294,9 +294,12 @@ class Parameters:
 
     def shape(self, path: str) -> tuple[int, ...]:
         parts = self._parts(path)
-        if f"{path}/least" in parts:
-            return Int4(*(self._open(part) for part in parts[:3])).shape
-        return self._open(parts[0]).shape
+        opened = [self._open(part) for part in parts if part.removeprefix(path) in _ENDS[:3]]
+        if not opened:
+            return self._open(parts[0]).shape
+        return of_arrays(
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype.numpy_dtype) for x in opened)
+        ).shape
 
     def dtype(self, path: str) -> np.dtype:
         parts = self._parts(path)
@@ -325,9 +328,7 @@ class Parameters:
             values, scale, least, a, b, m = (
                 jnp.asarray(found[p]) if (p := path + end) in found else None for end in _ENDS
             )
-            base = found[path] if values is None else Int8(values, scale)
-            if least is not None:
-                base = Int4(values, scale, least)
+            base = found[path] if values is None else of_arrays(values, scale, least)
             leaf = base if a is None else adapters.Adapted(base, a, b, self.scale, m)
             return np.asarray(dense(leaf).astype(self._merged))
 
@@ -414,7 +415,7 @@ def _box_quantized(boxed, sums: dict[str, str]):
         parts = [_shape_of(sums[name]) for name in names if name in sums]
         if not parts:
             return p
-        leaf = (Int4 if len(parts) == 3 else Int8)(*parts)
+        leaf = of_arrays(*parts)
         return jax.tree.map(sharding.Param, leaf, split_names(leaf, p.names))
 
     return jax.tree.map_with_path(one, boxed, is_leaf=lambda x: isinstance(x, sharding.Param))

@@ -1,7 +1,8 @@
-"""int8 and int4: the numbers they stand for, wherever a weight is used, and how large they are."""
+"""int8, int4, NF4: the numbers they stand for wherever a weight is used, and their bytes."""
 
 import dataclasses
 import functools
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,17 @@ from puna.models.decode import engine
 from puna.models.kernels.experts import grouped_matmul
 from puna.models.layers import contract, look_up
 from puna.models.parallel import sharding
-from puna.models.quantize import Int4, Int8, box, is_quantized, quantize, quantize_tree
+from puna.models.quantize import (
+    NF4,
+    Grouped,
+    Int4,
+    Int8,
+    Nf4,
+    box,
+    is_quantized,
+    quantize,
+    quantize_tree,
+)
 from puna.models.release.convert import convert
 from puna.models.text.tokenizer import byte_tokenizer
 from puna.models.transformer import Transformer, abstract_params, unembed_table
@@ -40,11 +51,15 @@ CONFIGS = {
 # expert gets is far off. A step of int8 is 2.5 deviations / 127 for 64 Gaussian weights, so each
 # product is off by 0.6 percent, and the products of a few layers by 2 to 3. A step of int4 is 4
 # deviations / 15 for groups of 32, 14 times that; int3 would be twice as far off.
-BOUND = {"int8": 0.04, "int4": 0.5}
+BOUND = {"int8": 0.04, "int4": 0.5, "nf4": 0.5}
 # Bytes over those of bfloat16. int8 has 4 more for each column of 64 or more numbers, int4 for each
 # group of 32 or fewer.
-BYTES = {"int8": 0.55, "int4": 0.4}
+BYTES = {"int8": 0.55, "int4": 0.4, "nf4": 0.38}
 KINDS = pytest.mark.parametrize("kind", BOUND)
+# nf4 differs from int4 in its numbers alone.
+CASES = pytest.mark.parametrize(
+    ("name", "kind"), [*((n, k) for n in CONFIGS for k in ("int8", "int4")), ("scout", "nf4")]
+)
 
 
 @functools.cache
@@ -77,8 +92,7 @@ def forward(name):
 TOKENS_BT = np.random.default_rng(1).integers(0, 272, (2, 16))
 
 
-@KINDS
-@pytest.mark.parametrize("name", CONFIGS)
+@CASES
 def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(name, kind):
     plain, made, same = params(name, kind)
     found, wanted = forward(name)(made, TOKENS_BT), forward(name)(same, TOKENS_BT)
@@ -88,8 +102,7 @@ def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(n
     assert 1e-3 < np.median(error_BT) < BOUND[kind]
 
 
-@KINDS
-@pytest.mark.parametrize("name", CONFIGS)
+@CASES
 def test_weights_take_a_half_or_a_third_of_the_bytes_of_bfloat16(name, kind):
     plain, made, _ = params(name, kind)
     half = sum(2 * x.size for x in jax.tree.leaves(plain))
@@ -162,6 +175,46 @@ def test_int4_holds_sixteen_numbers_of_each_group():
     assert isinstance(quantize(jnp.ones((8, 64)), ("vocab", "embed"), "int4"), Int8)
 
 
+def test_nf4_holds_the_nearest_quantiles_of_each_group():
+    """An oracle in NumPy; the levels are quantiles of the normal distribution."""
+    # As published with it: 8 and 7 even steps of probability up to 0.9677083, and zero.
+    quantile = statistics.NormalDist().inv_cdf
+    above, below = (
+        [quantile(0.5 + (0.9677083 - 0.5) * i / n) for i in range(1, n + 1)] for n in (8, 7)
+    )
+    wanted = np.array([*(-x for x in reversed(below)), 0.0, *above]) / above[-1]
+    np.testing.assert_allclose(NF4, wanted, atol=2e-7)
+
+    rng = np.random.default_rng(0)
+    w_LDF = np.float32(rng.normal(size=(2, 24, 6)) * np.exp(rng.normal(size=(2, 1, 6))))
+    w_LDF[0, :, 3], w_LDF[1, :8, 2] = 0.0, 0.7
+    names = ("layers", "embed", "mlp")
+    made = quantize(jnp.array(w_LDF), names, "nf4", group=8)
+    assert isinstance(made, Nf4) and made.shape == w_LDF.shape and made.group == 8
+    assert made.values.dtype == jnp.uint8 and made.values.shape == (2, 12, 6)
+    groups = w_LDF.reshape(2, 3, 8, 6)
+    largest = np.abs(groups).max(2, keepdims=True).astype(jnp.bfloat16).astype(np.float32)
+    levels = np.float32(NF4).reshape(16, 1, 1, 1, 1)
+    nearest = np.abs(groups - levels * largest).argmin(0)
+    found = np.asarray(leaf.dense(made)).reshape(groups.shape)
+    np.testing.assert_allclose(found, np.float32(NF4)[nearest] * largest, rtol=1e-6)
+    # Byte i of a group has its numbers i and i + 4.
+    bytes_ = np.asarray(made.values).reshape(2, 3, 4, 6)
+    held = np.concatenate([bytes_ & 15, bytes_ >> 4], 2)
+    some = np.broadcast_to(largest > 0, held.shape)
+    assert np.array_equal(held[some], nearest[some])
+    assert np.all(found[0, ..., 3] == 0)
+    damaged = quantize(jnp.array(w_LDF).at[0, 0, 0].set(jnp.nan), names, "nf4", 8)
+    assert np.isnan(leaf.dense(damaged)[0, :8, 0]).all()
+    # Of weights that are normal, it is nearer than even steps up to the same largest number.
+    w_DF = rng.normal(size=(512, 64)).astype(np.float32)
+    groups = w_DF.reshape(8, 64, 64)
+    step = np.abs(groups).max(1, keepdims=True) / 7
+    made = quantize(jnp.array(w_DF), names[1:], "nf4")
+    error = np.asarray(leaf.dense(made)) - w_DF
+    assert np.std(error) < 0.95 * np.std(np.round(groups / step) * step - groups)
+
+
 @KINDS
 def test_each_product_is_that_of_the_rounded_weight(kind):
     rng = np.random.default_rng(0)
@@ -192,15 +245,14 @@ def test_each_product_is_that_of_the_rounded_weight(kind):
     close(slopes, np.concatenate([np.tile(w[0].sum(-1), (2, 1)), np.tile(w[2].sum(-1), (4, 1)),
                                   np.zeros((1, 6))]))  # fmt: skip
 
-    assert isinstance(w_EDF, Int4) == isinstance(w_NHD, Int4) == (kind == "int4")
+    assert isinstance(w_EDF, Grouped) == isinstance(w_NHD, Grouped) == (kind != "int8")
     table_VD = quantize(draw(9, 6), ("vocab", "embed"), kind)
     rows = look_up(table_VD, jnp.array([[8, 0, 9]]), "float32")
     close(rows[0, :2], np.asarray(leaf.dense(table_VD))[[8, 0]])
     assert np.isnan(rows[0, 2]).all()
 
 
-@KINDS
-@pytest.mark.parametrize("name", CONFIGS)
+@CASES
 def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name, kind):
     _, held, _ = params(name, kind)
     config = CONFIGS[name]
@@ -232,7 +284,7 @@ def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name, k
 ])  # fmt: skip
 def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, monkeypatch, kind, axes):
     """Loaded onto eight devices or one, from files or from a run."""
-    monkeypatch.setattr(quantization, "GROUP", 4)
+    monkeypatch.setattr(quantization, "GROUPS", {"int4": 4})
     config = files.model_config(files.SCOUT)
     weights = files.random_tensors(files.hf_shapes(config))
     path = files.write_hf(tmp_path / "hf", files.hf_table(config)[1], weights)
@@ -277,9 +329,11 @@ def test_a_run_holds_the_model_it_came_from(files, tiny, tmp_path, kind):
     other = next(k for k in BOUND if k != kind)
     with pytest.raises(UserError, match=f"holds {kind} weights: leave quantize='{other}' out"):
         puna.load(tmp_path / "small", quantize=other)
-    with pytest.raises(UserError, match="quantize='int3' must be int8 or int4, or empty"):
+    with pytest.raises(UserError, match="quantize='int3' must be int8, int4 or nf4, or empty"):
         puna.load(path, quantize="int3")
-    with pytest.raises(UserError, match="quantize='int4' must be int8 or int4 with to=puna, else"):
+    with pytest.raises(
+        UserError, match="quantize='int4' must be int8, int4 or nf4 with to=puna, else"
+    ):
         convert(path, tmp_path / "x", to="hf", quantize="int4")
 
 

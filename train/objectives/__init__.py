@@ -84,6 +84,7 @@ class Objective(Protocol):
         Args:
           params: of the model, whole: those that train joined with those that do not.
           frozen: trees beside the model's own that do not train, by name (a reference, a teacher).
+          batch: in training also with the `step`, an int32 from 0 on, for a loss that changes.
         """
         ...
 

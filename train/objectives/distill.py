@@ -5,11 +5,12 @@ The loss of a target is `1 - hard` times a divergence of teacher p and student q
 generalized Jensen-Shannon one of GKD (arXiv 2306.13649): beta KL(p|m) + (1 - beta) KL(q|m) of
 m = beta p + (1 - beta) q; by convention 0 is KL(p|q), as in arXiv 1503.02531, and 1 is KL(q|p), as
 in arXiv 2306.08543. It is not multiplied by temperature^2. With `top_k` the ids that are not among
-the teacher's likeliest count as one.
+the teacher's likeliest count as one. `hard` can change from the first step to the last one, as the
+weights of soft and hard targets do in Llama 4's codistillation, whose schedule is not published.
 
 Logits exist for a slice of the positions at a time, as in `next_token`. The teacher lies on the
 mesh of the student, in the dtype that it computes in. Left out: texts that the student writes
-itself, and weights that change over the steps, as those of Llama 4's codistillation do.
+itself.
 """
 
 import dataclasses
@@ -41,10 +42,12 @@ class Distill(NextToken):
     Attributes:
       settings: the divergence, and what the targets themselves count.
       teacher: the architecture of the teacher.
+      steps: of the run, over which the weight of the targets changes.
     """
 
     settings: DistillConfig
     teacher: ModelConfig
+    steps: int
 
     def transform(self, config: Config, tokenizer) -> Transform:
         """That of pretraining or of fine-tuning.
@@ -70,7 +73,9 @@ class Distill(NextToken):
 
         Args:
           frozen: with the parameters of the `teacher`.
-          batch: tokens, targets, positions, segment ids and weights, each [B, T].
+          batch: tokens, targets, positions, segment ids and weights, each [B, T]; and the `step`
+            in training. Without it the targets count as in the last step, so that measurements of
+            different steps can be compared.
         """
         if "teacher" not in frozen:
             raise UserError(
@@ -90,20 +95,36 @@ class Distill(NextToken):
         table_DV = unembed_table(model.config, params)
         hidden_BTD, table_DV = widen(out.hidden_BTD, table_DV, dtype)
         weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
+        hard_BT = jnp.full_like(weights_BT, self.hard_at(batch.get("step", self.steps)))
         total, (loss_BT, divergence_BT, nll_BT) = _summed(
-            hidden_BTD, table_DV, (targets_BT, weights_BT, teacher.hidden_BTD),
+            hidden_BTD, table_DV, (targets_BT, weights_BT, hard_BT, teacher.hidden_BTD),
             unembed_table(self.teacher, frozen["teacher"]), dtype, self.settings, self.loss_chunk,
         )  # fmt: skip
         bytes_BT = jnp.asarray(self.token_bytes_V)[targets_BT]
-        numbers = {"loss": loss_BT, "divergence": divergence_BT, "nll": nll_BT, "bytes": bytes_BT}
+        numbers = {
+            "loss": loss_BT, "divergence": divergence_BT, "nll": nll_BT, "bytes": bytes_BT,
+            "hard": hard_BT,
+        }  # fmt: skip
         rows_B = {name: jnp.sum(x * weights_BT, axis=1) for name, x in numbers.items()}
         return Loss(total, rows_B | {"tokens": self.weight_B(batch)}, out.router)
 
+    def hard_at(self, step):
+        """What the targets count at a step: `hard` at first, `hard_end` from the last one on."""
+        s = self.settings
+        if s.hard_schedule == "constant":
+            return s.hard
+        part = jnp.minimum(step / max(1, self.steps - 1), 1.0)
+        if s.hard_schedule == "cosine":
+            part = (1.0 - jnp.cos(jnp.pi * part)) / 2
+        return s.hard + (s.hard_end - s.hard) * part
+
     def summary(self, sums):
-        """`loss`, and its parts `divergence` and `nll`, in nats a target; `bits_per_byte`."""
+        """`loss`, and its parts `divergence` and `nll`, in nats a target; `hard`, the weight of the
+        latter; `bits_per_byte`.
+        """
         numbers = super().summary(sums)
         tokens = sums["tokens"] + 1e-30
-        each = {name: sums[name] / tokens for name in ("loss", "divergence", "nll")}
+        each = {name: sums[name] / tokens for name in ("loss", "divergence", "nll", "hard")}
         return numbers | each
 
     def report(self, sums):
@@ -140,7 +161,8 @@ def make(config: Config, token_bytes_V) -> Distill:
         teacher, compute_dtype=model.compute_dtype, param_dtype=model.compute_dtype,
         remat="none", capacity_factor=0.0,
     )  # fmt: skip
-    return Distill(0.0, config.train.loss_chunk, token_bytes_V, settings, teacher)
+    t = config.train
+    return Distill(0.0, t.loss_chunk, token_bytes_V, settings, teacher, t.steps)
 
 
 def _check_tokenizer(where: str, tokenizer) -> None:
@@ -193,7 +215,7 @@ def _of_both(s: DistillConfig) -> OfLogits:
     """The loss, the divergence and the nll of each target, and the gradient of the loss."""
 
     def of_logits(logits, tokens, tables, dot, vocabulary):
-        targets, weights, hidden = tokens
+        targets, weights, hard, hidden = tokens
         (table,) = tables
         theirs = dot("BtD,DV->BtV", hidden.astype(table.dtype), table)
         kept = _likeliest(theirs, s.top_k, vocabulary) if s.top_k else None
@@ -205,9 +227,9 @@ def _of_both(s: DistillConfig) -> OfLogits:
         logq = soft - vocabulary.log_sum_exp(soft)[..., None]
         logp = theirs - vocabulary.log_sum_exp(theirs)[..., None]
         divergence, gradient = _divergence(s.beta, logp, logq, kept, vocabulary)
-        loss = (1.0 - s.hard) * divergence + s.hard * nll
-        dlogits = (1.0 - s.hard) / s.temperature * gradient
-        dlogits += s.hard * (jnp.exp(logits - lse[..., None]) - hit)
+        loss = (1.0 - hard) * divergence + hard * nll
+        dlogits = ((1.0 - hard) / s.temperature)[..., None] * gradient
+        dlogits += hard[..., None] * (jnp.exp(logits - lse[..., None]) - hit)
         return weights * loss, (loss, divergence, nll), weights[..., None] * dlogits
 
     return of_logits

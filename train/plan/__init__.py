@@ -43,8 +43,8 @@ def plan(
       days: for what could be trained with that power.
       context: tokens of a row: plans generation instead of training; 0 = training.
       batch: rows generated at one time.
-      quantize: weights of generation: "none" (bfloat16), "int8", "int4", or "auto", the first of
-        them that fits.
+      quantize: weights of generation: "none" (bfloat16), "int8", "int4", "nf4", or "auto", the
+        first of them that fits.
       facts: file of published numbers.
       tell: gets lines about the progress of a search.
 

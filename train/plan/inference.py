@@ -84,7 +84,7 @@ def plan(
     line = verdict(found["per_device"], limit, lacking)
     if lacking > 0:
         more = -(-found["per_device"].value * devices // limit)
-        smaller = "" if kind == "int4" else ", --quantize=int4"
+        smaller = "" if kind in quantize.GROUPS else ", --quantize=int4"
         line += f"; try {more:.0f} devices{smaller}, a shorter --context or --batch"
     elif kind != "none":
         line += f", weights in {kind}"

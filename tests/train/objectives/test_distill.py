@@ -22,6 +22,7 @@ from puna.train.loop import train
 from puna.train.objectives.distill import Distill
 
 TOLERANCE = 1e-5
+STEPS = 11  # of a run
 T = 12
 VARIANTS = [
     {"beta": 0.0},
@@ -63,7 +64,7 @@ def of_prompts(texts):
 
 def objective_of(teacher, /, **settings):
     bytes_V = np.ones(teacher.vocab_size, np.int32)
-    return Distill(0.0, 8, bytes_V, DistillConfig(**settings), teacher)
+    return Distill(0.0, 8, bytes_V, DistillConfig(**settings), teacher, STEPS)
 
 
 def log_softmax(x):
@@ -138,6 +139,38 @@ def test_losses_and_gradients_are_those_of_the_definition(tiny, oracle, settings
     close(numbers["nll"], apart[1])
 
 
+def test_weights_of_soft_and_hard_targets_change_over_the_steps(tiny, oracle):
+    """Numbers and gradients at several steps, and without one those of the last step."""
+    student, teacher = tiny("llama3_2"), tiny("llama1")
+    rows = batch(2, student.config.vocab_size)
+    places = rows["tokens_BT"], rows["positions_BT"], rows["segment_ids_BT"]
+    theirs = oracle.forward(teacher.json, teacher.weights, *places)
+
+    def mean(weights, hard):
+        logits = oracle.forward(student.json, weights, *places)
+        return reference(rows, logits, theirs, beta=0.0, hard=hard)[0]
+
+    settings = {"hard": 0.1, "hard_end": 0.7, "hard_schedule": "cosine"}
+    objective = objective_of(teacher.config, **settings)
+    params, frozen = student.params(student.weights), teacher.params(teacher.weights)
+    run = jax.jit(
+        lambda rows: measured(objective, student.config, frozen, rows)(params)
+    )  # the step is data: one program
+    for step, hard in ((0, 0.1), (3, 0.1 + 0.3 * (1 - np.cos(0.3 * np.pi))), (10, 0.7)):
+        (value, numbers), gradient = run(rows | {"step": np.int32(step)})
+        wanted, wanted_gradient = autograd.value_and_grad(mean)(student.weights, hard)
+        close(value, wanted)
+        assert numbers["hard"] == pytest.approx(hard, rel=1e-6)
+        gradient = student.by_name(jax.tree.map(np.asarray, gradient))
+        for name, w in wanted_gradient.items():
+            close(gradient[name], w)
+    (value, _), _ = run(rows)
+    close(value, wanted)
+    linear = objective_of(teacher.config, **settings | {"hard_schedule": "linear"})
+    found = [float(linear.hard_at(step)) for step in (0, 5, 10, 40)]
+    np.testing.assert_allclose(found, [0.1, 0.4, 0.7, 0.7], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -209,13 +242,17 @@ def test_a_recipe_learns_and_resumes_bit_for_bit(config, corpus, tmp_path, cut):
     found.model.update(embed_dim=8, num_layers=1)
     found.data.update(train=config.data.train, validation=f"{corpus}/validation/*.txt", seq_len=32)
     found.optimizer.update(learning_rate=1e-2, warmup_steps=1)
-    found.train.update(steps=12, batch_size=8, save_every=6, eval_every=6)
-    found.distill.update(teacher=str(tmp_path / "teacher"), beta=0.5, hard=0.1)
+    found.train.update(steps=12, batch_size=16, save_every=6, eval_every=6, microbatches=2)
+    found.distill.update(
+        teacher=str(tmp_path / "teacher"), beta=0.5, hard=0.3, hard_schedule="linear", hard_end=0.0
+    )
     whole = train(found, tmp_path / "whole")
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     metrics = [json.loads(line) for line in lines]
     held_out = [m["validation_divergence"] for m in metrics if "validation_divergence" in m]
     assert len(held_out) == 2 and held_out[1] < held_out[0]
+    weights = [m["hard"] for m in metrics if "hard" in m]
+    np.testing.assert_allclose(weights, np.linspace(0.3, 0, 12), atol=1e-6)
     each = [m["divergence"] for m in metrics if "divergence" in m]
     assert each[-1] < 0.85 * each[0]
     _, teacher = puna.load(tmp_path / "teacher")
