@@ -152,6 +152,8 @@ def open_weights(path) -> Weights:
         return safetensors_files.open_directory(path)
     if meta.is_whole(path):
         return meta.open_directory(path)
+    if safetensors_files.is_whole(path, safetensors_files.BIN):
+        return safetensors_files.open_directory(path)
     if len(ggufs) == 1:
         return open_weights(ggufs[0])
     if len(ggufs) > 1:

@@ -1,7 +1,7 @@
-"""Hugging Face directories: config.json and safetensors files, one or sharded with an index.
+"""Hugging Face directories: config.json and weights, one file or sharded with an index.
 
-Nothing in a file is trusted: `safetensors` checks each header against the file's length, and
-shard names may not leave the directory.
+Nothing in a file is trusted: `safetensors` checks each header against the file's length, the files
+of `torch.save` are read without executing them, and shard names may not leave the directory.
 """
 
 import dataclasses
@@ -14,12 +14,15 @@ import numpy as np
 from ...configs import schema
 from ...configs.errors import UserError
 from . import config as hf_config
-from . import huggingface, keys, licences, rope_keys, vision_table
-from .tensors import BFLOAT16, File, Mapped, Weights, check, warn
+from . import fp8, huggingface, keys, licences, rope_keys, torch_files, vision_table
+from .tensors import BFLOAT16, File, Mapped, Tensor, Weights, check, warn
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16}
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
+          "F8_E4M3": fp8.FLOAT8}  # fmt: skip
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+SAFE, BIN = (SINGLE, INDEX), (BIN_SINGLE, BIN_INDEX)
 _MAX_JSON = 256 * 2**20
 # What may hold the weights of a model in such a directory, read or not.
 _WEIGHTS = re.compile(
@@ -57,10 +60,9 @@ def _no_duplicates(pairs):
     return found
 
 
-def is_whole(path: pathlib.Path) -> bool:
-    """Whether a directory has both config.json and safetensors."""
-    has = {name for name in ("config.json", SINGLE, INDEX) if (path / name).is_file()}
-    return "config.json" in has and len(has) > 1
+def is_whole(path: pathlib.Path, kinds=SAFE) -> bool:
+    """Whether a directory has both config.json and weights in one of `kinds`."""
+    return (path / "config.json").is_file() and any((path / name).is_file() for name in kinds)
 
 
 def open_directory(path: pathlib.Path) -> Weights:
@@ -70,7 +72,17 @@ def open_directory(path: pathlib.Path) -> Weights:
       UserError: whatever keeps it from being loaded, in one line.
     """
     values = read_json(path / "config.json")
-    tensors = open_tensors(path)
+    tensors: dict[str, Tensor] = dict(open_tensors(path))
+    if fp8.is_fp8(quantization := values.get("quantization_config")):
+        del values["quantization_config"]
+        tensors = fp8.dequantized(path, quantization, tensors)
+        warn(f"{path}: weights in FP8 are read as the numbers they stand for; activations are not "
+             "rounded")  # fmt: skip
+    elif quantization is None and (odd := [n for n, t in tensors.items() if t.dtype == fp8.FLOAT8]):
+        raise UserError(
+            f"{path}: tensor {odd[0]} is in FP8, and config.json has no quantization_config of a "
+            "kind that is read (compressed-tensors float-quantized, fbgemm_fp8, fp8)"
+        )
     fields = _fields(path / "config.json", hf_config.from_hf, values)
     kind = values["model_type"]
     prefix = ""
@@ -152,55 +164,55 @@ def same(a, b) -> bool:
 
 
 def open_tensors(path: pathlib.Path) -> dict[str, Mapped]:
-    """The tensors of the safetensors files of a directory, by name.
+    """The tensors of a directory's files of weights, by name.
 
-    As in transformers, a whole `model.safetensors` counts where there is an index too. What may
-    hold weights and is not read is named on standard error.
+    As in transformers, a whole `model.safetensors` counts where there is an index too, and both
+    before `pytorch_model.bin`. What may hold weights and is not read is named on standard error.
 
     Raises:
       UserError: a shard is missing, damaged or named outside the directory, an index that is not
         true, a tensor that stands in two shards.
     """
-    if (path / SINGLE).is_file():
-        place, shards = None, [SINGLE]
-    elif (path / INDEX).is_file():
-        place = _read_index(path)
-        shards = sorted(set(place.values()))
-    else:
+    read = next((name for name in SAFE + BIN if (path / name).is_file()), None)
+    if read is None:
         others = _weights_of(path)
         raise UserError(
-            f"{path}: has neither {SINGLE} nor {INDEX}; only safetensors are read"
+            f"{path}: has none of {', '.join(SAFE + BIN)}"
             + (f": save {others[0]} as such with transformers' save_pretrained" if others else "")
         )
-    read = INDEX if place else SINGLE
+    whole = read in (SINGLE, BIN_SINGLE)
+    place = None if whole else _read_index(path, read)
+    shards = [read] if place is None else sorted(set(place.values()))
     if others := [name for name in _weights_of(path) if name not in {read, *shards}]:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         warn(f"{path}: {read} is read; ignored beside it: {', '.join(others[:4])}{more}")
     tensors: dict[str, Mapped] = {}
     for shard in shards:
-        for name, tensor in open_file(path / shard).items():
+        opened = torch_files.open_file if shard.endswith(".bin") else open_file
+        for name, tensor in opened(path / shard).items():
             if name in tensors:
                 raise UserError(f"{path / shard}: tensor {name} stands in another shard too")
             if place is not None and place.get(name) != shard:
-                raise UserError(f"{path / shard}: tensor {name} is not where {INDEX} says")
+                raise UserError(f"{path / shard}: tensor {name} is not where {read} says")
             tensors[name] = tensor
     if place is not None and (gone := sorted(place.keys() - tensors.keys())):
-        raise UserError(f"{path / place[gone[0]]}: lacks tensor {gone[0]}, which {INDEX} names")
+        raise UserError(f"{path / place[gone[0]]}: lacks tensor {gone[0]}, which {read} names")
     return tensors
 
 
-def _read_index(path: pathlib.Path) -> dict[str, str]:
+def _read_index(path: pathlib.Path, index: str) -> dict[str, str]:
     """The shard of each tensor."""
-    place = read_json(path / INDEX).get("weight_map")
+    place = read_json(path / index).get("weight_map")
     if not isinstance(place, dict) or not all(isinstance(v, str) for v in place.values()):
-        raise UserError(f"{path / INDEX}: weight_map must be an object of file names")
+        raise UserError(f"{path / index}: weight_map must be an object of file names")
+    suffix = ".safetensors" if index == INDEX else ".bin"
     for shard in sorted(set(place.values())):
-        if not re.fullmatch(r"[\w\-][\w.\-]*\.safetensors", shard):
+        if not re.fullmatch(r"[\w\-][\w.\-]*" + re.escape(suffix), shard):
             raise UserError(
-                f"{path / INDEX}: shard {shard!r} must be the plain name of a .safetensors file"
+                f"{path / index}: shard {shard!r} must be the plain name of a {suffix} file"
             )
         if not (path / shard).is_file():
-            raise UserError(f"{path / INDEX}: names {shard}, which is missing")
+            raise UserError(f"{path / index}: names {shard}, which is missing")
     return place
 
 

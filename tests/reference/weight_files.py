@@ -27,7 +27,8 @@ VISION = SCOUT | {
                "patch_size": 4, "adapter_dim": 24, "token_id": 60},
 }  # fmt: skip
 NUMPY = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-         "BF16": np.dtype(ml_dtypes.bfloat16)}  # fmt: skip
+         "BF16": np.dtype(ml_dtypes.bfloat16),
+         "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}  # fmt: skip
 
 
 def model_config(fields):

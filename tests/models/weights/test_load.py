@@ -171,8 +171,8 @@ def test_no_head_where_the_config_has_one(files, tiny, tmp_path):
 def test_of_two_formats_in_a_folder_the_whole_one(files, tiny, tmp_path, capsys):
     config, config_json, weights = tiny
     (tmp_path / "config.json").write_text(json.dumps(config_json))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="only safetensors are read: save pytorch_model.bin as"):
+    (tmp_path / "tf_model.h5").write_bytes(b"x")
+    with pytest.raises(UserError, match="has none of model.safetensors, .*: save tf_model.h5 as"):
         puna.load(tmp_path)
     for i in range(2):
         (tmp_path / f"{i}.gguf").write_bytes(b"GGUF")
@@ -194,12 +194,37 @@ def test_of_two_formats_in_a_folder_the_whole_one(files, tiny, tmp_path, capsys)
     files.write_hf(tmp_path, config_json, other)
     _, found = puna.load(tmp_path)
     assert_same(found, huggingface.to_puna(config, other))
-    ignored = "0.gguf, 1.gguf, consolidated.00.pth, pytorch_model.bin"
+    ignored = "0.gguf, 1.gguf, consolidated.00.pth, tf_model.h5"
     assert f"model.safetensors is read; ignored beside it: {ignored}\n" in capsys.readouterr().err
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "consolidated.pth").write_bytes(b"x")
     with pytest.raises(UserError, match="has both consolidated.pth and consolidated.00.pth"):
         puna.load(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_files_of_torch_save(files, tiny, tmp_path, shards):
+    config, config_json, weights = tiny
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
+    place = {}
+    for i in range(shards):
+        mine = list(weights)[i::shards]
+        name = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05}-of-00003.bin"
+        place |= dict.fromkeys(mine, name)
+        (tmp_path / name).write_bytes(files.torch_bytes({n: weights[n] for n in mine}))
+    if shards > 1:
+        index = tmp_path / "pytorch_model.bin.index.json"
+        index.write_text(json.dumps({"weight_map": place}))
+    (tmp_path / "old.gguf").write_bytes(b"GGUF")
+    _, found = puna.load(tmp_path)
+    assert_same(found, huggingface.to_puna(config, weights))
+    if shards > 1:
+        (tmp_path / name).unlink()
+        with pytest.raises(UserError, match=f"index.json: names {name}, which is missing"):
+            puna.load(tmp_path)
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "../x.bin")}))
+        with pytest.raises(UserError, match="must be the plain name of a .bin file"):
+            puna.load(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])

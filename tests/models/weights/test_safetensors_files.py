@@ -52,8 +52,8 @@ FILES = {
         "damaged",
     ),
     "unknown dtype": (with_header({"x": entry("F33")}, b"\0" * 16), "is damaged"),
-    "quantised": (with_header({"x": entry("F8_E4M3", (16,))}, b"\0" * 16),
-                  "has dtype F8_E4M3; F32, F16, BF16 are read"),
+    "quantised": (with_header({"x": entry("F8_E5M2", (16,))}, b"\0" * 16),
+                  "has dtype F8_E5M2; F32, F16, BF16, F8_E4M3 are read"),
     "integers": (with_header({"x": entry("I64", (2,))}, b"\0" * 16), "has dtype I64"),
 }  # fmt: skip
 
@@ -98,8 +98,8 @@ CONFIGS = {
         "a value has the wrong type",
     ),
     "no vocabulary": ({"vocab_size": -5}, "model.vocab_size=-5"),
-    "a bias": ({"attention_bias": True}, "attention_bias=True"),
-    "another rope": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+    "a bias": ({"attention_bias": True}, "k_proj.bias is missing"),
+    "another rope": ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads=0"),
     "heads that do not divide": ({"num_key_value_heads": 3}, "must be a multiple of"),
     "a tower of layers": ({"num_hidden_layers": 10**9}, "layers cannot be made of"),
