@@ -175,7 +175,7 @@ def _open_tokenizer(args):
 def _open_engine(args, tokenizer, mesh, num_slots, max_length):
     from .models.decode.load_engine import load_engine
 
-    names = ("speculate", "draft", "dtype", "quantize", "adapter")
+    names = ("speculate", "draft", "dtype", "cache_dtype", "quantize", "adapter")
     settings = {name: getattr(args, name) for name in names}
     return load_engine(args.checkpoint, tokenizer, mesh, num_slots, max_length, **settings)
 

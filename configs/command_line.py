@@ -176,6 +176,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
     if command in ("generate", "chat", "serve"):
         flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)
+        flags.DEFINE_enum(
+            "cache_dtype", "", ["", "float32", "bfloat16", "int8", "float8_e4m3fn"],
+            "of keys and values; --dtype by default", **text,
+        )  # fmt: skip
         flags.DEFINE_integer(
             "speculate", None, "tokens proposed and checked at a time, which changes the speed and "
             "not the text; 4 with --draft, else 0", **text,

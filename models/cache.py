@@ -1,7 +1,7 @@
 """The key/value cache of generation: a pytree that goes in and comes out of the model.
 
 A layer that attends within chunks keeps one chunk only, so at 10 million positions a Llama 4
-cache is a quarter of what full layers would need.
+cache is a quarter of what full layers would need. Keys and values can be kept in a byte each.
 """
 
 import flax
@@ -14,17 +14,70 @@ from . import bits
 from .masks import Tokens
 from .parallel import sharding
 
+# Largest number of the dtypes of one byte.
+_LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+DTYPES = ("float32", "bfloat16", *_LARGEST)
+
+
+class Bytes(flax.struct.PyTreeNode):
+    """Keys or values [..., K, H] of a byte each: `values * scale`, a scale a position and head.
+
+    values: int8, or the bits of float8_e4m3fn in uint8, since XLA for CPUs moves those as they are.
+    scale: float32 [..., K, 1]; the largest of the H numbers is the largest that the dtype has. So
+      the error of a number is at most 1/254 of that one's size with int8; with float8_e4m3fn at
+      most 1/16 of its own, or 2^-10 / 448 of that one's where it is smaller.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @classmethod
+    def empty(cls, shape, dtype: str) -> "Bytes":
+        """Zeros."""
+        kept = jnp.int8 if dtype == "int8" else jnp.uint8
+        return cls(jnp.zeros(shape, kept), jnp.zeros((*shape[:-1], 1)))
+
+    def like(self, x) -> "Bytes":
+        """Another array, as this one is kept."""
+        x, is_int = x.astype(jnp.float32), self.values.dtype == jnp.int8
+        largest = _LARGEST["int8" if is_int else "float8_e4m3fn"]
+        scale = jnp.max(jnp.abs(x), -1, keepdims=True) / largest
+        # The division may round beyond the largest number, which float8 has only NaN for.
+        x = jnp.clip(x / jnp.where(scale == 0, 1.0, scale), -largest, largest)
+        if is_int:
+            return Bytes(jnp.round(x).astype(jnp.int8), scale)
+        return Bytes(jax.lax.bitcast_convert_type(x.astype(jnp.float8_e4m3fn), jnp.uint8), scale)
+
+    def numbers(self):
+        """As one float32 array."""
+        values = self.values
+        if values.dtype == jnp.uint8:
+            values = jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+        return values.astype(jnp.float32) * self.scale
+
+
+def _pack(x, kept):
+    """New keys or values as those of a cache are kept."""
+    if isinstance(kept, Bytes):
+        return kept.like(x)
+    of = jnp.bfloat16 if kept.dtype == jnp.uint16 else kept.dtype
+    return bits.pack(x.astype(of))
+
+
+def _unpack(kept):
+    return kept.numbers() if isinstance(kept, Bytes) else bits.unpack(kept)
+
 
 class LayerCache(flax.struct.PyTreeNode):
     """Keys and values of one layer, or of a stack of layers (with a leading axis).
 
     Slot s holds the token at position s, or the last one at a position that is s modulo the
-    chunk size; `positions_BS` says which, -1 where the slot is empty. Keys and values are as
-    `bits.pack` gives them. `layer` is the number in its stack of the layer that is computed.
+    chunk size; `positions_BS` says which, -1 where the slot is empty. Keys and values are `Bytes`,
+    or as `bits.pack` gives them. `layer` is the number in its stack of the layer that is computed.
     """
 
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
+    k_BSKH: jax.Array | Bytes
+    v_BSKH: jax.Array | Bytes
     positions_BS: jax.Array
     chunk_size: int = flax.struct.field(pytree_node=False)
     layer: jax.Array | None = None
@@ -37,7 +90,7 @@ class LayerCache(flax.struct.PyTreeNode):
           `blockwise.attend_parts` takes it.
         """
         B, T = tokens.positions_BT.shape
-        S = self.k_BSKH.shape[-3]
+        S = self.positions_BS.shape[-1]
         positions, kept = tokens.positions_BT, tokens.segments_BT != 0
         slots = positions
         if self.chunk_size:
@@ -48,21 +101,26 @@ class LayerCache(flax.struct.PyTreeNode):
         # Slot S is out of range: dropped.
         at = (*self._index(), jnp.arange(B)[:, None], jnp.where(kept, slots, S))
         arrays = (self.k_BSKH, self.v_BSKH, self.positions_BS)
-        new = (bits.pack(k_BTKH), bits.pack(v_BTKH), positions)
+        new = (_pack(k_BTKH, self.k_BSKH), _pack(v_BTKH, self.v_BSKH), positions)
         lost = []
         if T > 1 and self.chunk_size:
             # Several tokens may cross a chunk border and overwrite what the first of them see: what
             # goes in and what does not stay change places. Written so, the old values are read
             # before; else XLA would copy the cache to be sure of that.
-            old = [x.at[at].get(mode="clip") for x in arrays]
-            swap = [kept[..., None, None], kept[..., None, None], kept]
-            out = [jnp.where(w, o, n) for w, o, n in zip(swap, old, new, strict=True)]
-            new = [jnp.where(w, n, o) for w, o, n in zip(swap, old, new, strict=True)]
+            old = jax.tree.map(lambda x: x.at[at].get(mode="clip"), arrays)
+
+            def both(first, second):
+                def one(a, b):
+                    return jnp.where(kept.reshape(*kept.shape, *[1] * (a.ndim - 2)), a, b)
+
+                return jax.tree.map(one, first, second)
+
+            out, new = both(old, new), both(new, old)
             # What is written again, at the same position, is not lost but wrong.
             left = (old[2] >= 0) & (old[2] < positions)
             seen = jnp.where(kept, left, tokens.segments_BT != 0)
             lost = [(Tokens(out[2], seen.astype(jnp.int32)), _taker(*out[:2]))]
-        k, v, p = (x.at[at].set(n, mode="drop") for x, n in zip(arrays, new, strict=True))
+        k, v, p = jax.tree.map(lambda x, n: x.at[at].set(n, mode="drop"), arrays, new)
         cache = self.replace(k_BSKH=k, v_BSKH=v, positions_BS=p)
         return cache, [(cache.tokens(), _taker(k, v, *self._index())), *lost]
 
@@ -80,10 +138,12 @@ class LayerCache(flax.struct.PyTreeNode):
         def spec(x, *names):
             return sharding.activation(x.shape, (None,) * (x.ndim - len(names)) + names)
 
-        kv = ("batch", None, "act_kv_heads", None)
+        k, v = jax.tree.map(
+            lambda x: spec(x, "batch", None, "act_kv_heads", None), (self.k_BSKH, self.v_BSKH)
+        )
         return LayerCache(
-            spec(self.k_BSKH, *kv), spec(self.v_BSKH, *kv), spec(self.positions_BS, "batch", None),
-            self.chunk_size, None if self.layer is None else PartitionSpec(),
+            k, v, spec(self.positions_BS, "batch", None), self.chunk_size,
+            None if self.layer is None else PartitionSpec(),
         )  # fmt: skip
 
 
@@ -96,9 +156,9 @@ def _taker(k, v, *layer):
             zero = jnp.zeros((), jnp.int32)
             start_at = (*layer, zero, start, zero, zero)
             part = jax.lax.dynamic_slice(x, start_at, (1,) * len(layer) + (B, size, K, H))
-            return bits.unpack(part.reshape(B, size, K, H))
+            return part.reshape(B, size, K, H)
 
-        return of(k), of(v)
+        return _unpack(jax.tree.map(of, k)), _unpack(jax.tree.map(of, v))
 
     return take
 
@@ -111,16 +171,24 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype=None) -> Cache:
-    """An empty cache for `batch_size` rows of at most `max_length` tokens."""
-    kept = bits.dtype(dtype or config.compute_dtype)
+    """An empty cache for `batch_size` rows of at most `max_length` tokens.
+
+    Args:
+      dtype: one of `DTYPES`; the model's compute_dtype when left out.
+    """
+    dtype = jnp.dtype(dtype or config.compute_dtype).name
+
+    def kept(shape):
+        return (
+            Bytes.empty(shape, dtype) if dtype in _LARGEST else jnp.zeros(shape, bits.dtype(dtype))
+        )
 
     def layer(index, *stack):
         chunk = config.chunk_size if config.uses_rope(index) else 0
         slots = min(chunk, max_length) if chunk else max_length
         shape = (*stack, batch_size, slots, config.num_kv_heads, config.head_dim)
         # Two arrays, not one twice: a donated cache may hold each buffer once.
-        k, v = (jnp.zeros(shape, kept) for _ in range(2))
-        return LayerCache(k, v, jnp.full(shape[:-2], -1, jnp.int32), chunk)
+        return LayerCache(kept(shape), kept(shape), jnp.full(shape[:-2], -1, jnp.int32), chunk)
 
     blocks, rest = divmod(config.num_layers, config.period)
     layers = {"blocks": {f"layer_{j}": layer(j, blocks) for j in range(config.period)}}

@@ -49,14 +49,15 @@ class Place(NamedTuple):
 class CachedModel:
     """A model, its parameters and a cache that its methods change; works under `jax.set_mesh`."""
 
-    def __init__(self, model, params, num_rows: int, max_length: int, vocab_size: int):
-        """Make the cache; ids from `vocab_size` on are never made."""
+    def __init__(self, model, params, num_rows: int, max_length: int, vocab_size: int,
+                 cache_dtype: str = ""):  # fmt: skip
+        """Make the cache, see `init_cache`; ids from `vocab_size` on are never made."""
         self.model, self.params = for_decoding(model), settled(params)
         self.vocab_size = min(vocab_size, model.config.vocab_size)
         self._kept = bits.view(self.params)
         config = self.model.config
-        make = jax.jit(lambda: constrain_cache(init_cache(config, num_rows, max_length)))
-        self._cache = make()
+        shape = (config, num_rows, max_length, cache_dtype)
+        self._cache = jax.jit(lambda: constrain_cache(init_cache(*shape)))()
 
     def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int,
              adapter: int) -> None:  # fmt: skip
@@ -104,14 +105,13 @@ def _of_row(layers, change):
     """Apply `change(array, axis of rows, ...)` to the arrays of one or two trees of caches."""
 
     def one(*caches):
-        k, v, positions = (
-            [getattr(cache, name) for cache in caches] for name in
-            ("k_BSKH", "v_BSKH", "positions_BS")
-        )  # fmt: skip
+        def of(name, rank):
+            arrays = (getattr(cache, name) for cache in caches)
+            return jax.tree.map(lambda *x: change(x[0].ndim - rank, *x), *arrays)
+
         return caches[0].replace(
-            k_BSKH=change(k[0].ndim - 4, *k), v_BSKH=change(v[0].ndim - 4, *v),
-            positions_BS=change(positions[0].ndim - 2, *positions),
-        )  # fmt: skip
+            k_BSKH=of("k_BSKH", 4), v_BSKH=of("v_BSKH", 4), positions_BS=of("positions_BS", 2)
+        )
 
     return jax.tree.map(one, *layers, is_leaf=lambda x: isinstance(x, LayerCache))
 

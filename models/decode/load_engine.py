@@ -16,15 +16,16 @@ _SPECULATE = 4
 
 def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int, max_length: int,
                 speculate: int | None = None, draft: str = "", dtype: str = "float32",
-                quantize: str = "", adapter: str | Sequence[str] = "") -> Engine:  # fmt: skip
+                quantize: str = "", adapter: str | Sequence[str] = "",
+                cache_dtype: str = "") -> Engine:  # fmt: skip
     """Read a model, and perhaps a draft model, onto the mesh and make an engine of it.
 
     Args:
       checkpoint, dtype, mesh, quantize: see `load`. adapter: as `load` takes it, or several for
         `adapter_sum.of_flags`.
       tokenizer: of the checkpoint.
-      speculate, draft: see `Engine`; the draft model as a path, loaded like the model but without
-        an adapter. None for 4 with a draft model, else 0.
+      speculate, draft, cache_dtype: see `Engine`; the draft model as a path, loaded like the model
+        but without an adapter. None for 4 with a draft model, else 0.
 
     Raises:
       UserError: see `load`, `Engine` and `check_draft`.
@@ -40,4 +41,5 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int, max_length: in
         max_length = min(max_length, model.config.max_positions)
         check_draft(tokenizer, load_tokenizer(draft), model.config, second[0].config, max_length)
     with jax.set_mesh(mesh):
-        return Engine(model, params, tokenizer, num_slots, max_length, names, speculate, second)
+        return Engine(model, params, tokenizer, num_slots, max_length, names, speculate, second,
+                      cache_dtype)  # fmt: skip

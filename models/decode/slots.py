@@ -88,7 +88,8 @@ class Engine:
     """
 
     def __init__(self, model, params, tokenizer, num_slots: int = 8, max_length: int = 4096,
-                 adapters: Sequence[str] = (), speculate: int = 0, draft=None):  # fmt: skip
+                 adapters: Sequence[str] = (), speculate: int = 0, draft=None,
+                 cache_dtype: str = ""):  # fmt: skip
         """Make the cache.
 
         Args:
@@ -101,6 +102,7 @@ class Engine:
           speculate: most tokens of a text that are proposed and checked at a time.
           draft: model and parameters that propose them, see `speculation.check_draft`; left out,
             they are looked up in the text so far.
+          cache_dtype: of keys and values, see `init_cache`.
 
         Raises:
           UserError: an impossible setting; a model that cannot generate.
@@ -124,9 +126,9 @@ class Engine:
         self._reading: collections.deque[int] = collections.deque()
         self.reused = self.proposed = self.accepted = 0
         rows, length = self._rows, self.max_length
-        self._model = CachedModel(model, params, rows, length, self.vocab_size)
-        self._speculate = speculate
-        self._draft = draft and CachedModel(*draft, rows, length, self.vocab_size)
+        shape = (rows, length, self.vocab_size, cache_dtype)
+        self._model = CachedModel(model, params, *shape)
+        self._speculate, self._draft = speculate, draft and CachedModel(*draft, *shape)
         self._held = Prefixes(rows, length, model.config.chunk_size)
         # By the time they became free, the latest last.
         self._unused = list(range(num_slots))

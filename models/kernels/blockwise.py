@@ -227,7 +227,7 @@ def attend_parts(q_BTKGH, q_tokens: Tokens, parts, *, chunk_size=0):
             def key_block(j, sums, k_tokens=k_tokens, take=take, bk=bk, S=S):
                 # The last block begins earlier where blocks do not divide the slots.
                 start = jnp.minimum(j * bk, S - bk)
-                k_j, v_j = (x.swapaxes(1, 2) for x in take(start, bk))
+                k_j, v_j = (x.swapaxes(1, 2).astype(q.dtype) for x in take(start, bk))
                 tokens_j = jax.tree.map(
                     lambda x: jax.lax.dynamic_slice_in_dim(x, start, bk, 1), k_tokens
                 )

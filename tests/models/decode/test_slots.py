@@ -242,13 +242,14 @@ def test_impossible_engines():
 
 def test_on_a_mesh():
     ids = TOKENIZER.encode("the llama herd", bos=True)
-    alone = engine(1)
+    alone = engine(1, cache_dtype="int8")
     alone.insert(ids, max_tokens=8)
     # Two rows for one slot: the mesh splits rows and heads.
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     specs = sharding.shardings(transformer.abstract_params(CONFIG), mesh)
     with jax.set_mesh(mesh):
-        split = Engine(MODEL, jax.device_put(params(), specs), TOKENIZER, 1, LENGTH)
+        placed = jax.device_put(params(), specs)
+        split = Engine(MODEL, placed, TOKENIZER, 1, LENGTH, cache_dtype="int8")
         split.warm_up()
         counts = cached_model._read._cache_size(), cached_model._write._cache_size()
         split.insert(ids, max_tokens=8)

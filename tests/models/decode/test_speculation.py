@@ -115,7 +115,10 @@ def test_a_draft_that_is_the_model_is_always_right(drawn):
 
 
 def test_stop_strings_and_formats_with_a_draft(drawn):
-    """Both may end a text, or forbid a proposal, in the middle of what is accepted."""
+    """Both may end a text, or forbid a proposal, in the middle of what is accepted.
+
+    With keys and values in int8: what the model sees is the same however it came there.
+    """
     pytest.importorskip("llguidance")
     from puna.models.decode import grammar
 
@@ -125,7 +128,7 @@ def test_stop_strings_and_formats_with_a_draft(drawn):
 
     def texts(speculate, stop=()):
         draft = (MODEL, near) if speculate else None
-        running = Engine(MODEL, params, TOKENIZER, 4, 100, (), speculate, draft)
+        running = Engine(MODEL, params, TOKENIZER, 4, 100, (), speculate, draft, "int8")
         sources = [grammar.regex("(ab?){3,30}"), grammar.choices(["llama llama", "puna"])]
         for seed, constraint in enumerate([*map(running.constraints.compile, sources), None, None]):
             stops = () if constraint else stop
