@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from ....configs.errors import UserError
-from . import arrow, compression, csv_rows, json_values, parquet, unread
+from . import arrow, compression, csv_rows, json_values, parquet, unread, webdataset
 
 HEAD_BYTES = 1 << 16  # of a file, by which its format is told
 
@@ -41,7 +41,8 @@ JSON_VALUES = Format("JSON", "record", json_values.lines)
 CSV = Format("CSV", "row", csv_rows.lines, not_object="has not as many fields as the header")
 PARQUET = Format("Parquet", "row", parquet.lines, seeks=True)
 ARROW = Format("Arrow", "row", arrow.lines, seeks=True)
-READ = (TEXT, JSON_LINES, JSON_VALUES, CSV, PARQUET, ARROW)
+WEBDATASET = Format("WebDataset", "sample", webdataset.lines, seeks=True)
+READ = (TEXT, JSON_LINES, JSON_VALUES, CSV, PARQUET, ARROW, WEBDATASET)
 
 LINES_SUFFIXES = (".jsonl", ".json-lines", ".jsonlines", ".ndjson", ".jl", ".ldjson")
 CSV_SUFFIXES = (".csv", ".tsv")
@@ -63,6 +64,8 @@ def detect(head: bytes, path: str) -> Format:
         return PARQUET
     if head.startswith(arrow.MAGIC):
         return ARROW
+    if webdataset.is_tar(head):
+        return WEBDATASET
     if found := unread.name_and_fix(head):
         raise UserError(f"{path} is {found[0]}, which is not read as data: {found[1]}")
     name = compression.bare_name(path)

@@ -44,8 +44,6 @@ def name_and_fix(head: bytes) -> tuple[str, str] | None:
     for magic, name, fix in _MAGIC:
         if head.startswith(magic):
             return name, fix
-    if head[257:262] == b"ustar":
-        return "a tar archive", _UNPACK
     if head[:3] == b"ORC" and b"\0" in head[:64]:
         return "an ORC file", _TO_LINES
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):

@@ -9,7 +9,6 @@ import pickle
 import sqlite3
 import subprocess
 import sys
-import tarfile
 import zipfile
 
 import numpy as np
@@ -253,11 +252,6 @@ def pack(make):
     return sink.getvalue()
 
 
-def tar(sink):
-    with tarfile.open(fileobj=sink, mode="w") as file:
-        file.addfile(tarfile.TarInfo("a.txt"))
-
-
 def zipped(sink):
     with zipfile.ZipFile(sink, "w") as file:
         file.writestr("a.jsonl", lines())
@@ -286,7 +280,6 @@ def safetensors(sink):
 
 UNREAD = {
     "a zip archive": zipped,
-    "a tar archive": tar,
     "a NumPy array": lambda sink: np.save(sink, np.zeros(3)),
     "a Python pickle": lambda sink: pickle.dump(ROWS, sink),
     "an ORC file": lambda sink: pyarrow.orc.write_table(table(), sink),
