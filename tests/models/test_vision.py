@@ -23,7 +23,7 @@ from puna.models.weights import config as hf_config
 from puna.models.weights import huggingface, vision_table
 
 STORED = pathlib.Path(__file__).parent.parent / "reference" / "media" / "vision.npz"
-OUTPUT, GRADIENT = 1e-5, 1e-4  # float32 against float32
+OUTPUT, GRADIENT = 1e-5, 1e-4  # float32 against float64
 
 
 class Fixture:
