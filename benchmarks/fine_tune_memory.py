@@ -6,7 +6,7 @@
 Each row is one `puna plan` of the training step, with rows of 4,096 tokens, activations recomputed
 (`remat=full`), one row a device; one that has a plan.json in the folder already is read. Where
 state and gradient alone do not fit, they are what is printed. Weights under adapters are bfloat16,
-or int8 where the row says so; full fine-tuning has float32 parameters and moments.
+int8 under QLoRA, or nf4 where the row says so; full fine-tuning has float32 parameters and moments.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 
 LORA = "--config.adapter.rank=16 --config.adapter.alpha=32 --config.model.param_dtype=bfloat16"
 QLORA = f"{LORA} --config.adapter.quantize=int8"
+NF4 = f"{LORA} --config.adapter.quantize=nf4"
 ONE = "--config.train.batch_size=1"
 FOUR = "--config.train.batch_size=4 --config.mesh.data=1 --config.mesh.fsdp=4"
 LLAMA, SCOUT = "--config=llama3:3.1-8b", "--config=llama4:scout-text"
@@ -28,6 +29,8 @@ ROWS = {
     "8B, full on four": f"{LLAMA} --topology=v5e-4 {FOUR}",
     # No device of 24 GB is among those that can be compiled for; the peak is to be held against it.
     "8B, QLoRA": f"{LLAMA} --topology=a100-1 {ONE} {QLORA}",
+    "8B, QLoRA in nf4": f"{LLAMA} --topology=a100-1 {ONE} {NF4}",
+    "8B, QLoRA in nf4 on four": f"{LLAMA} --topology=v5e-4 {FOUR} {NF4}",
     "Scout, QLoRA": f"{SCOUT} --topology=h200-1 {ONE} {QLORA}",
     "Scout, full": f"{SCOUT} --topology=h200-1 {ONE}",
 }

@@ -26,7 +26,8 @@ def evaluate(config: Mapping, path, quantize: str = "", adapter: str = "") -> Re
     """Evaluate a run, or any model that `puna.load` reads, on `data.validation`.
 
     A run whose objective has more than the model (the vector of a reward model, the reference of
-    preferences, a teacher) is measured by it as in training, if `train.objective` names it.
+    preferences, a teacher) is measured by it as in training, if `train.objective` names it; a
+    reward model of others likewise.
 
     Args:
       config: a `ConfigDict`; its data, eval and mesh sections, `train.objective` and
@@ -80,7 +81,10 @@ class Evaluation:
             model = Transformer(c.model)
             params, frozen = restore_for_evaluation(folder, old, held_out.objective, mesh)
         else:
-            model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
+            model, params = load(
+                path, mesh=mesh, quantize=quantize, adapter=adapter,
+                rewards=c.train.objective == "reward",
+            )  # fmt: skip
             dtype = c.model.compute_dtype
             model = Transformer(dataclasses.replace(model.config, compute_dtype=dtype))
             frozen = {}

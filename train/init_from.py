@@ -2,6 +2,8 @@
 
 `train.init_from` is what `puna.load` reads, or RUN@STEP. The architecture is the weights' own, the
 tokenizer too where none is named, and the run's checkpoints carry on the licence of the weights.
+Where the objective stays, what it trains beside the model (the vector of a reward model, the module
+of multi-token prediction) trains on.
 With `data.new_tokens` both grow, and the rows of the new tokens are the mean of the others'.
 With `train.with_optimizer` a run keeps the moments of the one it branches from: its parameters
 train on under another mixture, rate, batch, schedule or context length.
@@ -69,7 +71,10 @@ def resolve(config: schema.Config, workdir: pathlib.Path) -> Config:
         schema.check(config)
         return config
     path, of_run = source(where)
-    old = run.read_config(path) if of_run else Config(model=open_weights(path).config)
+    old = (
+        run.read_config(path) if of_run
+        else Config(model=open_weights(path, _of_rewards(config)).config)
+    )  # fmt: skip
     config = _completed(config, old.model, str(path))
     if config.data.new_tokens:
         config = _with_new_rows(config)
@@ -217,7 +222,7 @@ def lineage(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     if config.data.new_tokens:
         facts["new_tokens"] = list(patterns.names(config.data.new_tokens))
     if not of_run:
-        return open_weights(path).origin | {"init_from": facts}
+        return open_weights(path, _of_rewards(config)).origin | {"init_from": facts}
     meta = run.read_meta(path)
     old, new = schema.flatten(meta["config"]), schema.flatten(schema.to_dict(config))
     facts["step"] = int(path.name)
@@ -247,7 +252,9 @@ def initial_state(
     merges = of_run and run.read_config(path).adapter.rank
     kind = config.adapter.quantize
     quantize = "" if kind == "none" or merges else kind
-    _, params = load(path, dtype, mesh, quantize)
+    _, params = load(path, dtype, mesh, quantize, rewards=_of_rewards(config))
+    if of_run and objective:
+        params |= _own(run.read_config(path), config, path, mesh, objective)
     if config.data.new_tokens:
         params = _with_rows(params, config, mesh)
     state = state_of(config, tx, mesh, params, objective)
@@ -257,6 +264,22 @@ def initial_state(
     rest = {"step": abstract.step, "opt_state": abstract.opt_state}
     moments = run.restore(path, "optimizer", rest)["opt_state"]
     return state.replace(opt_state=_from_step_0(moments))
+
+
+def _of_rewards(config: Config) -> bool:
+    return config.train.objective == "reward"
+
+
+def _own(old: Config, config: Config, path: pathlib.Path, mesh, objective: Objective) -> dict:
+    """The parameters beside the model's own of a run with the same objective."""
+    if old.train.objective != config.train.objective:
+        return {}
+    boxed = objective.added(old)
+    abstract = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        sharding.unbox(boxed), sharding.shardings(boxed, mesh),
+    )  # fmt: skip
+    return run.restore(path, "params", abstract) if boxed else {}
 
 
 def _with_rows(params, config: Config, mesh):

@@ -188,9 +188,13 @@ def state_of(
 
     Args:
       params: all parameters of the model, in any dtype; the optimizer starts from them as they
-        are, before they are rounded to `model.param_dtype`.
+        are, before they are rounded to `model.param_dtype`. With those of the objective, or new
+        ones are made.
     """
     abstract = abstract_state(config, tx, mesh, objective)
+    own = objective.added(config) if objective else {}
+    held = {name: params[name] for name in own if name in params}
+    params = {name: tree for name, tree in params.items() if name not in own}
     if config.adapter.rank:
         boxed, kind = abstract_params(config.model), config.adapter.quantize
         base = leaf.plain(params, "float32", TYPES.get(kind, ()))
@@ -204,10 +208,12 @@ def state_of(
     frozen = {"base": base} if base else {}
     if objective:
         frozen |= objective.initial_frozen(config, mesh, params)
-        new = {name: abstract.params[name] for name in objective.added(config)}
-        out = jax.tree.map(lambda x: x.sharding, new)
+        out = jax.tree.map(lambda x: x.sharding, {name: abstract.params[name] for name in own})
         key = jax.random.fold_in(jax.random.key(config.train.seed), 2)
-        params |= jax.jit(lambda key: objective.init_added(config, key), out_shardings=out)(key)
+        made = jax.jit(lambda key: objective.init_added(config, key), out_shardings=out)(key)
+        held = jax.tree.map(lambda x, p: jax.device_put(x.astype(jnp.float32), p), held,
+                            {name: out[name] for name in held})  # fmt: skip
+        params |= made | held
     # Without explicit places optax's counters would all land on one device.
     places = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(tx.init, out_shardings=places)(params)

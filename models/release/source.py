@@ -187,8 +187,6 @@ def reward_table(config: schema.ModelConfig) -> tuple[dict[str, huggingface.Leaf
             "a reward model of Llama 4 cannot be written: transformers has none to score texts with"
         )
     table.pop("unembed/table_DV", None)
-    row = huggingface.Row("reward/head_D", "D", "score.weight", "S D", part=0)
-    source = huggingface.Source(row.hf, row, {"S": 1, "D": config.embed_dim})
-    table[row.puna] = huggingface.Leaf(source.shape, (source,), False)
+    table[huggingface.REWARD] = huggingface.reward_leaf(config)
     labels = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return table, config_json | labels | {"architectures": ["LlamaForSequenceClassification"]}

@@ -22,6 +22,9 @@ from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
 from .config import LLAMA4, family
 
+# The parameter of a reward model beside those of the model, see `train/objectives/reward.py`.
+REWARD = "reward/head_D"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -265,6 +268,13 @@ def stack(
         shape = (len(found), *found[0].shape) if stacked else found[0].shape
         table[path] = Leaf(shape, tuple(found), stacked)
     return table
+
+
+def reward_leaf(config: ModelConfig) -> Leaf:
+    """The vector of a reward model, `REWARD`, as the classifier of one label that it is there."""
+    row = Row(REWARD, "D", "score.weight", "S D", part=0)
+    source = Source(row.hf, row, {"S": 1, "D": config.embed_dim})
+    return Leaf(source.shape, (source,), False)
 
 
 def _sizes(config):

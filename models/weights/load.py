@@ -21,7 +21,8 @@ from . import adapter_sum, peft, placing, run
 from .tensors import Weights
 
 
-def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", adapter=None):
+def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", adapter=None,
+         rewards: bool = False):  # fmt: skip
     """Load a model for evaluation, generation or a notebook.
 
     Args:
@@ -37,6 +38,8 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         adds it in. Several with weights, "0.7*DIR,0.3*DIR", are their exact sum. A dict of such by
         names has them side by side: `adapters.choose` gives each row of a batch one, and
         `decode.slots.Engine` each request.
+      rewards: also read a reward model of others (`LlamaForSequenceClassification` with one label),
+        which has no output; its vector is params["reward"]["head_D"].
 
     Returns:
       (model, params): `model.apply({"params": params}, tokens_BT).logits_BTV`;
@@ -62,7 +65,7 @@ def load(path, dtype: str | None = "float32", mesh=None, quantize: str = "", ada
         if kinds and quantize not in ("", held):
             raise UserError(f"{path}: holds {held} weights: leave quantize={quantize!r} out")
     else:
-        weights = open_weights(path)
+        weights = open_weights(path, rewards)
         config = weights.config
         params = placing.place(weights, mesh, dtype, each=each)
         weights.warn_of_nonfinite(path)
@@ -124,12 +127,25 @@ def _lay_on(adapter: peft.Adapter, config: schema.ModelConfig, params, mesh, own
     return adapter.config, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def open_weights(path) -> Weights:
+def open_weights(path, rewards: bool = False) -> Weights:
     """Open what others wrote: a Hugging Face or Meta directory, or a GGUF file.
+
+    Args:
+      rewards: whether it may be a reward model.
 
     Raises:
       UserError: nothing there can be read, or it is damaged.
     """
+    weights = _open(path)
+    if weights.rewards and not rewards:
+        raise UserError(
+            f"{path}: is a reward model, which scores texts and writes none: measure it with "
+            "puna eval --config=reward, or train it on with --config=reward --init_from"
+        )
+    return weights
+
+
+def _open(path) -> Weights:
     if isinstance(path, str | os.PathLike) and paths.in_bucket(path):
         raise UserError(
             f"{path} is no run of puna with a finished checkpoint, and what others wrote is read "
@@ -155,7 +171,7 @@ def open_weights(path) -> Weights:
     if safetensors_files.is_whole(path, safetensors_files.BIN):
         return safetensors_files.open_directory(path)
     if len(ggufs) == 1:
-        return open_weights(ggufs[0])
+        return _open(ggufs[0])
     if len(ggufs) > 1:
         raise UserError(f"{path}: holds {len(ggufs)} GGUF files: give one of them, as {ggufs[0]}")
     if (path / "config.json").exists():

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..parallel import sharding
 from ..transformer import abstract_params
-from .huggingface import Leaf, Source
+from .huggingface import REWARD, Leaf, Source
 from .tensors import Weights
 
 # What is read from a file in one go.
@@ -38,13 +38,15 @@ def place(weights: Weights, mesh, dtype=None, title: str = "loading", each=None)
         what it returns takes the parameter's place.
 
     Returns:
-      The nested dict that `Transformer.apply` takes.
+      The nested dict that `Transformer.apply` takes; of a reward model with its vector.
     """
     boxed = abstract_params(weights.config)
     leaves = jax.tree.leaves_with_path(sharding.shardings(boxed, mesh))
     where = {sharding.path_name(path): place for path, place in leaves}
-    assert where.keys() == weights.table.keys(), where.keys() ^ weights.table.keys()
     names = sharding.names(boxed)
+    if weights.rewards:
+        where[REWARD], names[REWARD] = sharding.replicated(mesh), ("norm",)
+    assert where.keys() == weights.table.keys(), where.keys() ^ weights.table.keys()
     dtypes = {
         path: np.dtype(dtype) if dtype else weights.dtype(leaf)
         for path, leaf in weights.table.items()

@@ -99,6 +99,10 @@ def open_directory(path: pathlib.Path) -> Weights:
     check_depth(path, model, tensors)
     ignored = {name for name in tensors if _ROPE.fullmatch(name)}
     head, embedding = prefix + "lm_head.weight", prefix + "model.embed_tokens.weight"
+    rewards = "score.weight" in tensors and head not in tensors
+    if rewards:
+        # Nothing is said of an output, which it lacks: the model is one without a table of its own.
+        model = dataclasses.replace(model, tie_embeddings=True)
     if not model.tie_embeddings and embedding in tensors and head not in tensors:
         raise UserError(
             f"{path}: tensor {head} is missing; where it is the embedding, config.json must say "
@@ -117,6 +121,8 @@ def open_directory(path: pathlib.Path) -> Weights:
             )
             model = dataclasses.replace(model, tie_embeddings=False)
     table = huggingface.leaves(model, prefix, kind) | vision_table.leaves(model)
+    if rewards:
+        table[huggingface.REWARD] = huggingface.reward_leaf(model)
     check(path, table, tensors, ignored)
     return Weights(model, table, tensors, licences.origin_of(path, values))
 

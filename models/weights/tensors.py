@@ -17,7 +17,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
-from .huggingface import Leaf, Source
+from .huggingface import REWARD, Leaf, Source
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _CAST_BYTES = 8 * 2**20
@@ -123,6 +123,11 @@ class Weights:
     origin: dict[str, Any]
     nonfinite: set[str] = dataclasses.field(default_factory=set)
     to: np.dtype | None = None
+
+    @property
+    def rewards(self) -> bool:
+        """Whether it is a reward model: it has a vector that gives rewards, and no output."""
+        return REWARD in self.table
 
     def read(self, source: Source, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """One layer's leaf, or a slice of it, in the dtype of the file or that of `to`.

@@ -12,11 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ...configs import storage
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...models.parallel import sharding
 from ...models.parallel.sharding import Param
 from ...models.weights import run
+from ...models.weights.load import load as load_weights
 from ..data.pairs import PairTransform
 from . import Loss, Objective
 from .preference import abstract_pairs, means, pairs_of_rows, per_text
@@ -111,12 +113,21 @@ def rewards(model, params, batch):
 
 
 def load(path, dtype: str = "float32", mesh=None):
-    """The model and the parameters of a run of this objective, its vector as `reward` among them.
+    """The model and the parameters of a reward model, its vector as `reward` among them.
+
+    Args:
+      path: a run of this objective, or a directory of Hugging Face with one label
+        (`LlamaForSequenceClassification`).
 
     Raises:
-      UserError: it is no such run.
+      UserError: it is neither.
     """
     mesh = sharding.make_mesh(Config().mesh) if mesh is None else mesh
+    if not run.is_run(storage.anywhere(path, "path")):
+        model, params = load_weights(path, dtype, mesh, rewards=True)
+        if "reward" not in params:
+            raise UserError(f"{path}: is no reward model: it has no score.weight")
+        return model, params
     folder = run.find(path)
     config = run.read_config(folder)
     if config.train.objective != "reward":

@@ -2,13 +2,14 @@
 
 import functools
 import json
+import shutil
 
 import autograd
 import autograd.numpy as anp
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import puna
 from puna.configs.errors import UserError
@@ -190,6 +191,45 @@ def test_adapters_and_the_vector_train_together(config, tmp_path, cut):
     for to in ("gguf", "peft"):
         with pytest.raises(UserError, match="is a reward model, which is written with --to=hf"):
             convert(tmp_path / "whole", tmp_path / "none", to=to)
+
+
+@pytest.mark.slow
+def test_a_release_scores_and_trains_on_as_its_run_does(config, tmp_path):
+    found = puna.get_config("reward")
+    found.model.update(config.model)
+    found.data.update(train=write(tmp_path / "a.jsonl", 40),
+                      validation=write(tmp_path / "b.jsonl", 10, 40), seq_len=64)  # fmt: skip
+    found.optimizer.update(learning_rate=3e-3, warmup_steps=1)
+    found.train.update(steps=8, batch_size=16, microbatches=2, save_every=8, eval_every=0)
+    train(found, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "release", name="scores")
+    whole, release = (puna.evaluate(found, tmp_path / name) for name in ("run", "release"))
+    for name in ("loss", "reward_accuracy", "reward_margin", "reward_chosen", "pairs"):
+        assert release[name] == pytest.approx(whole[name], rel=1e-5), name
+    (_, ours), (model, theirs) = (reward.load(tmp_path / name) for name in ("run", "release"))
+    assert np.array_equal(ours["reward"]["head_D"], theirs["reward"]["head_D"])
+    assert model.config.tie_embeddings and "unembed" not in theirs
+    firsts = []
+    for name in ("run", "release"):
+        found.train.update(init_from=str(tmp_path / name), steps=2, save_every=2)
+        train(found, tmp_path / f"more-{name}")
+        line = (tmp_path / f"more-{name}" / "metrics.jsonl").read_text().splitlines()[0]
+        firsts.append(json.loads(line)["loss"])
+    assert firsts[0] < 0.9 * np.log(2)
+    assert firsts[1] == pytest.approx(firsts[0], rel=1e-5)
+    for ask in (puna.load, lambda path: convert(path, tmp_path / "x", to="puna")):
+        with pytest.raises(UserError, match="release: is a reward model, which scores texts and"):
+            ask(tmp_path / "release")
+    with pytest.raises(UserError, match="is no reward model: train.objective=multi_token"):
+        config.train.update(objective="multi_token", steps=2, save_every=2, eval_every=0)
+        train(config, tmp_path / "base")
+        reward.load(tmp_path / "base")
+    shutil.copytree(tmp_path / "release", tmp_path / "labels")
+    tensors = load_file(tmp_path / "release" / "model.safetensors")
+    tensors["score.weight"] = np.ones((2, 16), np.float32)
+    save_file(tensors, tmp_path / "labels" / "model.safetensors")
+    with pytest.raises(UserError, match=r"score.weight has shape \(2, 16\)"):
+        reward.load(tmp_path / "labels")
 
 
 @pytest.mark.slow
