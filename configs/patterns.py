@@ -1,4 +1,4 @@
-"""Comma-separated lists in a key: names, and regular expressions that pick parameters by paths."""
+"""Comma-separated lists in a key: names, numbers, and patterns of parameters' paths."""
 
 import difflib
 import re
@@ -21,6 +21,17 @@ def are_names(text: str) -> bool:
 def are_options(text: str) -> bool:
     """Whether a text is empty or a list of `auto` and NAME=VALUE."""
     return all(x == "auto" or re.fullmatch(r"\w+\s*=\s*\S+", x) for x in names(text))
+
+
+def are_rising(text: str) -> bool:
+    """Whether a text is empty or a list of numbers, each larger than the one before."""
+    if not text:
+        return True
+    found = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 9 for part in found):
+        return False
+    numbers = list(map(int, found))
+    return numbers == sorted(set(numbers))
 
 
 def matching(key: str, text: str, paths: Sequence[str]) -> list[str]:

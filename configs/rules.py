@@ -63,7 +63,9 @@ def check_model(m) -> None:
     if m.mlp_bias and m.moe_interval:
         raise ConfigError("model.mlp_bias=True must be False where model.moe_interval is set: "
                           "experts have no biases")  # fmt: skip
-    if m.vision.num_layers:
+    if m.cross.interval:
+        _check_cross(m)
+    elif m.vision.num_layers:
         v = m.vision
         _multiple("model.vision.embed_dim", v.embed_dim, "model.vision.num_heads", v.num_heads)
         if v.embed_dim // v.num_heads % 4:
@@ -87,8 +89,58 @@ def check_model(m) -> None:
 
 
 def _below_vocab(name, value, m):
-    if value >= m.vocab_size:
-        raise ConfigError(f"{name}={value} must be below model.vocab_size={m.vocab_size}")
+    if value >= m.embedding_rows:
+        more = f" + model.vision.extra_rows={m.vision.extra_rows}" if m.vision.extra_rows else ""
+        raise ConfigError(f"{name}={value} must be below model.vocab_size={m.vocab_size}{more}")
+
+
+# Of an image whose tiles are read together: the tables have an entry for each grid of them.
+MOST_TILES = 64
+
+
+def _check_cross(m):
+    """Of layers that attend to images, and of their tower."""
+    x, v = m.cross, m.vision
+    if v.max_tiles > MOST_TILES:
+        raise ConfigError(
+            f"model.vision.max_tiles={v.max_tiles} must be at most {MOST_TILES} where "
+            f"model.cross.interval={x.interval}"
+        )
+    for name, value in (("interval", x.interval), ("first", x.first + 1)):
+        if value > m.num_layers:
+            raise ConfigError(
+                f"model.cross.{name}={getattr(x, name)} is beyond model.num_layers={m.num_layers}"
+            )
+    if x.first >= x.interval:
+        raise ConfigError(
+            f"model.cross.first={x.first} must be below model.cross.interval={x.interval}"
+        )
+    for name in ("num_layers", "global_layers"):
+        if not getattr(v, name):
+            raise ConfigError(
+                f"model.vision.{name}=0 must be at least 1 where "
+                f"model.cross.interval={x.interval}: there would be nothing to attend to"
+            )
+    if x.interval == 1:
+        raise ConfigError("model.cross.interval=1 must be at least 2: no layer would read the text")
+    for name, plain in (
+        ("moe_interval", 0), ("tie_embeddings", False), ("attention_bias", "none"),
+        ("mlp_bias", False),
+    ):  # fmt: skip
+        if getattr(m, name) != plain:
+            raise ConfigError(
+                f"model.{name}={getattr(m, name)} must be {plain} where "
+                f"model.cross.interval={x.interval}: no Llama has both"
+            )
+    _multiple("model.vision.embed_dim", v.embed_dim, "model.vision.num_heads", v.num_heads)
+    _multiple("model.vision.image_size", v.image_size, "model.vision.patch_size", v.patch_size)
+    last = v.intermediate_layers.rpartition(",")[2]
+    if last and int(last) >= v.num_layers:
+        raise ConfigError(
+            f"model.vision.intermediate_layers={v.intermediate_layers} must be below "
+            f"model.vision.num_layers={v.num_layers}"
+        )
+    _below_vocab("model.vision.token_id", v.token_id, m)
 
 
 def _check_experts(m):
@@ -131,6 +183,8 @@ def check(c) -> None:
             f"data.tokenizer_vocab={c.data.tokenizer_vocab} must be at most "
             f"model.vocab_size={c.model.vocab_size}"
         )
+    if c.model.cross.interval:
+        _multiple("data.images", c.data.images, "model.vision.max_tiles", c.model.vision.max_tiles)
     for key, encoder, section in (
         ("images", c.model.vision, "vision"), ("clips", c.model.audio, "audio"),
     ):  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 from . import paths
 from .errors import ConfigError
 from .fields import Only, checked, key, section, shown
-from .patterns import are_names, are_options
+from .patterns import are_names, are_options, are_rising
 from .rules import Rule, at_least, between, check, check_model, more_than, one_of
 
 POSITIVE = at_least(1)
@@ -23,6 +23,7 @@ EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
 NOT_EMPTY = Rule("not be empty", lambda v: bool(v.strip()))
 NAMES = Rule("be different names, comma separated", are_names)
 OPTIONS = Rule("be auto, NAME=VALUE, ..., or empty", are_options)
+RISING = Rule("be rising numbers, comma separated", are_rising)
 BELOW_HALF = Rule("be at least 0 and below 0.5", lambda v: 0 <= v < 0.5)
 _COPIED = (
     "a path of this machine: copy there first what a URL names (a model of the Hugging Face Hub by "
@@ -43,12 +44,13 @@ WSD = Only("optimizer.schedule", ("wsd",))
 DECAYING = Only("optimizer.schedule", ("cosine", "linear", "wsd"))
 ADAPTED = Only("adapter.rank")
 STARTED = Only("train.init_from")
+CROSS = Only("model.cross.interval")
 ADAM = Only("optimizer.name", ("adamw", "muon"))  # Adafactor has decays of its own
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """The image encoder of Llama 4; `num_layers=0` leaves it out."""
+    """The image encoder of Llama 4 or, with `model.cross`, 3.2; `num_layers=0` leaves it out."""
 
     num_layers: int = key(0, "layers of the encoder; 0 = text only", at_least(0))
     embed_dim: int = key(1408, "width of the encoder", POSITIVE)
@@ -58,7 +60,27 @@ class VisionConfig:
     patch_size: int = key(14, "side of a square patch, pixels", POSITIVE)
     adapter_dim: int = key(4096, "width of the adapter after the pixel shuffle", POSITIVE)
     max_tiles: int = key(16, "most tiles an image is cut into, the global tile apart", POSITIVE)
-    token_id: int = key(200092, "id of the token that a patch embedding replaces", at_least(0))
+    token_id: int = key(
+        200092, "id of the token that a patch embedding replaces, or of an image", at_least(0)
+    )
+    global_layers: int = key(0, "gated layers after those, at least 1", at_least(0), CROSS)
+    intermediate_layers: str = key(
+        "", "layers whose inputs are features too, counted from 0, comma separated", RISING, CROSS
+    )
+    extra_rows: int = key(0, "rows of the embedding after vocab_size, never predicted",
+                          at_least(0), CROSS)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossConfig:
+    """Layers that attend to images and not to the text (Llama 3.2 Vision); `interval=0`: none."""
+
+    interval: int = key(0, "every n-th layer attends to images; 0 = none", at_least(0))
+    first: int = key(0, "the first of these layers, counted from 0", at_least(0), CROSS)
+    imageless: bool = key(
+        False, "a token that sees no image attends to all of its row, as in transformers", None,
+        CROSS,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,18 +153,30 @@ class ModelConfig:
                                      at_least(0))  # fmt: skip
 
     vision: VisionConfig = section(VisionConfig)
+    cross: CrossConfig = section(CrossConfig)
     audio: AudioConfig = section(AudioConfig)
 
     @property
     def period(self) -> int:
-        """Layers after which the pattern of NoPE and MoE layers repeats: one scan body."""
-        return math.lcm(self.nope_interval or 1, self.moe_interval or 1)
+        """Layers after which the pattern of unlike layers repeats: one scan body."""
+        return math.lcm(
+            self.nope_interval or 1, self.moe_interval or 1, self.cross.interval or 1
+        )  # fmt: skip
+
+    @property
+    def embedding_rows(self) -> int:
+        """Ids that the model reads; it predicts the first `vocab_size` of them."""
+        return self.vocab_size + self.vision.extra_rows
 
     def uses_rope(self, layer: int) -> bool:
         return not self.nope_interval or (layer + 1) % self.nope_interval != 0
 
     def is_moe(self, layer: int) -> bool:
         return bool(self.moe_interval) and (layer + 1) % self.moe_interval == 0
+
+    def is_cross(self, layer: int) -> bool:
+        interval = self.cross.interval
+        return bool(interval) and layer % interval == self.cross.first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,17 +337,10 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How much of the validation data is measured, and tasks that a run is asked as it trains."""
+    """How much of the validation data is measured at a time and in all."""
 
     batch_size: int = key(16, "rows of a batch", POSITIVE)
     max_rows: int = key(0, "rows evaluated; 0 = the whole split", at_least(0))
-    tasks: str = key("", "packaged tasks, and TOML or JSON files of tasks, comma separated", NAMES)
-    tasks_every: int = key(
-        0, "steps between the tasks; 0 = only at the end", at_least(0), Only("eval.tasks")
-    )
-    tasks_limit: int = key(0, "documents of each task; 0 = all", at_least(0), Only("eval.tasks"))
-    tasks_dir: str = key("", "what relative paths of tasks are relative to; empty = their file's "
-                         "folder", LOCAL, Only("eval.tasks"))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

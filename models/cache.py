@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from ..configs.schema import ModelConfig
 from . import bits
+from .fusion import features_per_image
 from .masks import Tokens
 from .parallel import sharding
 
@@ -163,20 +164,83 @@ def _taker(k, v, *layer):
     return take
 
 
+class ImageCache(flax.struct.PyTreeNode):
+    """Keys and values of a row's images in one layer that attends to them, or in a stack of such.
+
+    As in `LayerCache`; they are written once, by the call that has the images.
+    """
+
+    k_BUKH: jax.Array | Bytes
+    v_BUKH: jax.Array | Bytes
+    layer: jax.Array | None = None
+
+    def write(self, k_BUKH, v_BUKH):
+        """The cache with these in it, in place where the buffers may be used again."""
+        old = (self.k_BUKH, self.v_BUKH)
+        new = (_pack(k_BUKH, self.k_BUKH), _pack(v_BUKH, self.v_BUKH))
+        k, v = jax.tree.map(lambda x, n: x.at[(*self._index(), ...)].set(n), old, new)
+        return self.replace(k_BUKH=k, v_BUKH=v)
+
+    def part(self, tokens: Tokens):
+        """What `blockwise.attend_parts` takes, by the `Tokens` of the features."""
+        return tokens, _taker(self.k_BUKH, self.v_BUKH, *self._index())
+
+    def _index(self):
+        return () if self.layer is None else (self.layer,)
+
+    def specs(self):
+        """An `ImageCache` of the `PartitionSpec` of each array on the current mesh."""
+
+        def spec(x):
+            stack = (None,) * (x.ndim - 4)
+            return sharding.activation(x.shape, (*stack, "batch", None, "act_kv_heads", None))
+
+        k, v = jax.tree.map(spec, (self.k_BUKH, self.v_BUKH))
+        return ImageCache(k, v, None if self.layer is None else PartitionSpec())
+
+
+class Seen(flax.struct.PyTreeNode):
+    """What the tokens of each row so far say of its images, for `cross.look` at the next ones.
+
+    count_B: tokens of images. run_B: number of the first image of their latest run, counted from
+    1; 0 for none. open_B: whether the last token is of the run. runs_BM: the same for each image; 0
+    where its token is not read. valid_BU: features that exist.
+    """
+
+    count_B: jax.Array
+    run_B: jax.Array
+    open_B: jax.Array
+    runs_BM: jax.Array
+    valid_BU: jax.Array
+
+
+def nothing_seen(num_images: int, valid_BU) -> Seen:
+    """`Seen` of rows of which no token is read."""
+    zero_B = jnp.zeros(len(valid_BU), jnp.int32)
+    runs_BM = jnp.zeros((len(valid_BU), num_images), jnp.int32)
+    # Arrays of their own: a donated cache may hold each buffer once.
+    return Seen(zero_B, jnp.zeros_like(zero_B), zero_B != 0, runs_BM, valid_BU)
+
+
 class Cache(flax.struct.PyTreeNode):
-    """Caches of all layers and how many tokens each row has seen."""
+    """Caches of all layers, how many tokens each row has seen, and which images they name."""
 
     layers: dict
     lengths_B: jax.Array
+    seen: Seen | None = None
 
 
-def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype=None) -> Cache:
+def init_cache(
+    config: ModelConfig, batch_size: int, max_length: int, dtype=None, images: int = 0
+) -> Cache:
     """An empty cache for `batch_size` rows of at most `max_length` tokens.
 
     Args:
       dtype: one of `DTYPES`; the model's compute_dtype when left out.
+      images: most images of a row, where layers attend to those; 0 for a text alone.
     """
     dtype = jnp.dtype(dtype or config.compute_dtype).name
+    num_features = images * features_per_image(config.vision)
 
     def kept(shape):
         return (
@@ -184,6 +248,11 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype=None
         )
 
     def layer(index, *stack):
+        if config.is_cross(index):
+            if not images:
+                return None
+            shape = (*stack, batch_size, num_features, config.num_kv_heads, config.head_dim)
+            return ImageCache(kept(shape), kept(shape))
         chunk = config.chunk_size if config.uses_rope(index) else 0
         slots = min(chunk, max_length) if chunk else max_length
         shape = (*stack, batch_size, slots, config.num_kv_heads, config.head_dim)
@@ -196,4 +265,7 @@ def init_cache(config: ModelConfig, batch_size: int, max_length: int, dtype=None
         layers = {}
     if rest:
         layers["tail"] = {f"layer_{j}": layer(j) for j in range(rest)}
-    return Cache(layers, jnp.zeros((batch_size,), jnp.int32))
+    seen = None
+    if config.cross.interval and images:
+        seen = nothing_seen(images, jnp.zeros((batch_size, num_features), bool))
+    return Cache(layers, jnp.zeros((batch_size,), jnp.int32), seen)

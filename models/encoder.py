@@ -1,7 +1,8 @@
-"""The encoder of tiles and of sound: pre-LN layers with biases, GELU and full attention.
+"""The encoder of tiles and of sound: pre-LN layers with GELU and full attention.
 
 It is the encoder of Llama 4's vision tower (after ViT, arXiv 2010.11929), between a LayerNorm at
-each end; audio uses the same. Positions come in as RoPE angles, one set for every row.
+each end; audio uses the same. Positions come in as RoPE angles, one set for every row. The layers
+are those of Llama 3.2's tower too (`tiled_vision`), which has no RoPE and no biases in attention.
 """
 
 import jax
@@ -11,7 +12,7 @@ from flax import linen as nn
 from ..configs.schema import AudioConfig, ModelConfig, VisionConfig
 from . import rope
 from .kernels.blockwise import attend
-from .layers import add_bias, contract, normal, ones, param, zeros
+from .layers import add_bias, contract, gate, normal, ones, param, zeros
 from .masks import Tokens
 from .parallel.sharding import constrain
 from .remat import rematerialized
@@ -42,13 +43,18 @@ class LayerNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every token of a row attends to every token of it."""
+    """Every token of a row attends to every token of it that it sees.
+
+    Args of the call:
+      angles_1TJ: see `Encoder`; None leaves RoPE out, and the biases of the projections.
+      queries, keys: the same tokens as what attends and as what is attended to.
+    """
 
     config: ModelConfig
     sizes: VisionConfig | AudioConfig
 
     @nn.compact
-    def __call__(self, x_BTD, angles_1TJ, tokens: Tokens):
+    def __call__(self, x_BTD, angles_1TJ, queries: Tokens, keys: Tokens):
         c, D, N = self.config, self.sizes.embed_dim, self.sizes.num_heads
         H = D // N
         read, write = normal(D**-0.5), normal(_residual_std(self.sizes, D))
@@ -56,20 +62,31 @@ class SelfAttention(nn.Module):
         def project(name):
             w_DNH = param(self, f"w{name}_DNH", (D, N, H), ("embed", "heads", "head_dim"), read,
                           c.param_dtype)  # fmt: skip
-            # One dim, not two: optimizers take what has two for a matrix.
-            b_D = param(self, f"b{name}_D", (D,), ("heads",), zeros, c.param_dtype)
             x_BTNH = contract("BTD,DNH->BTNH", x_BTD, w_DNH, c.compute_dtype)
             x_BTNH = constrain(x_BTNH, "batch", None, "act_heads", None)
+            if angles_1TJ is None:
+                return x_BTNH
+            # One dim, not two: optimizers take what has two for a matrix.
+            b_D = param(self, f"b{name}_D", (D,), ("heads",), zeros, c.param_dtype)
             return add_bias(x_BTNH, b_D.reshape(N, H))
 
         q_BTNH, k_BTNH, v_BTNH = (project(name) for name in "qkv")
-        q_BTNH, k_BTNH = rope.rotate(q_BTNH, angles_1TJ), rope.rotate(k_BTNH, angles_1TJ)
-        a_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, tokens, tokens)
+        if angles_1TJ is not None:
+            q_BTNH, k_BTNH = rope.rotate(q_BTNH, angles_1TJ), rope.rotate(k_BTNH, angles_1TJ)
+        a_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, queries, keys)
         wo_NHD = param(self, "wo_NHD", (N, H, D), ("heads", "head_dim", "embed"), write,
                        c.param_dtype)  # fmt: skip
-        bo_D = param(self, "bo_D", (D,), ("norm",), zeros, c.param_dtype)
         y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
-        return add_bias(constrain(y_BTD, "batch", None, "act_embed"), bo_D)
+        y_BTD = constrain(y_BTD, "batch", None, "act_embed")
+        if angles_1TJ is None:
+            return y_BTD
+        bo_D = param(self, "bo_D", (D,), ("norm",), zeros, c.param_dtype)
+        return add_bias(y_BTD, bo_D)
+
+
+def half_open(key, shape, dtype):
+    """Initializer of the gates of encoders."""
+    return jnp.full(shape, jnp.pi / 4, dtype)
 
 
 class MLP(nn.Module):
@@ -93,18 +110,24 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and a residual connection."""
+    """Attention and MLP, each behind a norm and a residual connection, with a gate if `gated`."""
 
     config: ModelConfig
     sizes: VisionConfig | AudioConfig
+    gated: bool = False
 
     @nn.compact
-    def __call__(self, x_BTD, angles_1TJ, tokens):
+    def __call__(self, x_BTD, angles_1TJ, queries, keys):
         c, sizes = self.config, self.sizes
+
+        def gated(name, y_BTD):
+            return gate(self, f"{name}_gate_1", y_BTD, half_open, c) if self.gated else y_BTD
+
         h_BTD = LayerNorm(c, name="attention_norm")(x_BTD)
-        x_BTD += SelfAttention(c, sizes, name="attention")(h_BTD, angles_1TJ, tokens)
+        attention = SelfAttention(c, sizes, name="attention")
+        x_BTD += gated("attention", attention(h_BTD, angles_1TJ, queries, keys))
         h_BTD = LayerNorm(c, name="mlp_norm")(x_BTD)
-        return x_BTD + MLP(c, sizes, name="mlp")(h_BTD), None
+        return x_BTD + gated("mlp", MLP(c, sizes, name="mlp")(h_BTD)), None
 
 
 class Encoder(nn.Module):
@@ -129,11 +152,11 @@ class Encoder(nn.Module):
             rematerialized(EncoderLayer, self.config),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             length=self.sizes.num_layers,
             metadata_params={nn.meta.PARTITION_NAME: "encoder_layers"},
         )
-        x_BTD, _ = scan(self.config, self.sizes, name="blocks")(x_BTD, angles_1TJ, tokens)
+        x_BTD, _ = scan(self.config, self.sizes, name="blocks")(x_BTD, angles_1TJ, tokens, tokens)
         return LayerNorm(self.config, name="norm_out")(x_BTD)
 
 

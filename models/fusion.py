@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..configs.errors import UserError
+from ..configs.schema import VisionConfig
 
 
 class Features(flax.struct.PyTreeNode):
@@ -26,6 +27,14 @@ class Features(flax.struct.PyTreeNode):
         """
         rank_BU = jnp.cumsum(self.valid_BU, axis=1, dtype=jnp.int32)
         return self.replace(valid_BU=self.valid_BU & (rank_BU > jnp.asarray(count_B)[:, None]))
+
+
+def features_per_image(config: VisionConfig) -> int:
+    """Features of an image to attend to: patches and class token of as many tiles as it may have.
+
+    An image that is fused has as many as `vision.features_per_tile` says for each of its tiles.
+    """
+    return config.max_tiles * ((config.image_size // config.patch_size) ** 2 + 1)
 
 
 def fuse(x_BTD, tokens_BT, token_id: int, features: Features):

@@ -51,7 +51,7 @@ def ones(key, shape, dtype):
 
 
 def zeros(key, shape, dtype):
-    """Initializer of biases."""
+    """Initializer of biases, and of gates that begin closed."""
     return jnp.zeros(shape, dtype)
 
 
@@ -147,6 +147,12 @@ def rms_norm(x, scale, eps: float):
     return y.astype(x.dtype)
 
 
+def gate(module: nn.Module, name: str, y, init, config: ModelConfig):
+    """tanh(g) * y, with g a parameter of one number, in y's dtype."""
+    g_1 = param(module, name, (1,), ("norm",), init, config.param_dtype)
+    return (jnp.tanh(g_1.astype(jnp.float32)) * y.astype(jnp.float32)).astype(y.dtype)
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` with a learned scale."""
 
@@ -168,7 +174,7 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT):
         """Rows [B, T, D]; an id outside the vocabulary gives NaN, not a neighbour's row."""
         c = self.config
-        shape, std = (c.vocab_size, c.embed_dim), c.embed_dim**-0.5
+        shape, std = (c.embedding_rows, c.embed_dim), c.embed_dim**-0.5
         table_VD = param(self, "table_VD", shape, ("vocab", "embed"), normal(std), c.param_dtype)
         x_BTD = look_up(table_VD, jnp.asarray(tokens_BT), c.compute_dtype)
         return constrain(x_BTD, "batch", "length", "act_embed")

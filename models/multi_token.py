@@ -19,7 +19,10 @@ from .transformer import Layer
 
 
 class MultiToken(nn.Module):
-    """The states that logits of the token after the next come from; `layer` is of the last kind."""
+    """The states that logits of the token after the next come from.
+
+    `layer` is of the kind of the last that attends to the text.
+    """
 
     config: ModelConfig
 
@@ -49,8 +52,9 @@ class MultiToken(nn.Module):
             x_BTD = context.to_zigzag(x_BTD)
             tokens = Tokens(*map(context.to_zigzag, (positions_BT, segment_ids_BT)), zigzag)
         x_BTD = constrain(x_BTD, "batch", "residual_length", "act_embed")
-        layer = rematerialized(Layer, c)(c, c.num_layers - 1, name="layer")
-        x_BTD, _, sums = layer(x_BTD, tokens, None)
+        last = max(i for i in range(c.num_layers) if not c.is_cross(i))
+        layer = rematerialized(Layer, c)(c, last, name="layer")
+        x_BTD, _, sums = layer(x_BTD, tokens, None, None)
         if zigzag:
             x_BTD = context.from_zigzag(x_BTD)
         router = {} if sums is None else {"layer": router_stats(sums, c)}

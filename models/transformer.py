@@ -18,12 +18,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from ..configs.schema import ModelConfig
-from . import bits
+from . import bits, cross, tiled_vision, vision
 from .attention import Attention
 from .audio import Audio, AudioEncoder, no_audio
 from .cache import Cache
+from .cross import CrossAttention
 from .fusion import Features, fuse
-from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract
+from .layers import Embed, RMSNorm, SwiGLU, Unembed, contract, gate, zeros
 from .leaf import settle
 from .masks import Tokens, default_tokens
 from .moe import MoE, RouterSums, router_stats
@@ -31,7 +32,8 @@ from .parallel import context, pipeline, sharding
 from .parallel.sharding import constrain
 from .remat import rematerialized, stage_policy
 from .summary import Summary, summarize
-from .vision import Images, VisionEncoder, no_images
+from .tiled_vision import TiledImages
+from .vision import Images
 
 
 class States(flax.struct.PyTreeNode):
@@ -54,18 +56,26 @@ class Output(States):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm and a residual connection."""
+    """Attention and feed-forward, each behind a norm and a residual connection.
+
+    Of a layer that attends to images both have gates, and change no token that sees none.
+    """
 
     config: ModelConfig
     index: int
 
     @nn.compact
-    def __call__(self, x_BTD, tokens, cache):
-        c = self.config
+    def __call__(self, x_BTD, tokens, sight, cache):
+        c, cross = self.config, self.config.is_cross(self.index)
+        if cross and sight is None:  # nothing to see
+            return x_BTD, cache, None
         h_BTD = RMSNorm(c, name="attention_norm")(x_BTD)
         h_BTD = constrain(h_BTD, "batch", "length", "act_embed")
-        attention = Attention(c, c.uses_rope(self.index), name="attention")
-        a_BTD, cache = attention(h_BTD, tokens, cache)
+        if cross:
+            a_BTD, cache = CrossAttention(c, name="cross_attention")(h_BTD, sight, cache)
+        else:
+            attention = Attention(c, c.uses_rope(self.index), name="attention")
+            a_BTD, cache = attention(h_BTD, tokens, cache)
         x_BTD = x_BTD + a_BTD
         h_BTD = RMSNorm(c, name="mlp_norm")(x_BTD)
         h_BTD = constrain(h_BTD, "batch", "length", "act_embed")
@@ -73,6 +83,9 @@ class Layer(nn.Module):
             y_BTD, sums = MoE(c, name="moe")(h_BTD, tokens)
         else:
             y_BTD, sums = SwiGLU(c, c.mlp_dim, name="mlp")(h_BTD), None
+        if cross:
+            y_BTD = gate(self, "mlp_gate_1", y_BTD, zeros, c)
+            y_BTD = jnp.where(sight.sees_BT[..., None], y_BTD, 0)
         return x_BTD + y_BTD, cache, sums
 
 
@@ -83,15 +96,16 @@ class Block(nn.Module):
     num_layers: int
 
     @nn.compact
-    def __call__(self, carry, index, tokens):
+    def __call__(self, carry, index, tokens, sight):
         x_BTD, caches = carry
         # One layer at a time is computed again, not a whole period.
         layer = rematerialized(Layer, self.config)
         new, router = {}, {}
         for j in range(self.num_layers):
             name = f"layer_{j}"
-            cache = None if caches is None else caches[name].replace(layer=index)
-            x_BTD, cache, sums = layer(self.config, j, name=name)(x_BTD, tokens, cache)
+            cache = None if caches is None else caches[name]
+            cache = None if cache is None else cache.replace(layer=index)
+            x_BTD, cache, sums = layer(self.config, j, name=name)(x_BTD, tokens, sight, cache)
             new[name] = None if cache is None else cache.replace(layer=None)
             if sums is not None:
                 router[name] = sums
@@ -104,7 +118,7 @@ class Transformer(nn.Module):
     config: ModelConfig
 
     def __call__(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None,
-                 images: Images | Features | None = None,
+                 images: Images | TiledImages | Features | None = None,
                  audio: Audio | Features | None = None) -> Output:  # fmt: skip
         """Predict the token after each of `tokens_BT`.
 
@@ -115,7 +129,9 @@ class Transformer(nn.Module):
             left out. With a cache each row is one document and only 0 matters.
           cache: from `init_cache` or an earlier call; the new one is in the output.
           images: tiles, whose features take the place of the tokens `vision.token_id` of their row
-            in order, or those features from `vision.encode_images`.
+            in order, or those features from `vision.encode_images`. With `model.cross` those of
+            `tiled_vision`, one token an image; a cache keeps what layers need of them, so only
+            the first call has them.
           audio: likewise for `audio.token_id`.
         """
         states = self.states(tokens_BT, positions_BT, segment_ids_BT, cache, images, audio)
@@ -133,7 +149,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def states(self, tokens_BT, positions_BT=None, segment_ids_BT=None, cache=None,
-               images: Images | Features | None = None,
+               images: Images | TiledImages | Features | None = None,
                audio: Audio | Features | None = None) -> States:  # fmt: skip
         """All but the logits, with the arguments of `__call__`.
 
@@ -158,15 +174,23 @@ class Transformer(nn.Module):
             if not c.tie_embeddings:
                 Unembed(c, name="unembed")()
             if c.vision.num_layers and images is None:
-                images = no_images(c.vision, len(tokens_BT))
+                empty = tiled_vision.no_images if c.cross.interval else vision.no_images
+                images = empty(c.vision, len(tokens_BT))
             if c.audio.num_layers and audio is None:
                 audio = no_audio(c.audio, len(tokens_BT))
+        tower = tiled_vision.TileEncoder if c.cross.interval else vision.VisionEncoder
+        sight, seen = None, None if cache is None else cache.seen
         for name, encoder, token_id, media in (
-            ("vision", VisionEncoder, c.vision.token_id, images),
+            ("vision", tower, c.vision.token_id, images),
             ("audio", AudioEncoder, c.audio.token_id, audio),
         ):
-            if media is not None:
-                features = media if isinstance(media, Features) else encoder(c, name=name)(media)
+            features = media
+            if media is not None and not isinstance(media, Features):
+                features = encoder(c, name=name)(media)
+            if name == "vision" and c.cross.interval:
+                if features is not None or seen is not None:
+                    sight, seen = cross.look(c, tokens_BT, segments_BT, features, seen)
+            elif features is not None:
                 x_BTD = fuse(x_BTD, tokens_BT, token_id, features)
         if cache is None:
             # Attention to a cache looks tokens up by position; without one, order is of use.
@@ -174,12 +198,13 @@ class Transformer(nn.Module):
             tokens = jax.tree.map(context.to_zigzag, tokens).replace(
                 zigzag=context.devices(x_BTD.shape[1]) > 1
             )
+            sight = None if sight is None else cross.to_zigzag(sight)
         x_BTD = constrain(x_BTD, "batch", "residual_length", "act_embed")
         blocks, rest = divmod(c.num_layers, c.period)
         stages = sharding.parts("layers")
         if blocks and stages > 1 and cache is None and not self.is_initializing():
             x_BTD, router["blocks"] = pipeline.run(
-                self._block, self.variables["params"]["blocks"], x_BTD, tokens,
+                self._block, self.variables["params"]["blocks"], x_BTD, (tokens, sight),
                 c.pipeline_microbatches, stage_policy(c),
             )  # fmt: skip
         elif blocks:
@@ -187,34 +212,36 @@ class Transformer(nn.Module):
                 Block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast, nn.broadcast),
                 length=blocks,
                 metadata_params={nn.meta.PARTITION_NAME: "layers"},
             )
             index = None if cache is None else jnp.arange(blocks)
             (x_BTD, new["blocks"]), router["blocks"] = scan(c, c.period, name="blocks")(
-                (x_BTD, caches.get("blocks")), index, tokens
+                (x_BTD, caches.get("blocks")), index, tokens, sight
             )
         if rest:
             tail = Block(c, rest, name="tail")
-            (x_BTD, new["tail"]), router["tail"] = tail((x_BTD, caches.get("tail")), None, tokens)
+            (x_BTD, new["tail"]), router["tail"] = tail(
+                (x_BTD, caches.get("tail")), None, tokens, sight
+            )
 
         if tokens.zigzag:
             x_BTD = context.from_zigzag(x_BTD)
         hidden_BTD = RMSNorm(c, name="norm")(x_BTD)
         if cache is not None:
             lengths_B = cache.lengths_B + jnp.sum(segments_BT != 0, axis=1, dtype=jnp.int32)
-            cache = Cache(new, lengths_B)
+            cache = Cache(new, lengths_B, seen)
         router = jax.tree.map(
             lambda sums: router_stats(sums, c), router, is_leaf=lambda x: isinstance(x, RouterSums)
         )
         return States(hidden_BTD, cache, router)
 
-    def _block(self, params, x_BTD, tokens):
+    def _block(self, params, x_BTD, inputs):
         """One block on its own, for the pipeline, which has a policy for whole ticks."""
         config = dataclasses.replace(self.config, remat="none")
         block = Block(config, config.period, parent=None)
-        (x_BTD, _), sums = block.apply({"params": params}, (x_BTD, None), None, tokens)
+        (x_BTD, _), sums = block.apply({"params": params}, (x_BTD, None), None, *inputs)
         return x_BTD, sums
 
 

@@ -22,7 +22,8 @@ from .layers import contract, normal, param
 from .parallel.sharding import constrain
 
 _ROPE_THETA = 10000.0
-_COLOURS = 3
+# Of a pixel.
+COLOURS = 3
 
 
 class Images(flax.struct.PyTreeNode):
@@ -43,7 +44,7 @@ def features_per_tile(config: VisionConfig) -> int:
 
 def no_images(config: VisionConfig, batch_size: int) -> Images:
     """`Images` of one tile a row, none of which is there."""
-    shape = (batch_size, 1, config.image_size, config.image_size, _COLOURS)
+    shape = (batch_size, 1, config.image_size, config.image_size, COLOURS)
     return Images(jnp.zeros(shape, jnp.float32), jnp.zeros(batch_size, jnp.int32))
 
 
@@ -59,7 +60,7 @@ def batch_images(config: VisionConfig, rows: Sequence[Sequence], max_tiles: int 
     Raises:
       UserError: tiles of another shape, or more than `max_tiles` in a row.
     """
-    shape = (config.image_size, config.image_size, _COLOURS)
+    shape = (config.image_size, config.image_size, COLOURS)
     for r, row in enumerate(rows):
         for tiles in row:
             if np.ndim(tiles) != 4 or np.shape(tiles)[1:] != shape:
@@ -162,7 +163,7 @@ class VisionEncoder(nn.Module):
         B, num_tiles, *shape = images.tiles_BIYXC.shape
         _check_tiles(v, tuple(shape))
         D, P = v.embed_dim, (v.image_size // v.patch_size) ** 2
-        W = _COLOURS * v.patch_size**2
+        W = COLOURS * v.patch_size**2
 
         valid_BI = jnp.arange(num_tiles) < jnp.asarray(images.num_tiles_B)[:, None]
         # A gradient of zero would not stop a NaN in what fills up a row.
@@ -199,7 +200,7 @@ class VisionEncoder(nn.Module):
 def _check_tiles(v: VisionConfig, shape):
     if not v.num_layers:
         raise UserError("model.vision.num_layers=0: a model without vision takes no images")
-    wanted = (v.image_size, v.image_size, _COLOURS)
+    wanted = (v.image_size, v.image_size, COLOURS)
     if shape != wanted:
         raise UserError(f"tiles of shape {shape} must be of shape {wanted}, see "
                         f"model.vision.image_size={v.image_size}")  # fmt: skip

@@ -21,7 +21,7 @@ MAX_KEYS, MAX_KEYS_OF_A_SECTION = 160, 40
 MAX_LINES_WITHOUT_A_TEST_FILE = 60
 # What is tested through the module that uses it, and where: parts of one thing seen from outside.
 TESTED_WITH = {
-    "configs/test_published_sizes.py": ["configs/llama4.py"],
+    "configs/test_published_sizes.py": ["configs/llama3.py", "configs/llama4.py"],
     "configs/test_schema.py": ["configs/fields.py", "configs/rules.py"],
     "eval/judging/test_judge.py": ["eval/judging/sandbox.py"],
     "eval/tasks/test_definition.py": [
@@ -31,6 +31,7 @@ TESTED_WITH = {
     "eval/test_harness.py": ["eval/harness_model.py"],
     "eval/test_several.py": ["eval/command.py"],
     "test_commands.py": ["configs/command_line.py"],
+    "train/objectives/test_multi_token.py": ["models/multi_token.py"],
     "models/decode/server/test_app.py": [
         "models/decode/server/answer.py", "models/decode/server/openapi.py",
         "models/decode/server/page.py", "models/decode/server/prepare.py",
@@ -42,6 +43,9 @@ TESTED_WITH = {
         "models/release/card.py", "models/release/source.py", "models/weights/licences.py",
     ],
     "models/test_quantize.py": ["models/leaf.py"],
+    "models/test_cross.py": [
+        "models/tiled_vision.py", "models/weights/tiled_vision_table.py",
+    ],
     "models/test_vision.py": ["models/encoder.py", "models/weights/vision_table.py"],
     "models/text/test_files.py": ["models/text/gguf.py"],
     "models/text/test_template.py": ["models/text/sandbox.py"],

@@ -106,6 +106,12 @@ def _with_new_rows(config: Config) -> Config:
     mesh that splits the old vocabulary splits the new one.
     """
     model, new = config.model, patterns.names(config.data.new_tokens)
+    if model.vision.extra_rows:
+        raise ConfigError(
+            f"data.new_tokens={config.data.new_tokens} must be left out where "
+            f"model.vision.extra_rows={model.vision.extra_rows}: the rows after the vocabulary "
+            "have ids of their own"
+        )
     size = _known_tokens(config) + len(new)
     step = math.gcd(model.vocab_size, 64)
     size = max(model.vocab_size, -(-size // step) * step)

@@ -21,7 +21,10 @@ from .resilience.goodput import KINDS, Ledger
 
 
 def active_params(config: ModelConfig) -> int:
-    """Parameters that multiply a token: all but the embedding rows and the experts not chosen."""
+    """Parameters that multiply a token: all but the embedding rows and the experts not chosen.
+
+    Encoders and layers that attend to images, which text passes by, are left out.
+    """
     total = 0
     for path, p in jax.tree.leaves_with_path(
         abstract_params(config), is_leaf=lambda x: hasattr(x, "names")
@@ -31,9 +34,15 @@ def active_params(config: ModelConfig) -> int:
             size = size * config.experts_per_token // config.num_experts
         if path[0].key == "embed" and not config.tie_embeddings:
             continue
-        if path[0].key not in ("vision", "audio"):
+        if path[0].key not in ("vision", "audio") and not of_cross_layer(config, path):
             total += size
     return total
+
+
+def of_cross_layer(config: ModelConfig, path) -> bool:
+    """Whether the parameter at a path belongs to a layer that attends to images."""
+    layer = str(getattr(path[1], "key", "")) if len(path) > 1 else ""
+    return layer.startswith("layer_") and config.is_cross(int(layer.removeprefix("layer_")))
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -41,10 +50,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     6 a parameter, and attention's two matmuls 12 N H for each key seen (PaLM, arXiv 2204.02311,
     appendix B), with the causal half counted as half: a token sees T/2 keys on average, and half
-    a chunk in a layer with chunks.
+    a chunk in a layer with chunks. Of a text: images, and layers that attend to them, are left out.
     """
     keys = 0.0
-    for layer in range(config.num_layers):
+    for layer in filter(lambda i: not config.is_cross(i), range(config.num_layers)):
         chunked = config.chunk_size and config.uses_rope(layer)
         keys += min(seq_len, config.chunk_size if chunked else seq_len) / 2
     attention = 12 * config.num_heads * config.head_dim * keys

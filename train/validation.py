@@ -66,7 +66,7 @@ class HeldOut:
 
         with jax.set_mesh(self.mesh):
             for batch in _ahead(self._batches()):
-                _check_ids(batch, model.config.vocab_size)
+                _check_ids(batch, model.config.embedding_rows)
                 device = sharding.put_batch(self.mesh, batch, self.local, self.batch_size)
                 pending.append(_row_sums(self.objective, model, params, frozen, device))
                 if len(pending) > _IN_FLIGHT:
@@ -96,12 +96,12 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _check_ids(batch: Batch, vocab_size: int) -> None:
+def _check_ids(batch: Batch, num_ids: int) -> None:
     """Outside the vocabulary there is no embedding: the loss would be NaN."""
     largest = max(int(x.max()) for name, x in batch.items() if name.startswith(("tok", "targ")))
-    if largest >= vocab_size:
+    if largest >= num_ids:
         raise UserError(
-            f"the tokenizer gives id {largest} and the model has ids 0..{vocab_size - 1}: it is "
+            f"the tokenizer gives id {largest} and the model has ids 0..{num_ids - 1}: it is "
             "that of another model"
         )
 

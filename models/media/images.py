@@ -1,7 +1,7 @@
-"""Pictures to tiles and tokens, the way Llama 4 was trained; host code, no JAX.
+"""Pictures to tiles and tokens, the way Llama 4 and 3.2 were trained; host code, no JAX.
 
-A picture is fitted into a canvas of whole tiles, cut into them, and followed by a view of the
-whole squeezed into one tile. Pictures are turned as their EXIF orientation says, transparency
+A picture is fitted into a canvas of whole tiles and cut into them; for Llama 4 a view of the whole,
+squeezed into one tile, follows. Pictures are turned as their EXIF orientation says, transparency
 is laid over white, of an animation the first frame counts, and 16-bit greys are scaled to 8.
 Resizing is Pillow's bilinear filter, values are exact in float32; the reference rounds to bfloat16.
 """
@@ -17,6 +17,10 @@ import numpy as np
 
 from ...configs.errors import UserError
 from ...configs.schema import VisionConfig
+
+# Of the colours, in units of their range: those of CLIP, in the files of Llama 3.2.
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ImageIds(NamedTuple):
@@ -64,6 +68,11 @@ def image_tokens(config: VisionConfig, grid: tuple[int, int], ids: ImageIds) -> 
     return out + [ids.image, *tile, ids.image_end]
 
 
+def grids(max_tiles: int) -> list[tuple[int, int]]:
+    """Rows and columns of the grids of at most so many tiles, in the order of Llama 3.2's."""
+    return [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
+
+
 def best_grid(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int, int]:
     """Choose the rows and columns of tiles for a picture of (height, width).
 
@@ -80,8 +89,7 @@ def best_grid(size: tuple[int, int], side: int, max_tiles: int) -> tuple[int, in
         enlarges = scale * side >= height * width
         return (not enlarges, scale if enlarges else -scale, rows * columns)
 
-    grids = [(r, c) for r in range(1, max_tiles + 1) for c in range(1, max_tiles // r + 1)]
-    return min(grids, key=cost)
+    return min(grids(max_tiles), key=cost)
 
 
 def fitted_size(size: tuple[int, int], grid: tuple[int, int], side: int) -> tuple[int, int]:
@@ -114,17 +122,42 @@ def tile_image(config: VisionConfig, image) -> tuple[np.ndarray, tuple[int, int]
     Raises:
       UserError: a file that is missing, broken, too large, or no picture.
     """
-    picture = read_image(image)
-    side = config.image_size
-    size = picture.height, picture.width
+    picture, side = read_image(image), config.image_size
+    tiles, grid = _cut(config, picture)
+    if len(tiles) > 1:
+        tiles = np.concatenate([tiles, _resized(picture, side, side)[None]])
+    return (tiles / np.float32(127.5) - np.float32(1)).astype(np.float32), grid
+
+
+def tile_together(config: VisionConfig, image) -> tuple[np.ndarray, int]:
+    """Cut a picture into tiles for Llama 3.2's tower, which reads them together.
+
+    Args:
+      config, image: see `tile_image`.
+
+    Returns:
+      float32 tiles [max_tiles, side, side, 3], normalised with CLIP's mean and deviation after the
+      canvas was filled up with black, and 0 where there is no tile; and the number of their grid
+      among `grids`, counted from 1.
+
+    Raises:
+      UserError: see `tile_image`.
+    """
+    tiles, grid = _cut(config, read_image(image))
+    out = np.zeros((config.max_tiles, *tiles.shape[1:]), np.float32)
+    out[: len(tiles)] = (tiles / np.float32(255) - np.float32(_MEAN)) / np.float32(_STD)
+    return out, grids(config.max_tiles).index(grid) + 1
+
+
+def _cut(config, picture):
+    """A picture in its canvas, as tiles [n, side, side, 3] of bytes, and the grid of these."""
+    side, size = config.image_size, (picture.height, picture.width)
     rows, columns = best_grid(size, side, config.max_tiles)
     height, width = fitted_size(size, (rows, columns), side)
     canvas = np.zeros((rows * side, columns * side, 3), np.uint8)
     canvas[:height, :width] = _resized(picture, width, height)
     tiles = canvas.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-    if rows * columns > 1:
-        tiles = np.concatenate([tiles, _resized(picture, side, side)[None]])
-    return (tiles / np.float32(127.5) - np.float32(1)).astype(np.float32), (rows, columns)
+    return tiles, (rows, columns)
 
 
 def _resized(picture, width, height):

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from ..masks import Tokens
 from . import sharding
 
 AXIS = "pipeline"
@@ -31,11 +30,12 @@ def microbatches(batch_size: int, wanted: int) -> int:
     return math.gcd(rows, wanted or sharding.parts("layers"))
 
 
-def run(block, params, x_BTD, tokens: Tokens, wanted: int, policy):
+def run(block, params, x_BTD, tokens, wanted: int, policy):
     """Send a batch through all blocks.
 
     Args:
       block: (parameters of one block, x_BTD, tokens) -> (x_BTD, sums over the tokens).
+      tokens: arrays [B, ...] beside x_BTD that every block reads, in any tree.
       params: of all blocks, with a leading dim that is split over the stages.
       wanted: microbatches asked for.
       policy: what a tick saves for the gradient, of `jax.checkpoint_policies`.

@@ -9,7 +9,7 @@ from typing import Any
 from ...configs.files import write_text
 from ...configs.schema import ModelConfig
 from ..weights import licences
-from ..weights.config import LLAMA4, family
+from ..weights.config import LLAMA4, MLLAMA, family
 
 # Licences that Hugging Face knows by the names used here; others go in as "other".
 _KNOWN = {*licences.LICENCES, "apache-2.0", "mit", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "bsd-3-clause"}  # fmt: skip  # noqa: E501
@@ -108,7 +108,7 @@ def _text(name, config, origin, facts) -> str:
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     found = {
-        "family": "Llama 4" if family(config) == LLAMA4 else "Llama 1-3",
+        "family": {LLAMA4: "Llama 4", MLLAMA: "Llama 3.2 Vision"}.get(family(config), "Llama 1-3"),
         "layers": config.num_layers,
         "width": config.embed_dim,
         "query / key-value heads": f"{config.num_heads} / {config.num_kv_heads}",

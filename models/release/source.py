@@ -12,7 +12,15 @@ from ...configs import schema
 from ...configs.errors import UserError
 from ..adapters import Adapted
 from ..leaf import dense
-from ..weights import adapter_sum, huggingface, licences, peft, run, vision_table
+from ..weights import (
+    adapter_sum,
+    huggingface,
+    licences,
+    peft,
+    run,
+    tiled_vision_table,
+    vision_table,
+)
 from ..weights import config as hf_config
 from ..weights.load import open_weights
 from ..weights.tensors import Weights, cast
@@ -160,9 +168,13 @@ def hf_table(config: schema.ModelConfig) -> tuple[dict[str, huggingface.Leaf], d
     """
     if not config.vision.num_layers:
         return huggingface.leaves(config), hf_config.to_hf(config)
+    if config.cross.interval:
+        config_json = tiled_vision_table.to_hf(config)
+        leaves = huggingface.leaves(config, "language_model.", hf_config.LLAMA)
+        return leaves | tiled_vision_table.leaves(config), config_json
     text = dataclasses.replace(config, vision=schema.VisionConfig())
     if hf_config.family(text) != hf_config.LLAMA4:
-        raise UserError("model.vision.num_layers must be 0: only Llama 4 has an image encoder")
+        raise UserError("model.vision.num_layers must be 0: only Llama 4 and 3.2 see images")
     text_json = hf_config.to_hf(text)
     del text_json["architectures"]
     config_json = {
@@ -184,7 +196,7 @@ def reward_table(config: schema.ModelConfig) -> tuple[dict[str, huggingface.Leaf
     table, config_json = hf_table(config)
     if hf_config.family(config) != hf_config.LLAMA:
         raise UserError(
-            "a reward model of Llama 4 cannot be written: transformers has none to score texts with"
+            "a reward model of this family cannot be written: transformers has none to score texts"
         )
     table.pop("unembed/table_DV", None)
     table[huggingface.REWARD] = huggingface.reward_leaf(config)

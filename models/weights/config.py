@@ -16,6 +16,7 @@ from . import keys, rope_keys
 
 LLAMA = "llama"
 LLAMA4 = "llama4_text"
+MLLAMA = "mllama_text_model"  # see `tiled_vision_table`
 # Other types whose network is Llama's, and where their defaults differ from those of `LlamaConfig`.
 _NEIGHBOURS: dict[str, dict[str, Any]] = {
     "internlm": {"bias": True, "vocab_size": 103168},
@@ -146,7 +147,9 @@ _MULTIMODAL = {
 
 
 def family(config: ModelConfig) -> str:
-    """Return "llama" where Llama 1-3 can express the model, else "llama4_text"."""
+    """Return "llama" where Llama 1-3 can express the model, else "llama4_text" or 3.2 Vision's."""
+    if config.cross.interval:
+        return MLLAMA
     dense = not (config.moe_interval or config.nope_interval or config.chunk_size)
     return LLAMA if dense and not config.qk_norm else LLAMA4
 
@@ -173,7 +176,7 @@ def from_hf(config_json: Mapping[str, Any]) -> dict[str, Any]:
         values = _NEIGHBOURS[kind] | values
         kind = LLAMA
     if kind not in _FIELDS:
-        known = ", ".join((*_FIELDS, "llama4", *_NEIGHBOURS))
+        known = ", ".join((*_FIELDS, "llama4", "mllama", *_NEIGHBOURS))
         raise UserError(f"config.json: model_type={kind!r} must be one of {known}")
     mapped = set(_FIELDS[kind]) | set(_EXPERT_FIELDS if kind == LLAMA4 else ()) | _READ[kind]
     mapped |= _NEIGHBOUR_READ.get(own, set())

@@ -5,8 +5,9 @@ only the part that one device needs all follow from it. A Linear of torch is [ou
 contracts [in, ...]; the expert tensors are [in, out] on both sides. Only the text model is here:
 the image encoder brings rows of its own.
 
-Letters are those of `models/__init__.py`, and four more: X = hidden width of an expert, S = the
-two halves (gate, up) of a fused tensor, and a head's H = R * P where RoPE turns P pairs of R = 2.
+Letters are those of `models/__init__.py`, and six more: X = hidden width of an expert, S = the
+two halves (gate, up) of a fused tensor, I = rows of the embedding, O = a gate's one number, and a
+head's H = R * P where RoPE turns P pairs of R = 2.
 puna and the Hugging Face files of Llama 1-3 keep the members of a pair half a head apart (RP),
 those of Llama 4 side by side (PR).
 """
@@ -42,7 +43,7 @@ class Row:
 
 
 ROOT = (
-    Row("embed/table_VD", "V D", "model.embed_tokens.weight", "V D"),
+    Row("embed/table_VD", "I D", "model.embed_tokens.weight", "I D"),
     Row("norm/scale_D", "D", "model.norm.weight", "D"),
 )
 UNTIED = (Row("unembed/table_DV", "D V", "lm_head.weight", "V D"),)
@@ -58,6 +59,17 @@ HALF_SPLIT = (
 INTERLEAVED = (
     Row("attention/wq_DNH", "D N RP", "self_attn.q_proj.weight", "NPR D"),
     Row("attention/wk_DKH", "D K RP", "self_attn.k_proj.weight", "KPR D"),
+)
+# Of layers that attend to images; q and k turn nowhere.
+CROSS = (
+    Row("cross_attention/wq_DNH", "D N H", "cross_attn.q_proj.weight", "NH D"),
+    Row("cross_attention/wk_DKH", "D K H", "cross_attn.k_proj.weight", "KH D"),
+    Row("cross_attention/wv_DKH", "D K H", "cross_attn.v_proj.weight", "KH D"),
+    Row("cross_attention/wo_NHD", "N H D", "cross_attn.o_proj.weight", "D NH"),
+    Row("cross_attention/q_norm/scale_D", "H", "cross_attn.q_norm.weight", "H"),
+    Row("cross_attention/k_norm/scale_D", "H", "cross_attn.k_norm.weight", "H"),
+    Row("cross_attention/gate_1", "O", "cross_attn_attn_gate", "O"),
+    Row("mlp_gate_1", "O", "cross_attn_mlp_gate", "O"),
 )
 VALUES = (
     Row("attention/wv_DKH", "D K H", "self_attn.v_proj.weight", "KH D"),
@@ -114,6 +126,8 @@ SHARED = _swiglu("moe/shared", "feed_forward.shared_expert", "X")
 
 def layer_rows(config: ModelConfig, layer: int, kind: str) -> tuple[Row, ...]:
     """The table of one decoder layer of family `kind`."""
+    if config.is_cross(layer):
+        return NORMS + CROSS + _swiglu("mlp", "mlp", "F")
     rows = NORMS + (INTERLEAVED if kind == LLAMA4 else HALF_SPLIT) + VALUES
     rows += bias_rows(config, interleaved=kind == LLAMA4)
     if config.is_moe(layer):
@@ -283,7 +297,9 @@ def _sizes(config):
         "E": config.num_experts,
         "F": config.mlp_dim,
         "H": config.head_dim,
+        "I": config.embedding_rows,
         "K": config.num_kv_heads,
+        "O": 1,
         "N": config.num_heads,
         "P": config.head_dim // 2,
         "R": 2,

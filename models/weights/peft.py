@@ -127,8 +127,7 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
         tensors[name.removeprefix(_PREFIX).removeprefix("language_model.")] = tensor
     if config.tie_embeddings and any("embed_tokens" in n or "lm_head" in n for n in tensors):
         config = dataclasses.replace(config, tie_embeddings=False)
-    text = dataclasses.replace(config, vision=type(config.vision)())
-    table = huggingface.leaves(text, kind=_kind(base, text))
+    table = huggingface.leaves(config, kind=_kind(base, config))
     pairs, lengths, whole = _sorted(path, tensors, values)
     factors, magnitudes, replaced = {}, {}, {}
     for name, leaf in table.items():

@@ -14,7 +14,16 @@ import numpy as np
 from ...configs import schema
 from ...configs.errors import UserError
 from . import config as hf_config
-from . import fp8, huggingface, keys, licences, rope_keys, torch_files, vision_table
+from . import (
+    fp8,
+    huggingface,
+    keys,
+    licences,
+    rope_keys,
+    tiled_vision_table,
+    torch_files,
+    vision_table,
+)
 from .tensors import BFLOAT16, File, Mapped, Tensor, Weights, check, warn
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": BFLOAT16,
@@ -83,9 +92,13 @@ def open_directory(path: pathlib.Path) -> Weights:
             f"{path}: tensor {odd[0]} is in FP8, and config.json has no quantization_config of a "
             "kind that is read (compressed-tensors float-quantized, fbgemm_fp8, fp8)"
         )
-    fields = _fields(path / "config.json", hf_config.from_hf, values)
-    kind = values["model_type"]
+    kind = values.get("model_type")
+    several = kind == tiled_vision_table.MODEL_TYPE
+    read = tiled_vision_table.from_hf if several else hf_config.from_hf
+    fields = _fields(path / "config.json", read, values)
     prefix = ""
+    if several:
+        kind, prefix = hf_config.LLAMA, "language_model."
     if kind == "llama4":
         kind = hf_config.LLAMA4
         if any(name.startswith("language_model.") for name in tensors):
@@ -120,7 +133,8 @@ def open_directory(path: pathlib.Path) -> Weights:
                 "counts: the model is loaded as one that is not tied"
             )
             model = dataclasses.replace(model, tie_embeddings=False)
-    table = huggingface.leaves(model, prefix, kind) | vision_table.leaves(model)
+    table = huggingface.leaves(model, prefix, kind)
+    table |= vision_table.leaves(model) | tiled_vision_table.leaves(model)
     if rewards:
         table[huggingface.REWARD] = huggingface.reward_leaf(model)
     check(path, table, tensors, ignored)
@@ -147,7 +161,8 @@ def _fields(where: pathlib.Path, read, values) -> dict:
 
 def check_depth(path, config, tensors) -> None:
     """Refuse a depth that the files cannot have before a table of that size is built."""
-    if config.num_layers + config.vision.num_layers > len(tensors):
+    vision = config.vision
+    if config.num_layers + vision.num_layers + vision.global_layers > len(tensors):
         raise UserError(
             f"{path}: {config.num_layers} layers cannot be made of {len(tensors)} tensors"
         )

@@ -60,7 +60,7 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
     `Llama4ForConditionalGeneration`. Empty for a model without vision.
     """
     v = config.vision
-    if not v.num_layers:
+    if not v.num_layers or config.cross.interval:
         return {}
     H = v.embed_dim // v.num_heads
     sizes = {

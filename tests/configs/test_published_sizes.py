@@ -22,6 +22,8 @@ SIZES = {
     "llama3:3.2-1b": 1_235_814_400,
     "llama3:3.2-3b": 3_212_749_824,
     "llama3:3.3-70b": 70_553_706_496,
+    "llama3:3.2-11b-vision": 10_670_220_835,
+    "llama3:3.2-90b-vision": 88_593_355_323,
     "llama4:scout-text": 107_769_861_120,
     "llama4:maverick-text": 400_711_848_960,
     "llama4:scout": 108_641_793_536,
@@ -33,6 +35,11 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_parameter_count(name):
     assert count_params(schema.from_dict(get_config(name)).model) == SIZES[name]
+
+
+def test_parameter_count_of_11b_vision_of_448_pixels():
+    config = get_config("llama3:3.2-11b-vision", ["model.vision.image_size=448"])
+    assert count_params(schema.from_dict(config).model) == 10_642_941_475
 
 
 # Parameters that a token passes through, both embeddings counted (Meta's "17B active").

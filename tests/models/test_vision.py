@@ -292,9 +292,9 @@ def test_a_tile_of_several_blocks_of_patches():
     x = rng.standard_normal((1, 577, 8)).astype(np.float32)
     tokens = Tokens(np.zeros((1, 577), np.int32), np.ones((1, 577), np.int32))
     module, angles = encoder.SelfAttention(config, sizes), vision.rope_angles(sizes)
-    params = sharding.unbox(module.init(jax.random.key(0), x[:, :4], angles[:, :4],
-                                        jax.tree.map(lambda t: t[:, :4], tokens)))  # fmt: skip
-    found = module.apply(params, x, angles, tokens)
+    few = jax.tree.map(lambda t: t[:, :4], tokens)
+    params = sharding.unbox(module.init(jax.random.key(0), x[:, :4], angles[:, :4], few, few))
+    found = module.apply(params, x, angles, tokens, tokens)
     p = params["params"]
     q, k, v = (jnp.einsum("BTD,DNH->BTNH", x, p[f"w{n}_DNH"]) for n in "qkv")
     q, k = rope.rotate(q, angles), rope.rotate(k, angles)

@@ -85,7 +85,8 @@ def hf_family(name):
     if name == "vision":
         config = model_config(VISION)
         return source.hf_table(config)[1], random_tensors(hf_shapes(config))
-    with np.load(FIXTURES / f"{name}.npz", allow_pickle=False) as stored:
+    folder = FIXTURES.parent / "media" if name == "cross" else FIXTURES
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as stored:
         tensors = {k[7:]: stored[k] for k in stored.files if k.startswith("weight/")}
         return json.loads(str(stored["config"])), tensors
 

@@ -111,6 +111,47 @@ def test_the_picture_is_what_is_learnt(config, tmp_path):
     assert right < 0.8 * wrong, (right, wrong)
 
 
+@pytest.fixture
+def cross(config):
+    """The same of a model whose layers attend to pictures."""
+    made = puna.get_config("llama3:3.2-vision-tiny")
+    made.model.update(embed_dim=32, mlp_dim=64)
+    made.model.vision.update(num_layers=1, max_tiles=2)
+    made.data.update(config.data)
+    made.data.images = 4
+    made.optimizer.update(config.optimizer)
+    made.train.update(config.train)
+    return made
+
+
+def test_pictures_whose_tiles_are_read_together(cross, tokenizer, tmp_path):
+    folder = tmp_path / "set"
+    write_set(folder, 3)
+    picture(folder / "wide.png", COLOURS["red"], 0, (28, 56))
+    records = [
+        {"text": "<|image|>red", "image": "0.png"},
+        {"text": "a <|image|>green<|image|>b", "images": ["1.png", "wide.png"]},
+        {"text": "plain"},
+    ]
+    path = folder / "media.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    cross.data.update(train=str(path), bad_records="refuse", shuffle=False, seq_len=16)
+    cross.train.batch_size = 3
+    batch = first_batch(cross, tokenizer)
+    assert batch["tiles_BMIYXC"].shape == (3, 2, 2, 28, 28, 3)
+    # Each picture that is there has a token in its row, which may be the last, a target alone.
+    ids = np.concatenate([batch["tokens_BT"], batch["targets_BT"][:, -1:]], axis=1)
+    count = (ids == cross.model.vision.token_id).sum(1)
+    grids, tiles = batch["grids_BM"], batch["tiles_BMIYXC"]
+    assert count.any() and (count == (grids > 0).sum(1)).all()
+    filled = tiles.any((3, 4, 5)).sum(2)  # the second grid is of one row and two columns
+    assert (filled == grids).all() and set(grids.ravel().tolist()) >= {1, 2}
+    assert not batch["weights_BT"][batch["targets_BT"] == cross.model.vision.token_id].any()
+    cross.data.images = 3
+    with pytest.raises(ConfigError, match="data.images=3 must be a multiple of model.vision.max"):
+        train(cross, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [

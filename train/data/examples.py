@@ -18,13 +18,15 @@ Record = str | Mapping[str, Any]
 class Media:
     """A picture or a clip: the ids from `start` to `stop` stand for it and are never cut apart.
 
-    name: of the array in a row, `tiles` [n, Y, X, C] or `frames` [1, S, M]; see `packing.Room`.
+    name: of the array in a row, `tiles` [n, Y, X, C], `pictures` [1, I, Y, X, C] or `frames`
+    [1, S, M]; see `packing.Room`. number: what else the row has of it, see `media.images.grids`.
     """
 
     name: str
     start: int
     stop: int
     array: np.ndarray
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

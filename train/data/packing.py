@@ -16,17 +16,18 @@ import numpy as np
 
 from ...configs.errors import UserError
 from ...configs.schema import Config
-from .examples import Example, Media
+from .examples import Example
 
 PATIENCE = 10_000  # empty documents one after another before that is an error
 
 # tokens, positions, segment_ids: int32 [length]; weights: float32 [length]; and media, see `Room`.
 Row = dict[str, np.ndarray]
-# tokens_BT targets_BT positions_BT segment_ids_BT weights_BT; tiles_BIYXC num_tiles_B and
-# frames_BISM num_frames_BI where rows have room for pictures and clips.
+# tokens_BT targets_BT positions_BT segment_ids_BT weights_BT; tiles_BIYXC num_tiles_B or
+# tiles_BMIYXC grids_BM, and frames_BISM num_frames_BI, where rows have room for pictures and clips.
 Batch = dict[str, np.ndarray]
 BATCH_NAMES = {
     "tiles": "tiles_BIYXC", "num_tiles": "num_tiles_B",
+    "pictures": "tiles_BMIYXC", "num_pictures": "grids_BM",
     "frames": "frames_BISM", "num_frames": "num_frames_BI",
 }  # fmt: skip
 
@@ -34,8 +35,12 @@ BATCH_NAMES = {
 def media_room(config: Config) -> dict[str, tuple[int, ...]]:
     """What a row of a configuration has room for beside ids, see `Room`."""
     room, vision, audio = {}, config.model.vision, config.model.audio
-    if config.data.images:
-        room["tiles"] = (config.data.images, vision.image_size, vision.image_size, 3)
+    tile = (vision.image_size, vision.image_size, 3)
+    if config.data.images and config.model.cross.interval:
+        # A picture takes as much room as the largest.
+        room["pictures"] = (config.data.images // vision.max_tiles, vision.max_tiles, *tile)
+    elif config.data.images:
+        room["tiles"] = (config.data.images, *tile)
     if config.data.clips:
         frames = audio.max_tokens * audio.frames_per_token
         room["frames"] = (config.data.clips, frames, audio.num_mels)
@@ -49,7 +54,7 @@ class Room:
     Attributes:
       length: ids.
       media: name -> shape of all arrays of that name in a row: `tiles` (I, Y, X, C) of pictures,
-        `frames` (I, S, M) of clips.
+        or `pictures` (M, I, Y, X, C) whose tiles are read together, `frames` (I, S, M) of clips.
     """
 
     length: int
@@ -62,7 +67,7 @@ class Room:
         row["weights"] = np.zeros(self.length, np.float32)
         for name, shape in self.media.items():
             row[name] = np.zeros(shape, np.float32)
-            # A picture has whole tiles, a clip some of its frames.
+            # A picture has whole tiles, a clip some of its frames; tiles together have a grid.
             row[f"num_{name}"] = np.zeros(() if name == "tiles" else shape[0], np.int32)
         return row
 
@@ -126,7 +131,7 @@ class Cursor:
                 stop = m.start
                 break
             left[m.name] -= len(m.array)
-            inside.append(Media(m.name, m.start - start, m.stop - start, m.array))
+            inside.append(dataclasses.replace(m, start=m.start - start, stop=m.stop - start))
         borders = example.borders if example.whole else ()
         piece = Example(
             example.ids[start:stop], example.weights[start:stop], tuple(inside), borders=borders
@@ -198,8 +203,8 @@ def pack_row(cursor: Cursor, room: Room) -> Row:
                 row["tiles"][begin:end] = m.array
                 row["num_tiles"][...] = end
             else:
-                row["frames"][begin, : m.array.shape[1]] = m.array[0]
-                row["num_frames"][begin] = m.array.shape[1]
+                row[m.name][begin, : m.array.shape[1]] = m.array[0]
+                row[f"num_{m.name}"][begin] = m.number or m.array.shape[1]
             used[m.name] = end
         filled += len(piece.ids)
     return row

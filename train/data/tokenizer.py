@@ -46,7 +46,7 @@ def prepare_tokenizer(
         tokenizer = load_tokenizer(storage.anywhere(data.tokenizer, "data.tokenizer"))
         tokenizer = tokenizer.with_tokens(patterns.names(data.new_tokens))
     tokenizer = with_ends(data, tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
+    if tokenizer.vocab_size > config.model.embedding_rows:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} must be at least the "
             f"{tokenizer.vocab_size} ids of data.tokenizer={data.tokenizer}"

@@ -82,10 +82,15 @@ class MediaReader:
         Raises:
           RecordError: it cannot be read, or is larger than a row.
         """
-        start = len(ids)
+        start, array_name, number = len(ids), "tiles" if name == "image" else "frames", 0
+        vision = self.model.vision
         try:
-            if name == "image":
-                vision, control = self.model.vision, images.image_ids(self.tokenizer)
+            if name == "image" and self.model.cross.interval:
+                tiles, number = images.tile_together(vision, value)
+                array, array_name = tiles[None], "pictures"
+                ids.append(vision.token_id)
+            elif name == "image":
+                control = images.image_ids(self.tokenizer)
                 array, grid = images.tile_image(vision, value)
                 ids += images.image_tokens(vision, grid, control)
             else:
@@ -104,8 +109,7 @@ class MediaReader:
                 f"has an image of {len(array)} tiles, more than data.images={self.tiles}; or lower "
                 "model.vision.max_tiles"
             )
-        array_name = "tiles" if name == "image" else "frames"
-        media.append(Media(array_name, start, len(ids), array))
+        media.append(Media(array_name, start, len(ids), array, number))
 
 
 @dataclasses.dataclass(frozen=True)

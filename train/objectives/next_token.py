@@ -19,6 +19,7 @@ from ...configs.schema import Config
 from ...models.audio import Audio
 from ...models.layers import widen
 from ...models.parallel import sharding
+from ...models.tiled_vision import TiledImages
 from ...models.transformer import unembed_table
 from ...models.vision import Images
 from ..data import packing, transforms
@@ -94,6 +95,8 @@ class NextToken(Objective):
         images = audio = None
         if "tiles_BIYXC" in batch:
             images = Images(batch["tiles_BIYXC"], batch["num_tiles_B"])
+        if "tiles_BMIYXC" in batch:
+            images = TiledImages(batch["tiles_BMIYXC"], batch["grids_BM"])
         if "frames_BISM" in batch:
             audio = Audio(batch["frames_BISM"], batch["num_frames_BI"])
         return model.apply(

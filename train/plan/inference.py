@@ -97,7 +97,7 @@ def _bounds(config, batch, context, kind, found, devices, chip):
     """Least seconds of a prompt and of a token, of devices that share all of it evenly."""
     flops = 2 * active_params(config) * batch * context
     keys = 0.0
-    for layer in range(config.num_layers):
+    for layer in filter(lambda i: not config.is_cross(i), range(config.num_layers)):
         chunked = config.chunk_size and config.uses_rope(layer)
         keys += min(context, config.chunk_size if chunked else context) / 2
     flops += 4 * config.num_heads * config.head_dim * keys * batch * context

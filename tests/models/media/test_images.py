@@ -59,6 +59,24 @@ def test_grids_and_sizes_are_those_of_hugging_face(stored):
         assert images.fitted_size((height, width), grid, 336) == (fitted_height, fitted_width)
 
 
+def test_tiles_read_together_are_those_of_hugging_face():
+    with np.load(STORED.with_name("pictures_together.npz"), allow_pickle=False) as arrays:
+        stored = {key: arrays[key] for key in arrays.files}
+    for height, width, *wanted in stored["fits"].tolist():
+        grid = images.best_grid((height, width), 560, 4)
+        assert [*grid, *images.fitted_size((height, width), grid, 560)] == wanted, (height, width)
+    config = VisionConfig(num_layers=1, image_size=16, patch_size=4, max_tiles=4)
+    names = [key.removeprefix("tiles/") for key in stored if key.startswith("tiles/")]
+    assert len(names) == 7
+    for name in names:
+        tiles, number = images.tile_together(config, picture(*map(int, name.split("x"))))
+        assert number == stored[f"number/{name}"]
+        # Stored in float16, after rescaling by another product.
+        np.testing.assert_allclose(tiles, stored[f"tiles/{name}"], rtol=2e-3, atol=2e-3)
+        rows, columns = images.grids(4)[number - 1]
+        assert not tiles[rows * columns :].any() and tiles[: rows * columns].any((1, 2, 3)).all()
+
+
 def test_tiles_are_those_of_hugging_face(stored):
     names = [key.removeprefix("grid/") for key in stored if key.startswith("grid/")]
     assert len(names) == 7

@@ -18,7 +18,17 @@ from puna.models.text import tokenizer as tokenizers
 from puna.models.weights import licences, run, tensors
 from puna.models.weights.load import open_weights
 
-FAMILIES = ("llama1", "llama2", "llama3_1", "llama3_2", "scout", "maverick", "top2", "vision")
+FAMILIES = (
+    "llama1",
+    "llama2",
+    "llama3_1",
+    "llama3_2",
+    "scout",
+    "maverick",
+    "top2",
+    "vision",
+    "cross",
+)
 
 
 def source(files, folder, name, kind="F32", shards=1):
@@ -57,7 +67,7 @@ def test_hugging_face_to_puna_and_back(files, tmp_path, name):
         original = files.read_safetensors(src)
         convert(src, folder / "direct")
         assert files.read_safetensors(folder / "direct") == original
-        if kind == "F32" and name in ("maverick", "scout", "top2", "vision"):
+        if kind == "F32" and name in ("maverick", "scout", "top2", "vision", "cross"):
             continue  # seconds each
         convert(src, folder / "run", to="puna")
         convert(folder / "run", folder / "back", shard_bytes=30_000)

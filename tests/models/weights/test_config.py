@@ -159,7 +159,7 @@ REFUSED = {
     "another model": ({"model_type": "gemma"}, {}, "model_type='gemma'"),
     "a window that slides": ({"model_type": "mistral"}, {}, "sliding_window=4096 must be None"),
     "no model type": ({}, {"hidden_size": 8}, "model_type=None"),
-    "3.2 vision": ({"model_type": "mllama"}, {}, "model_type='mllama'"),
+    "3.2 vision's text alone": ({"model_type": "mllama_text_model"}, {}, "'mllama_text_model'"),
     "yarn's truncate": (
         LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": 1}}, "truncate=1"
     ),
