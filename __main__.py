@@ -37,6 +37,7 @@ _PLAN_SETTINGS = (
 
 
 def _train(args):
+    from .eval.tasks import during
     from .models.parallel.processes import is_first
     from .models.weights import run
     from .train.loop import train
@@ -47,7 +48,7 @@ def _train(args):
             f"--fresh: {workdir / run.CHECKPOINTS} holds checkpoints already, which puna never "
             "deletes; move it away, or take another --workdir"
         )
-    train(args.config, workdir)
+    train(args.config, workdir, tasks=during.During)
     if not is_first():
         return
     results = json.loads((workdir / "results.json").read_text())

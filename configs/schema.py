@@ -337,10 +337,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """How much of the validation data is measured at a time and in all."""
+    """How much of the validation data is measured, and tasks that a run is asked as it trains."""
 
     batch_size: int = key(16, "rows of a batch", POSITIVE)
     max_rows: int = key(0, "rows evaluated; 0 = the whole split", at_least(0))
+    tasks: str = key("", "packaged tasks, and TOML or JSON files of tasks, comma separated", NAMES)
+    tasks_every: int = key(
+        0, "steps between the tasks; 0 = only at the end", at_least(0), Only("eval.tasks")
+    )
+    tasks_limit: int = key(0, "documents of each task; 0 = all", at_least(0), Only("eval.tasks"))
+    tasks_dir: str = key("", "what relative paths of tasks are relative to; empty = their file's "
+                         "folder", LOCAL, Only("eval.tasks"))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

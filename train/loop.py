@@ -5,11 +5,12 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 
 from ..configs import paths, schema, storage
-from ..configs.errors import UserError
+from ..configs.errors import ConfigError, UserError
 from ..configs.files import write_json
 from ..models import adapters
 from ..models.parallel import processes, sharding
@@ -39,9 +40,22 @@ Evaluator = Callable[..., dict[str, float]]
 EVALUATED = "data_bad_records"  # a number that the record of every evaluated step has
 
 
+class Tasks(Protocol):
+    """Asks a model the tasks of `eval.tasks` at some of the steps."""
+
+    def due(self, step: int) -> bool:
+        """Whether the state after a step is to be asked."""
+        ...
+
+    def __call__(self, model, params) -> dict[str, float]:
+        """The numbers by the names that they have in the log; every process calls it."""
+        ...
+
+
 def train(
-    config: Mapping, workdir, evaluators: Mapping[str, Evaluator] | None = None
-) -> TrainState:
+    config: Mapping, workdir, evaluators: Mapping[str, Evaluator] | None = None,
+    tasks: Callable[[schema.Config, Any, Any], Tasks] | None = None,
+) -> TrainState:  # fmt: skip
     """Train, resuming from the newest checkpoint in `workdir` if there is one.
 
     Args:
@@ -51,6 +65,8 @@ def train(
       evaluators: name -> function of (config, model, params, tokenizer, mesh) giving numbers,
         called every `train.eval_every` steps and at the end; they are logged as `name_number`.
         None evaluates the loss on `data.validation`, if there is one, as `validation`.
+      tasks: makes, of (config, tokenizer, mesh) and before the first step, what asks `eval.tasks`:
+        `puna.eval.tasks.during.During`, which `puna train` passes.
 
     Returns:
       The final `TrainState`.
@@ -62,6 +78,11 @@ def train(
     workdir = storage.anywhere(workdir, "workdir")
     prepare_to_resume(workdir)
     c = resolve(schema.build(config), workdir)
+    if c.eval.tasks and tasks is None:
+        raise ConfigError(
+            f"eval.tasks={c.eval.tasks} needs tasks=puna.eval.tasks.during.During, which `puna "
+            "train` passes"
+        )
     number = "" if processes.is_first() else f"{jax.process_index()}."
     folder = _writable(workdir)
     with (
@@ -70,10 +91,10 @@ def train(
         Mirror(folder) as mirror,
         background_log(mirror.folder / f"{number}{BACKGROUND}"),
     ):
-        return _train(c, mirror, evaluators, locks)
+        return _train(c, mirror, evaluators, tasks, locks)
 
 
-def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> TrainState:
+def _train(c: schema.Config, mirror: Mirror, evaluators, tasks, locks: list[Lock]) -> TrainState:
     """`train`, of a complete configuration and in a folder that is there and this run's own."""
     workdir, folder = mirror.home, mirror.folder
     ledger = Ledger(folder, started=process_start())
@@ -96,6 +117,10 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
         held_out = None
         if evaluators is None and c.data.validation:
             held_out = HeldOut(c, objective, tokenizer, mesh)
+    asked = tasks(c, tokenizer, mesh) if c.eval.tasks else None
+
+    def due(step: int) -> bool:
+        return _evaluates(c, step) or asked is not None and asked.due(step)
 
     model = Transformer(c.model)
     boxed = abstract_params(c.model)
@@ -142,20 +167,23 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
             log.wait()
             with ledger.doing("evaluation"):
                 params, numbers = join(state.params, state.frozen), {}
-                if held_out is not None:
+                if held_out is not None and _evaluates(c, step):
                     found = held_out(model, params, state.frozen)
                     numbers |= {f"validation_{k}": v for k, v in found.items()}
-                for name, evaluator in (evaluators or {}).items():
+                for name, evaluator in (evaluators or {}).items() if _evaluates(c, step) else ():
                     found = evaluator(c, model, params, tokenizer, mesh)
                     numbers |= {f"{name}_{k}": v for k, v in found.items()}
+                if asked is not None and asked.due(step):
+                    numbers |= asked(model, params)
             quarantine.share()
             log.add(step, numbers | {EVALUATED: quarantine.count()})
             mirror.push()
-            checkpoints.losses[step] = numbers.get(metrics.LOSS, math.nan)
+            if _evaluates(c, step):
+                checkpoints.losses[step] = numbers.get(metrics.LOSS, math.nan)
 
         ledger.running()
         # What was saved, and then not evaluated.
-        if any(processes.gather(_evaluates(c, step) and log.lacks(step, EVALUATED))):
+        if any(processes.gather(due(step) and log.lacks(step, EVALUATED))):
             evaluate(state, step)
         while step < c.train.steps:
             step += 1
@@ -183,7 +211,7 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
                 with ledger.doing("replica_check"):
                     check_replicas(state.params, step)
             if saves:
-                log.flush(wanted=_evaluates(c, step))
+                log.flush(wanted=due(step))
                 with ledger.doing("save"):
                     for lock in locks:
                         lock.check()
@@ -193,7 +221,7 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
                     checkpoints.save(state, step, processes.merge(loader.get_state()))
                     ledger.saving(step)
             # After the save, since it may fail; what is told to end may have seconds.
-            if _evaluates(c, step) and (last or not ends):
+            if due(step) and (last or not ends):
                 evaluate(state, step)
             if ends:
                 break
@@ -208,7 +236,7 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, locks: list[Lock]) -> T
 
 
 def _evaluates(c: schema.Config, step: int) -> bool:
-    """Whether the state after a step is to be evaluated."""
+    """Whether the loss on held-out data is due after a step."""
     every = c.train.eval_every
     return step > 0 and (step == c.train.steps or (every > 0 and step % every == 0))
 

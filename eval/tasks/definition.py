@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 from ...configs import paths
@@ -85,13 +86,40 @@ def names() -> list[str]:
     return sorted(path.stem for path in PACKAGED.glob("*.toml"))
 
 
-def load_task(name: str, folder: str | None = None) -> Task:
+def load_tasks(names: Sequence[str], folder: str | None = None, shots: int | None = None,
+               key: str = "--tasks") -> list[Task]:  # fmt: skip
+    """Read several definitions.
+
+    Args:
+      names, folder: see `load_task`.
+      shots: examples of each, instead of what it says.
+      key: what named them, for messages.
+
+    Raises:
+      UserError: none is named, or one twice; see `load_task`.
+    """
+    tasks = [load_task(name, folder, key) for name in names]
+    if not tasks:
+        raise UserError(f"{key} is empty: name tasks, separated by commas")
+    twice = [t.name for t in tasks if sum(t.name == other.name for other in tasks) > 1]
+    if twice:
+        raise UserError(f"{key} names {twice[0]} twice")
+    if shots is not None:
+        for task in tasks:
+            if shots and not (task.shots_data or task.made):
+                raise UserError(f"--num_fewshot={shots}: {task.name} has no shots_data")
+        tasks = [dataclasses.replace(task, shots=shots) for task in tasks]
+    return tasks
+
+
+def load_task(name: str, folder: str | None = None, key: str = "--tasks") -> Task:
     """Read a definition.
 
     Args:
       name: of a packaged task, or the path of a .toml or .json file.
       folder: what relative paths of data are relative to: for a file its own folder by default,
         for a packaged task the current one.
+      key: what named it, for messages.
 
     Raises:
       UserError: there is none, or it cannot be; the line names the file and the key.
@@ -100,13 +128,13 @@ def load_task(name: str, folder: str | None = None) -> Task:
     if name in names():
         home = pathlib.Path.cwd()
     elif name.endswith((".toml", ".json")):
-        path = paths.local(name, "--tasks")
+        path = paths.local(name, key)
         home = path.parent
         if not path.is_file():
-            raise UserError(f"--tasks={name}: no such file")
+            raise UserError(f"{key}={name}: no such file")
     else:
         raise UserError(
-            f"--tasks={name} is neither a packaged task ({', '.join(names())}) nor a .toml or "
+            f"{key}={name} is neither a packaged task ({', '.join(names())}) nor a .toml or "
             ".json file"
         )
     try:

@@ -43,22 +43,24 @@ class Document(NamedTuple):
     facts: dict[str, Any]
 
 
-def documents(task: Task, tokenizer, limit: int | None = None) -> list[Document]:
+def documents(task: Task, tokenizer, limit: int | None = None,
+              part: tuple[int, int] = (0, 1)) -> list[Document]:  # fmt: skip
     """The documents of a task, or `limit` of them, chosen at random once and for all.
 
     Args:
       task: where the data are, and the templates.
       tokenizer: makes made texts as long as they are to be.
       limit: most documents.
+      part: (i, n) reads every n-th of them from the i-th on.
 
     Raises:
       UserError: the data are not there, or a record does not suit the task.
     """
     if task.made:
         records = made.records(task, tokenizer)
-        return [_made(task, records, i) for i in _chosen(len(records), limit)]
+        return [_made(task, records, i) for i in _chosen(len(records), limit)[part[0] :: part[1]]]
     records = _open(task, task.data)
-    chosen = _chosen(len(records), limit)
+    chosen = _chosen(len(records), limit)[part[0] :: part[1]]
     found = [_rendered(task, _plain(records[i]), i) for i in chosen]
     if task.shots:
         others = _open(task, task.shots_data)
@@ -95,7 +97,9 @@ def _open(task: Task, source: str) -> Sequence:
     try:
         found = files.FileRecords(files.find_files(source), _MAX_BYTES)
     except UserError as error:
-        raise UserError(f"{task.name}: {error}; --data_dir says where data lie") from error
+        raise UserError(
+            f"{task.name}: {error}; --data_dir, or eval.tasks_dir of a run, says where data lie"
+        ) from error
     if not len(found):
         raise UserError(f"{task.name}: {source} is empty")
     return found

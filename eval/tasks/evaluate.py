@@ -17,7 +17,7 @@ import jax
 from tqdm import tqdm
 
 from ...configs import files, paths, schema, storage
-from ...configs.display import Results
+from ...configs.display import Results, text_table
 from ...configs.errors import UserError
 from ...models.decode.engine import for_decoding
 from ...models.parallel import processes, sharding
@@ -27,7 +27,7 @@ from ...models.weights.checksum import checksums
 from ...models.weights.load import load
 from ..answers import Answers
 from . import documents, grade, report, statistics
-from .definition import Task, load_task
+from .definition import Task, load_tasks
 from .requests import Asker, Asking, Request
 
 _PACKAGES = ("puna", "jax", "jaxlib", "flax", "numpy", "tokenizers", "jinja2", "math-verify",
@@ -72,7 +72,7 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
     """
     path, workdir = storage.anywhere(path, "checkpoint"), paths.local(workdir, "--workdir")
     tokenizer = load_tokenizer(path)
-    tasks = _tasks(names, data_dir, num_fewshot)
+    tasks = load_tasks(names, data_dir, num_fewshot)
     if limit is not None and limit < 1 or batch_size < 1:
         raise UserError(f"--limit={limit} and --batch_size={batch_size} must be at least 1")
     # All that can be wrong with data, before the weights, which may take minutes to load.
@@ -244,27 +244,11 @@ def table(results: Mapping) -> str:
             if "p" in s:
                 value = f"{s['value']:+.4f} p={s['p']:.3g}"
             rows.append((name, metric, value, error, interval, str(s["documents"])))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    lines = [text_table(rows)]
     cut = sum(found.get("cut", 0) for found in results["tasks"].values())
     if cut:
         lines.append(f"{cut} prompts were too long and have lost their beginning")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _tasks(names: Sequence[str], data_dir, num_fewshot) -> list[Task]:
-    tasks = [load_task(name, data_dir) for name in names]
-    if not tasks:
-        raise UserError("--tasks is empty: name tasks, separated by commas")
-    twice = [t.name for t in tasks if sum(t.name == other.name for other in tasks) > 1]
-    if twice:
-        raise UserError(f"--tasks names {twice[0]} twice")
-    if num_fewshot is not None:
-        for task in tasks:
-            if num_fewshot and not (task.shots_data or task.made):
-                raise UserError(f"--num_fewshot={num_fewshot}: {task.name} has no shots_data")
-        tasks = [dataclasses.replace(task, shots=num_fewshot) for task in tasks]
-    return tasks
+    return "\n".join(lines)
 
 
 def _samples(asking: Asking, found, requests, lines) -> Iterator[dict]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ...configs import schema
 from ...configs.files import write_json, write_text
 from ...models.parallel import sharding
+from . import mesh_map
 from .figures import Figure, plain, shown
 from .search import Candidate
 
@@ -70,7 +71,11 @@ class Plan:
     def _repr_html_(self):
         parts = [f"<h2>{html.escape(self.topology)}: {self.devices} devices</h2>"]
         parts.append(f"<p>{html.escape(self.verdict)}</p>")
-        parts += [_memory_bar(self.sections), _time_bar(self.sections)]
+        parts.append(_memory_bar(self.sections))
+        if "memory_of_a_device" in self.sections:  # of training
+            times = self.sections.get("time_of_a_step", {})
+            parts.append(mesh_map.draw(self.config.mesh, self.topology, times))
+        parts.append(_time_bar(self.sections))
         if self.candidates:
             parts.append(_candidates(self.candidates, self.sections))
         for section, figures in self.sections.items():

@@ -254,17 +254,49 @@ def _activations(config, mesh, remat, rows):
     return saved + logits + table
 
 
+def least_seconds(config: Config, topology: str, chip: hardware.Chip | None = None) -> float:
+    """A bound on a step's time by arithmetic: its products or its collectives, what takes longer.
+
+    Products go at the peak, collectives over all links at once. The mesh, recomputation and
+    microbatches are those of the config.
+
+    Args:
+      chip: the device, where it has other rates than those of the table.
+    """
+    mesh = sharding.abstract_mesh(config.mesh, ahead.count(topology))
+    leaves, _ = _state(config)
+    chip = chip or hardware.CHIPS[ahead.parse(topology)[1]]
+    remat, parts = config.model.remat, config.train.microbatches
+    rates = [rate * _share(chip) for rate in _links(chip, mesh)]
+    return max(_work(config, mesh, remat, parts, leaves, chip, rates))
+
+
 def _seconds(config, mesh, remat, parts, leaves, chip):
     """Of one step: matrix products at the peak, then collectives one after another."""
-    m = config.model
-    tokens = config.train.batch_size * config.data.seq_len
     if chip is None:
         return 0.0
+    return sum(_work(config, mesh, remat, parts, leaves, chip, _links(chip, mesh)))
+
+
+def _links(chip, mesh):
+    """Bytes a second of a device: along all axes but one, and along "tensor"."""
+    if isinstance(chip.compiler, hardware.TpuCompiler):  # one ring, both ways
+        return [2 * (chip.link or 1e11)] * 2
+    far = chip.link if mesh.size <= 8 else min(chip.link, 8 * chip.network)
+    return [far / 2, (chip.link if mesh.shape["tensor"] <= 8 else far) / 2]
+
+
+def _share(chip):
+    """How many times faster links are at best than `_links` takes them to be."""
+    return chip.compiler.torus_dims if isinstance(chip.compiler, hardware.TpuCompiler) else 2
+
+
+def _work(config, mesh, remat, parts, leaves, chip, rates):
+    """Seconds of a step's matrix products, and of its collectives."""
+    m, (link, near) = config.model, rates
+    tokens = config.train.batch_size * config.data.seq_len
     flops = flops_per_token(m, config.data.seq_len) * tokens / mesh.size
-    seconds = flops * (1 + _RECOMPUTED[remat]) / chip.flops
-    link = 2 * (chip.link or 1e11)
-    if not isinstance(chip.compiler, hardware.TpuCompiler):
-        link = chip.link / 2 if mesh.size <= 8 else chip.network * 8 / 2
+    products, seconds = flops * (1 + _RECOMPUTED[remat]) / chip.flops, 0.0
     gathered = ("embed", "expert_embed")
     whole = sum(_part(leaf, mesh, lambda n: n not in gathered) for leaf in leaves)
     if mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"] > 1:
@@ -274,11 +306,11 @@ def _seconds(config, mesh, remat, parts, leaves, chip):
         seconds += sum(_part(leaf, mesh) for leaf in leaves) * 8 / link
     local = tokens / sharding.parts("batch", mesh) / mesh.shape["context"]
     if mesh.shape["tensor"] > 1:
-        seconds += 12 * m.num_layers * local * m.embed_dim * 2 / link
+        seconds += 12 * m.num_layers * local * m.embed_dim * 2 / near
     if mesh.shape["expert"] > 1:
         moe = m.num_layers // max(1, m.moe_interval)
         sent = local * m.embed_dim * 2 * m.experts_per_token * mesh.shape["expert"] / 4
         seconds += 6 * moe * sent / mesh.shape["expert"] / link
     if mesh.shape["slices"] > 1:
         seconds += sum(_part(leaf, mesh) for leaf in leaves) * 8 / chip.network
-    return seconds
+    return products, seconds

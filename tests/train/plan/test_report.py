@@ -22,7 +22,7 @@ def test_the_page_shows_memory_time_and_candidates():
     }
     page = found.html()
     assert page.startswith("<!doctype html>") and "http" not in page and "<script" not in page
-    assert page.count("<svg") == 2 and "--config.mesh" in page
+    assert page.count("<svg") == 3 and "--config.mesh" in page
     assert "<note>" not in page and "&lt;note&gt;" in page
     svg = page[page.rindex("<svg") : page.rindex("</svg>") + 6]
     bars = [x for x in xml.etree.ElementTree.fromstring(svg).iter("rect") if x.get("y") == "24"]
