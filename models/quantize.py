@@ -109,12 +109,12 @@ class Nf4(Grouped):
     """A weight that is `NF4[values] * scale`."""
 
     def of_steps(self, steps, beside):
-        # Selects, bit by bit: accelerators do not look up in tables number by number.
-        found = [jnp.float32(x) for x in NF4]
-        for bit in range(4):
-            is_set = (steps >> bit) & 1 == 1
-            found = [jnp.where(is_set, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
-        return found[0] * beside(self.scale)
+        # A chain of selects: accelerators do not look up in tables number by number, and compilers
+        # do not fuse a tree of them.
+        found = jnp.full(steps.shape, NF4[0], jnp.float32)
+        for i, level in enumerate(NF4[1:], 1):
+            found = jax.lax.select(steps == i, jnp.full_like(found, level), found)
+        return found * beside(self.scale)
 
 
 TYPES = {"int8": Int8, "int4": Int4, "nf4": Nf4}
