@@ -71,6 +71,7 @@ def _audit(args):
 def _generate(args):
     import jax
 
+    from .models.decode import pictures
     from .models.decode.engine import round_up
     from .models.decode.generate import begin_rows
     from .models.parallel import processes
@@ -79,11 +80,21 @@ def _generate(args):
         raise errors.UserError("--prompt is needed; --help shows the flags")
     tokenizer, mesh = _open_tokenizer(args)
     sampling = _sampling(args, tokenizer)
-    [ids], _ = begin_rows(tokenizer, [args.prompt], args.stop)
-    engine = _open_engine(args, tokenizer, mesh, 1, round_up(len(ids) + args.max_tokens))
+    if args.image:
+        ids = pictures.with_places(tokenizer, args.prompt, len(args.image))
+    else:
+        [ids], _ = begin_rows(tokenizer, [args.prompt], args.stop)
+
+    def length(config):
+        of_pictures = len(args.image) * pictures.longest(config.vision)
+        return round_up(len(ids) + of_pictures + args.max_tokens)
+
+    engine, tiles = _open_engine(args, tokenizer, mesh, 1, length), None
+    if args.image:
+        ids, tiles = pictures.expand(engine.config, tokenizer, ids, args.image, engine.max_length)
     text, show = "", processes.is_first()
     with jax.set_mesh(mesh):
-        tokens = engine.stream(ids, sampling, args.max_tokens, args.stop)
+        tokens = engine.stream(ids, sampling, args.max_tokens, args.stop, tiles=tiles)
         if show:
             print(args.prompt, end="", flush=True)
         for token in tokens:

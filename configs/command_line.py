@@ -150,6 +150,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_float("share", 0.5, "of its runs, in a contaminated document", **text)
     if command == "generate":
         flags.DEFINE_string("prompt", None, "text to continue", **text)
+        flags.DEFINE_multi_string(
+            "image", [], "picture for the next <|image|> of the prompt, or before it all; can be "
+            "repeated", **text,
+        )  # fmt: skip
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
         flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
     if command == "chat":

@@ -13,6 +13,7 @@ import numpy as np
 from .. import bits
 from ..adapters import choose
 from ..cache import LayerCache, init_cache
+from ..fusion import Features
 from ..leaf import settled
 from ..parallel import sharding
 from .engine import constrain_cache, for_decoding, next_ids, row_keys
@@ -60,14 +61,17 @@ class CachedModel:
         self._cache = jax.jit(lambda: constrain_cache(init_cache(*shape)))()
 
     def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int,
-             adapter: int) -> None:  # fmt: skip
+             adapter: int, images: Features | None = None) -> None:  # fmt: skip
         """Put a piece of a prompt into a slot, after the first `keep` tokens of slot `source`.
 
         Only the first of B rows counts: the others let a mesh that splits rows do so.
+
+        Args:
+          images: features of the patch tokens in the piece.
         """
         self._cache = _read(
             self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
-            np.int32(source), np.int32(keep), np.int32(adapter),
+            np.int32(source), np.int32(keep), np.int32(adapter), images,
         )  # fmt: skip
 
     def write(self, inputs_BT, counts_B, place: Place, tops_B, masks_BTW):
@@ -117,7 +121,7 @@ def _of_row(layers, change):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter):
+def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images):
     def take(axis, x):
         row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
         return jnp.repeat(row, len(tokens_BT), axis)
@@ -136,7 +140,12 @@ def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapte
     rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
     kept = choose(kept, jnp.full(len(tokens_BT), adapter))
     rows = model.apply(
-        {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=rows, method="states"
+        {"params": kept},
+        tokens_BT,
+        segment_ids_BT=segments_BT,
+        cache=rows,
+        images=images,
+        method="states",
     ).cache
     return constrain_cache(cache.replace(layers=_of_row([cache.layers, rows.layers], put)))
 

@@ -9,10 +9,15 @@ import sys
 from collections.abc import Callable, Iterator
 
 from ...configs.errors import UserError
+from ..media.images import image_ids
+from .pictures import expand
 from .sampling import Sampling
 from .slots import Engine
 
-HELP = "/reset forgets the conversation, /exit or Ctrl-D ends; Ctrl-C stops an answer"
+HELP = (
+    "/reset forgets the conversation, /image FILE shows a picture with the next message, /exit or "
+    "Ctrl-D ends; Ctrl-C stops an answer"
+)
 
 # Longest answer where nothing is told, see `room`.
 _MAX_TOKENS = 1024
@@ -47,7 +52,17 @@ class Chat:
     def reset(self) -> None:
         """Forget all but the system message."""
         self.messages: list[dict] = list(self._first)
-        self._turn = 0
+        self._pictures, self._attached, self._turn = [], [], 0
+
+    def attach(self, path: str) -> None:
+        """Let the next message have a picture.
+
+        Raises:
+          UserError: it cannot be read, or the model reads none.
+        """
+        config, tokenizer = self.engine.config, self.engine.tokenizer
+        expand(config, tokenizer, [image_ids(tokenizer).image], [path], self.engine.max_length)
+        self._attached.append(path)
 
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yield the answer as it is written; it is remembered as far as it was.
@@ -58,9 +73,9 @@ class Chat:
         Raises:
           UserError: no room for the message, which is dropped; the chat can continue.
         """
-        ids, max_tokens = self._begin(text)
+        message, ids, tiles, max_tokens = self._begin(text)
         sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)
-        slot = self.engine.insert(ids, sampling, max_tokens, adapter=self.adapter)
+        slot = self.engine.insert(ids, sampling, max_tokens, adapter=self.adapter, tiles=tiles)
 
         def pieces():
             answer = ""
@@ -72,16 +87,21 @@ class Chat:
                             yield token.text
             finally:
                 self.engine.evict(slot)
-                said = [("user", text), ("assistant", answer)]
-                self.messages += [{"role": role, "content": x} for role, x in said]
+                self.messages += [message, {"role": "assistant", "content": answer}]
                 self._turn += 1
 
         return pieces()
 
     def _begin(self, text):
-        """The ids of the conversation with a message, and the most tokens of an answer."""
-        engine = self.engine
-        ids = engine.tokenizer.chat([*self.messages, {"role": "user", "content": text}])
+        """A message, ids and tiles of the conversation with it, and the answer's most tokens."""
+        engine, tiles = self.engine, None
+        parts = [{"type": "image"}] * len(self._attached)
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        pictures, self._attached = [*self._pictures, *self._attached], []
+        message = {"role": "user", "content": content}
+        ids = engine.tokenizer.chat([*self.messages, message])
+        if pictures:
+            ids, tiles = expand(engine.config, engine.tokenizer, ids, pictures, engine.max_length)
         room = engine.max_length - len(ids)
         if room < 1:
             raise UserError(
@@ -90,7 +110,8 @@ class Chat:
             )
         max_tokens = min(self.max_tokens or _MAX_TOKENS, room)
         engine.check(ids, self.sampling, max_tokens)
-        return ids, max_tokens
+        self._pictures = pictures
+        return message, ids, tiles, max_tokens
 
 
 def run(chat: Chat) -> None:
@@ -120,6 +141,8 @@ def run(chat: Chat) -> None:
             chat.reset()
         elif line.split()[:1] == ["/adapter"]:
             _choose(chat, line.removeprefix("/adapter").strip())
+        elif line.split()[:1] == ["/image"]:
+            _attach(chat, line.removeprefix("/image").strip())
         elif line.startswith("/"):
             print(f"{line.split()[0]} is not a command: {help_text}")
         elif line:
@@ -133,6 +156,14 @@ def _choose(chat, name):
         return
     chat.adapter = name
     print(f"{name or 'the model without an adapter'} answers from here on")
+
+
+def _attach(chat, path):
+    try:
+        chat.attach(path)
+        print(f"the next message has {path} with it")
+    except UserError as error:
+        print(error)
 
 
 def _answer(chat, line):

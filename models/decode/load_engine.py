@@ -1,9 +1,10 @@
 """An engine of what is on disk, as `puna generate`, `chat` and `serve` run it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
+from ...configs.schema import ModelConfig
 from ..text.tokenizer import load_tokenizer
 from ..weights import adapter_sum
 from ..weights.load import load
@@ -14,7 +15,8 @@ from .speculation import check_draft
 _SPECULATE = 4
 
 
-def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int, max_length: int,
+def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int,
+                max_length: int | Callable[[ModelConfig], int],
                 speculate: int | None = None, draft: str = "", dtype: str = "float32",
                 quantize: str = "", adapter: str | Sequence[str] = "",
                 cache_dtype: str = "") -> Engine:  # fmt: skip
@@ -24,6 +26,7 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int, max_length: in
       checkpoint, dtype, mesh, quantize: see `load`. adapter: as `load` takes it, or several for
         `adapter_sum.of_flags`.
       tokenizer: of the checkpoint.
+      max_length: see `Engine`, or what gives it for a model's config.
       speculate, draft, cache_dtype: see `Engine`; the draft model as a path, loaded like the model
         but without an adapter. None for 4 with a draft model, else 0.
 
@@ -35,6 +38,8 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int, max_length: in
     adapters = adapter if isinstance(adapter, str) else adapter_sum.of_flags(adapter)
     names = tuple(adapters) if isinstance(adapters, dict) else ()
     model, params = load(checkpoint, dtype, mesh, quantize, adapters)
+    if not isinstance(max_length, int):
+        max_length = max_length(model.config)
     second = None
     if draft:
         second = load(draft, dtype, mesh, quantize)

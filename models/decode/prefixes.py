@@ -14,7 +14,7 @@ class Prefixes:
 
     def __init__(self, rows: int, max_length: int, chunk_size: int):
         """Begin with empty rows; `chunk_size` is the model's, 0 for none."""
-        self._ids, self._chunk = np.zeros((rows, max_length), np.int32), chunk_size
+        self._ids, self._chunk = np.zeros((rows, max_length), np.int64), chunk_size
         self.forget()
 
     def forget(self) -> None:

@@ -25,6 +25,7 @@ from .cached_model import BASE, EVERY, TOP, CachedModel, Place
 from .engine import check_fit, check_ids, check_prompts
 from .generate import begin_rows
 from .grammar import Constraint, Constraints
+from .pictures import Reader
 from .prefixes import Prefixes
 from .sampling import Sampling, check, per_row
 from .speculation import look_up
@@ -60,9 +61,11 @@ class Token(NamedTuple):
 class _Request:
     """What a slot holds: a prompt that is being read, then a text that is being written."""
 
-    def __init__(self, prompt, row, max_tokens, top, constraint):
+    def __init__(self, prompt, row, max_tokens, top, constraint, pictures):
         self.prompt, self.row, self.max_tokens, self.top = prompt, row, max_tokens, top
-        self.constraint = constraint
+        self.constraint, self.pictures = constraint, pictures
+        # What is the same in prompts that begin alike, of all tokens but the last.
+        self.keys = pictures.keys(prompt)[:-1] if pictures else np.asarray(prompt[:-1], np.int64)
         self.read, self.begun = 0, False  # tokens of the prompt, and whether any have been sought
         self.shown = 0  # characters
 
@@ -161,7 +164,8 @@ class Engine:
 
     def insert(self, prompt_ids: Sequence[int], sampling: Sampling | None = None,
                max_tokens: int = 64, stop=(), number: int = 0, top: int = 0,
-               constraint: Constraint | None = None, adapter: str = "") -> int:  # fmt: skip
+               constraint: Constraint | None = None, adapter: str = "",
+               tiles=None) -> int:  # fmt: skip
         """Take a request and return its slot; `step` does the work.
 
         Args:
@@ -175,6 +179,8 @@ class Engine:
           constraint: what the text must match, from `self.constraints.compile`; the text ends as
             soon as it can only end.
           adapter: the name of the adapter that answers; empty for the model without any.
+          tiles: of the pictures whose tokens are in the prompt, see `pictures.expand`; what a draft
+            proposes, it proposes without having seen them.
 
         Raises:
           Full: every slot is taken.
@@ -194,8 +200,12 @@ class Engine:
             mask = constraint.allowed(self.config.vocab_size)
             row.follows_text = True  # the grammar counts the blank of a first word
         chosen = self.adapters.index(adapter) if adapter else BASE
-        slot = self._place(prompt, chosen)
-        self.requests[slot] = _Request(prompt, row, max_tokens, top, constraint)
+        pictures = None
+        if tiles is not None and len(tiles):
+            pictures = Reader(self.config, self._model.params, prompt, tiles, self._parts)
+        request = _Request(prompt, row, max_tokens, top, constraint, pictures)
+        slot = self._place(request.keys, chosen)
+        self.requests[slot] = request
         self._masks[slot] = mask
         self._reading.append(slot)
         self._set(slot, sampling)
@@ -349,10 +359,9 @@ class Engine:
         for array, value in zip(self._sampling, per_row(sampling, 1, 1), strict=True):
             np.asarray(array)[slot] = np.asarray(value)[0]
 
-    def _place(self, prompt, chosen: int) -> int:
+    def _place(self, keys, chosen: int) -> int:
         """Take a free slot: one that holds the beginning of a prompt, else the longest unused."""
-        ids = np.asarray(prompt[:-1], np.int32)
-        shared = [self._held.shared(slot, ids, chosen) for slot in range(self.num_slots)]
+        shared = [self._held.shared(slot, keys, chosen) for slot in range(self.num_slots)]
         best = max(shared)
         found = [slot for slot in self._unused if best and shared[slot] == best]
         slot = found[0] if found else self._unused[0]
@@ -364,8 +373,7 @@ class Engine:
         source = slot
         if not request.begun:
             # Only now: what was inserted before may have been read in the meantime.
-            ids = np.asarray(request.prompt[:-1], np.int32)
-            shared = [self._held.shared(row, ids, chosen) for row in range(self.num_slots)]
+            shared = [self._held.shared(row, request.keys, chosen) for row in range(self.num_slots)]
             source = max(range(self.num_slots), key=lambda row: (shared[row], row == slot))
             request.begun, request.read = True, shared[source]
             self._held.copy(source, slot, request.read, chosen)
@@ -373,12 +381,15 @@ class Engine:
         ids = request.prompt[request.read : request.to_read]
         size = next((size for size in _PIECES if len(ids) <= size), _PIECES[-1])
         ids = ids[:size]
+        stop = request.read + len(ids)
         tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
         for model in filter(None, (self._model, self._draft)):
-            model.read(slot, tokens_BT, segments_BT, source, request.read, chosen)
-        self._held.add(slot, ids)
-        request.read += len(ids)
+            images = model is self._model and request.pictures
+            features = images.piece(request.read, stop, size) if images else None
+            model.read(slot, tokens_BT, segments_BT, source, request.read, chosen, features)
+        self._held.add(slot, request.keys[request.read : stop])
+        request.read = stop
         if request.read >= request.to_read:
             self._reading.popleft()
 

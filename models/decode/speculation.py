@@ -8,6 +8,8 @@ with the same keys: then the probability is at least (1 - d) / (1 + d) where dis
 by d in total variation (arXiv 2408.07978), of 1 - d by that rule, which would give other texts.
 """
 
+import itertools
+
 import numpy as np
 
 from ...configs.errors import UserError
@@ -36,7 +38,9 @@ def look_up(ids: np.ndarray, count: int) -> list[int]:
     if not len(found):
         return []
     start = int(found[-1])
-    return [int(ids[start + i % (size - start)]) for i in range(count)]
+    found = [int(ids[start + i % (size - start)]) for i in range(count)]
+    # A patch of a picture is a number below 0, and nothing that a text can have.
+    return list(itertools.takewhile(lambda i: i >= 0, found))
 
 
 def check_draft(tokenizer, draft_tokenizer, config, draft_config, max_length: int) -> None:

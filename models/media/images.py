@@ -166,8 +166,18 @@ def _resized(picture, width, height):
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
+def image_size(image) -> tuple[int, int]:
+    """Width and height of a picture, of which only the beginning is read; see `tile_image`."""
+    return _opened(image, lambda name, opened, *_: opened.size)
+
+
 def read_image(image):
     """Open a picture and return it as an RGB `PIL.Image.Image`; see `tile_image`."""
+    return _opened(image, _rgb)
+
+
+def _opened(image, use):
+    """`use(name, picture, PIL.Image, PIL.ImageOps)`; what goes wrong in one line."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -184,12 +194,12 @@ def read_image(image):
     # Decoders raise whatever they trip over: struct.error, SyntaxError, zlib.error, ...
     try:
         if source is None:
-            return _rgb(name, image, Image, ImageOps)
+            return use(name, image, Image, ImageOps)
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             opened = Image.open(source)
         with opened:
-            return _rgb(name, opened, Image, ImageOps)
+            return use(name, opened, Image, ImageOps)
     except UserError:
         raise
     except FileNotFoundError:

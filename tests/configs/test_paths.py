@@ -146,7 +146,7 @@ def test_every_command_reads_and_writes_the_home_folder(home, capsys, monkeypatc
         ["eval", "--config", "~/my.py:variant", "--checkpoint=~/runs/x", "--workdir=~/numbers"]
     )
     with monkeypatch.context() as patch:
-        patch.setattr(slots.Engine, "stream", lambda *args: [])  # compiling takes long
+        patch.setattr(slots.Engine, "stream", lambda *args, **options: [])  # compiling takes long
         cli._run(["generate", "--checkpoint", "~/runs/x", "--prompt=a", "--workdir=~/said"])
     cli._run(["convert", "~/runs/x", "~/release"])
     arguments = [

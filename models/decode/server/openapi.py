@@ -21,7 +21,15 @@ def _fields(required, **properties) -> dict:
 
 
 _IDS = _list({"type": "integer", "minimum": 0}, minItems=1)
-_PART = _fields(["type", "text"], type={"const": "text"}, text=_TEXT)
+_PART = {
+    "anyOf": [
+        _fields(["type", "text"], type={"const": "text"}, text=_TEXT),
+        _fields(
+            ["type", "image_url"], type={"const": "image_url"},
+            image_url=_fields(["url"], url={"type": "string", "pattern": "^data:.*;base64,"}),
+        ),
+    ],
+}  # fmt: skip
 _FUNCTION = _fields(
     ["name"], name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}, description=_TEXT,
     parameters=_OBJECT, strict=_FLAG,

@@ -3,9 +3,13 @@
 import os
 from collections.abc import Callable
 
+import numpy as np
+
 from ....configs.errors import UserError
+from ...media.images import image_size
 from .. import tools
 from ..generate import sampling_for
+from ..pictures import expand
 from ..slots import Engine
 from .mistakes import ApiError
 from .protocol import Ask
@@ -13,6 +17,8 @@ from .worker import Job
 
 # OpenAI's default for completions, where a chat takes what there is room for.
 _MAX_TOKENS = 16
+# Of one picture, which takes three bytes each while it is read.
+_MOST_PIXELS = 1 << 24
 
 
 def prepare(ask: Ask, engine: Engine, most_jobs: int,
@@ -26,7 +32,7 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
     Raises:
       ApiError: 400 and what is wrong.
     """
-    prompts = _prompts(ask, engine.tokenizer)
+    prompts, tiles = _prompts(ask, engine)
     if len(prompts) * ask.n > most_jobs:
         raise ApiError(
             400, f"{len(prompts)} prompts times n={ask.n} is more than the "
@@ -51,25 +57,41 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
         for i in range(ask.n):
             job = Job(
                 prompt, sampling, most, deliver_to(len(jobs)), ask.stop, i, ask.top or 0,
-                constraint, ask.adapter,
+                constraint, ask.adapter, tiles,
             )  # fmt: skip
             jobs.append(job)
     return jobs, sum(map(len, prompts))
 
 
-def _prompts(ask, tokenizer) -> list[list[int]]:
+def _prompts(ask, engine) -> tuple[list[list[int]], np.ndarray | None]:
+    """Ids of the prompts, and the tiles of the pictures in them."""
+    tokenizer = engine.tokenizer
     if not ask.chat:
         return [
             [*tokenizer.begin_ids, *tokenizer.encode(p)] if isinstance(p, str) else p
             for p in ask.prompts
-        ]
+        ], None
     try:
         prompt = tokenizer.chat(ask.messages, list(ask.tools) or None)
         if ask.tools and prompt == tokenizer.chat(ask.messages):
             raise ApiError(400, "this model's chat template knows no tools", "tools")
+        if not ask.pictures:
+            return [prompt], None
+        _check_sizes(ask.pictures)
+        prompt, tiles = expand(engine.config, tokenizer, prompt, ask.pictures, engine.max_length)
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
-    return [prompt]
+    return [prompt], tiles
+
+
+def _check_sizes(pictures) -> None:
+    """Refuse those of many pixels before they are unpacked: a small file can have very many."""
+    for number, data in enumerate(pictures):
+        width, height = image_size(data)
+        if width * height > _MOST_PIXELS:
+            raise UserError(
+                f"picture {number} has {width} x {height} pixels, more than {_MOST_PIXELS:,}"
+            )
 
 
 def _constraint(ask, engine):

@@ -4,6 +4,7 @@ https://platform.openai.com/docs/api-reference/chat and /completions. A field th
 answer and is not supported is refused, never ignored, and so is an unknown one.
 """
 
+import base64
 import dataclasses
 import json
 import math
@@ -53,6 +54,7 @@ class Ask:
 
     model: the name that it asks. adapter: the same where it is that of an adapter, else empty.
     prompts: texts or lists of ids; empty for a chat, which has `messages`.
+    pictures: bytes of those in the messages, in order.
     sampling: what is told of temperature, top_p, top_k and min_p.
     top: likeliest tokens to give beside each; None for no log-probabilities at all.
     grammar: of the text, see `grammar`; None for any text.
@@ -66,6 +68,7 @@ class Ask:
     chat: bool
     prompts: list
     messages: list
+    pictures: tuple[bytes, ...]
     max_tokens: int | None
     sampling: dict[str, float]
     seed: int | None
@@ -122,12 +125,14 @@ def parse(data: bytes, chat: bool, model: str, adapters: Sequence[str] = ()) -> 
     source = formats.grammar(body)
     if tools and source:
         raise ApiError(400, "tools and a format of the answer cannot be combined", "tools")
+    messages, pictures = _messages(body) if chat else ([], ())
     return Ask(
         model=wanted,
         adapter="" if wanted == model else wanted,
         chat=chat,
         prompts=[] if chat else _prompts(body),
-        messages=_messages(body) if chat else [],
+        messages=messages,
+        pictures=pictures,
         max_tokens=max_tokens,
         sampling={name: numbers[name] for name in _SAMPLING if numbers[name] is not None},
         seed=numbers["seed"],
@@ -184,24 +189,45 @@ def _are_ids(value) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def _messages(body) -> list[dict]:
+def _messages(body) -> tuple[list[dict], tuple[bytes, ...]]:
+    """The messages, with {"type": "image"} for each picture, and the pictures."""
     messages = of(body, "messages", list, [])
     if not messages:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
-    checked = []
+    checked, pictures = [], []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ApiError(400, f"messages[{i}] must be an object", "messages")
         content = message.get("content")
+        parts = []
         for part in content if isinstance(content, list) else []:
-            if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "image_url":
+                pictures.append(_picture(part, f"messages[{i}]"))
+                part = {"type": "image"}
+            elif kind != "text":
                 raise ApiError(
-                    400, f"messages[{i}]: only parts of type text are supported", "messages"
-                )
+                    400, f"messages[{i}]: only parts of type text and image_url are supported",
+                    "messages",
+                )  # fmt: skip
+            parts.append(part)
         # OpenAI's newer name of it.
         role = "system" if message.get("role") == "developer" else message.get("role")
-        checked.append({**message, "role": role})
-    return checked
+        checked.append({**message, "role": role} | ({"content": parts} if parts else {}))
+    return checked, tuple(pictures)
+
+
+def _picture(part: dict, name: str) -> bytes:
+    """The bytes of an image_url part, of data: URLs only: nothing is fetched."""
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
+    head, _, data = url.partition(",") if isinstance(url, str) else ("", "", "")
+    if not (head.lower().startswith("data:") and head.lower().endswith(";base64")):
+        raise ApiError(400, f"{name}: a picture must be a data: URL in base64", "messages")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError:
+        raise ApiError(400, f"{name}: the picture is not base64", "messages") from None
 
 
 def _stop(body) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 
 from ....configs.errors import UserError
 from ..grammar import Constraint
@@ -37,6 +38,7 @@ class Job:
     top: int = 0
     constraint: Constraint | None = None
     adapter: str = ""
+    tiles: np.ndarray | None = None
     cancelled: bool = False
 
 
@@ -136,7 +138,7 @@ class Worker(threading.Thread):
                 try:
                     slot = self.engine.insert(
                         job.prompt_ids, job.sampling, job.max_tokens, job.stop, job.number,
-                        job.top, job.constraint, job.adapter,
+                        job.top, job.constraint, job.adapter, job.tiles,
                     )  # fmt: skip
                     self._held[slot] = job
                 except UserError as error:

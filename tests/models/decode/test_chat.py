@@ -27,7 +27,7 @@ class Echo(Engine):
         self.requests, self.asked, self.num_slots, self.on_step = {}, [], 1, on_step
         self.adapters, self.answered_by = ("poet", "clerk"), []
 
-    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter=""):
+    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None):
         self.asked.append((list(prompt_ids), sampling, max_tokens))
         self.answered_by.append(adapter)
         self.requests[0] = list(f"<{len(prompt_ids)}>")

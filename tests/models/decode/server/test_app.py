@@ -264,7 +264,7 @@ BAD = [
     ("chat/completions", {"messages": [{"role": "user"}]}, 400, "has no 'content'"),
     (
         "chat/completions",
-        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "type text",
+        {"messages": [{"role": "user", "content": [{"type": "video"}]}]}, 400, "type text",
     ),
     ("chat/completions", {"messages": CHAT * 9}, 400, "more than this server's 96"),
     ("chat/completions", {"messages": CHAT, "top_logprobs": 2}, 400, "needs logprobs=true"),
