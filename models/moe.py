@@ -286,24 +286,35 @@ def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):
     here, num_pairs = weights[0].shape[0], len(routing.token_M)
     devices = num_experts // here
     # An unused pair has expert `num_experts`, so its device is none of the group.
-    order_M, send_n = sort_by_expert(routing.expert_M // here, devices)
-    pair_M = jnp.where(jnp.arange(num_pairs) < send_n.sum(), order_M, num_pairs)
-    plan = exchange.plan(send_n)
-    slots = num_pairs if bound is None else min(num_pairs, here * bound)
-    rows_RD = exchange.send(read_pairs(x_TD, routing, pair_M), plan, slots)
+    order_M, all_n = sort_by_expert(routing.expert_M // here, devices)
+    slots = exchange.slots(num_pairs, devices)
+    if bound is not None:
+        slots = min(slots, here * bound)
 
-    def sent(number_M):
-        """Numbers from 0 on with their rows; -1 for an empty slot."""
-        return jnp.ravel(exchange.send(number_M[:, None] + 1, plan, slots)) - 1
+    def one_round(i, args):
+        x_TD, routing, weights, order_M, all_n = args
+        pair_P, send_n = exchange.of_round(i, all_n, order_M, slots)
+        plan = exchange.plan(send_n)
+        rows_RD = exchange.send(read_pairs(x_TD, routing, pair_P), plan, slots)
 
-    expert_R = sent(routing.expert_M[order_M] % here)
-    expert_R = jnp.where(expert_R >= 0, expert_R, here)
-    token_M = routing.token_M[order_M]
-    weights = of_rows(weights, lambda chosen_T: sent(chosen_T[token_M]))
-    y_RD, _ = swiglu_experts(
-        rows_RD, Routing(jnp.arange(len(rows_RD)), expert_R), *weights,
-        capacity=None if bound is None else devices * bound,
-        expected_pairs=num_pairs, dtype=dtype,
-    )  # fmt: skip
-    y_MD = exchange.bring_back(y_RD, plan, num_pairs)
-    return write_pairs(y_MD, routing, pair_M, x_TD)
+        def sent(number_P):
+            """Numbers from 0 on with their rows; -1 for an empty slot."""
+            return jnp.ravel(exchange.send(number_P[:, None] + 1, plan, slots)) - 1
+
+        expert_R = sent(routing.expert_M.at[pair_P].get(mode="clip") % here)
+        expert_R = jnp.where(expert_R >= 0, expert_R, here)
+        token_P = routing.token_M.at[pair_P].get(mode="clip")
+        y_RD, _ = swiglu_experts(
+            rows_RD, Routing(jnp.arange(len(rows_RD)), expert_R),
+            *of_rows(weights, lambda chosen_T: sent(chosen_T[token_P])),
+            capacity=None if bound is None else devices * bound,
+            expected_pairs=min(num_pairs, len(rows_RD)), dtype=dtype,
+        )  # fmt: skip
+        y_PD = exchange.bring_back(y_RD, plan, len(pair_P))
+        return write_pairs(y_PD, routing, pair_P, x_TD)
+
+    args = x_TD, routing, weights, order_M, all_n
+    if slots == num_pairs:
+        return one_round(0, args)
+    most = jax.lax.pmax(jnp.max(all_n), exchange.AXIS)
+    return exchange.sum_of_rounds(one_round, -(-most // slots), args)

@@ -1,9 +1,10 @@
 """Token exchange of an expert group: rows go to the devices of their experts and come back.
 
-For use inside `sharding.per_device`. Every device has room for all the rows that could come, so
-nothing is ever dropped. TPUs and GPUs send just the rows there are (`ragged_all_to_all`); other
-backends, which lack it, send the room as well. Letters: M rows of this device in the order of
-their destination, n devices, S slots for the rows of one device, R = n S.
+For use inside `sharding.per_device`. A device has room for `ROOM` times the even share of the rows
+of each other; what is beyond goes in further rounds, as many as it takes, so nothing is dropped and
+memory does not grow with the worst case. TPUs and GPUs send just the rows there are
+(`ragged_all_to_all`); other backends, which lack it, send the room as well. Letters: M rows of this
+device in the order of their destination, n devices, S slots for the rows of one device, R = n S.
 """
 
 import functools
@@ -14,6 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 AXIS = "expert"
+# Of M / n rows that a device sends another on average. A second round computes only what is left,
+# but waits for the exchange once more.
+ROOM = 2
 
 
 class Plan(NamedTuple):
@@ -26,6 +30,83 @@ class Plan(NamedTuple):
 def plan(send_n) -> Plan:
     """Tell each device how many rows to expect."""
     return Plan(send_n, lax.all_to_all(send_n, AXIS, 0, 0, tiled=True))
+
+
+def slots(num_rows: int, devices: int) -> int:
+    """S: rows of one device that another has room for in one round."""
+    return min(num_rows, -(-ROOM * num_rows // devices))
+
+
+def of_round(i, all_n, order_M, slots: int):
+    """Which rows a device sends in a round, and how many of them to each.
+
+    Args:
+      i: number of the round, from 0.
+      all_n: rows for each device in all rounds.
+      order_M: rows by destination; those beyond the sum of all_n go nowhere.
+
+    Returns:
+      row_P, send_n: of the P = min(M, n S) rows of a round the first send_n.sum() are sent, those
+      for device 0 first; for the others row_P is M.
+    """
+    n, num_rows = len(all_n), len(order_M)
+    send_n = jnp.clip(all_n - i * slots, 0, slots)
+    place_P, end_n = jnp.arange(min(num_rows, n * slots)), jnp.cumsum(send_n)
+    to_P = jnp.searchsorted(end_n, place_P, side="right")
+    first_n = _starts(all_n) + i * slots - (end_n - send_n)
+    from_P = place_P + first_n[jnp.minimum(to_P, n - 1)]
+    row_P = order_M[jnp.minimum(from_P, num_rows - 1)]
+    return jnp.where(to_P < n, row_P, num_rows), send_n
+
+
+def sum_of_rounds(f, count, args):
+    """f(0, args) + ... + f(count - 1, args), at least the first.
+
+    The first is differentiated as everything else is; the others, which are few or none, are
+    computed again for the gradient, since JAX has none of a loop of unknown length.
+
+    Args:
+      f: (round, args) -> an array; its shape is that of all rounds.
+      count: int32, the same on all devices that f makes exchange anything.
+      args: arrays, of which those of numbers with a fraction have gradients.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    has_gradient = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+
+    def call(i, inexact, exact):
+        sources = {True: iter(inexact), False: iter(exact)}
+        return f(i, tree.unflatten([next(sources[has]) for has in has_gradient]))
+
+    def add_others(first, one, count):
+        """One after another onto the first round's."""
+
+        def body(carry):
+            i, total = carry
+            return i + 1, jax.tree.map(jnp.add, total, one(i))
+
+        return lax.while_loop(lambda carry: carry[0] < count, body, (jnp.int32(1), first))[1]
+
+    @jax.custom_vjp
+    def run(count, inexact, exact):
+        return add_others(call(0, inexact, exact), lambda i: call(i, inexact, exact), count)
+
+    def forward(count, inexact, exact):
+        first, pull = jax.vjp(lambda inexact: call(0, inexact, exact), inexact)
+        y = add_others(first, lambda i: call(i, inexact, exact), count)
+        return y, (pull, count, inexact, exact)
+
+    def backward(saved, dy):
+        pull, count, inexact, exact = saved
+
+        def one(i):
+            return jax.vjp(lambda inexact: call(i, inexact, exact), inexact)[1](dy)[0]
+
+        return None, add_others(pull(dy)[0], one, count), None
+
+    run.defvjp(forward, backward)
+    inexact = [x for x, has in zip(leaves, has_gradient, strict=True) if has]
+    exact = [x for x, has in zip(leaves, has_gradient, strict=True) if not has]
+    return run(count, inexact, exact)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -10,7 +10,7 @@ import pytest
 from puna.configs.schema import MeshConfig, ModelConfig, check_model
 from puna.models import moe
 from puna.models.masks import Tokens, default_tokens
-from puna.models.parallel import sharding
+from puna.models.parallel import exchange, sharding
 
 BASE = ModelConfig(
     embed_dim=12, num_layers=1, moe_interval=1, num_experts=4, experts_per_token=2, expert_dim=8,
@@ -202,4 +202,26 @@ def test_any_mesh_gives_the_same(router, factor, axes):
     one = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x_BTD)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(**axes))):
         many = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x_BTD)
+    assert_close(many, one)
+
+
+@pytest.mark.parametrize("top", [1, 2])
+def test_all_tokens_to_one_expert_is_exact_in_several_rounds(top):
+    config = dataclasses.replace(BASE, num_experts=8, experts_per_token=top)
+    layer, params, x_BTD, valid_BT = init(config, shape=(8, 8))
+    x_BTD = jnp.abs(x_BTD)  # so that the largest column of the router wins for all of them
+    bias_E = jnp.linspace(-1, 1, 8).at[3].set(2.0)
+    params["router_DE"] = 0.1 * params["router_DE"] + bias_E
+
+    def loss(params, x_BTD):
+        y_BTD, stats = apply(layer, params, x_BTD, valid_BT)
+        return jnp.sum(jnp.sin(y_BTD)), (y_BTD, stats.load_E)
+
+    one = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x_BTD)
+    assert one[1][1][3] == pytest.approx(1 / top)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, expert=8))):
+        step = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+        many = step(params, x_BTD)
+        loops = str(jax.make_jaxpr(loss)(params, x_BTD)).count("while")
+    assert loops and exchange.slots(8 * top, 8) == 2 * top
     assert_close(many, one)

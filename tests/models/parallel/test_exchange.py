@@ -48,3 +48,48 @@ def test_there_and_back(n, seed):
         want = np.where(sent, 2 * rows[source], 0)
         np.testing.assert_array_equal(back[source], want)
         np.testing.assert_allclose(gradient[source], np.where(sent, 2 * np.cos(want), 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_row_is_sent_once_in_some_round_to_its_device(seed):
+    rng = np.random.default_rng(seed)
+    n, rows = 4, 30
+    slots = exchange.slots(rows, n)
+    assert n * slots < rows * (exchange.ROOM + 1) and exchange.slots(3, 2) == 3
+    all_n = rng.multinomial(rows - 4, rng.dirichlet(np.full(n, 0.3)))  # 4 go nowhere
+    if not seed:
+        all_n = np.array([0, rows, 0, 0])
+    order = rng.permutation(rows)
+    target = np.repeat(np.arange(n), all_n)
+    sent = {}
+    for i in range(-(-all_n.max() // slots)):
+        row_P, send_n = map(np.asarray, exchange.of_round(i, all_n, order, slots))
+        assert send_n.max() <= slots and len(row_P) == min(rows, n * slots)
+        assert (row_P[send_n.sum() :] == rows).all()
+        for row, device in zip(row_P, np.repeat(np.arange(n), send_n), strict=False):
+            assert sent.setdefault(int(row), device) == device
+            sent[int(row)] = device
+    assert sent == dict(zip(order.tolist(), target, strict=False))
+    total = sum(int(exchange.of_round(i, all_n, order, slots)[1].sum()) for i in range(9))
+    assert total == len(sent)
+
+
+def test_rounds_add_up_and_have_gradients():
+    def f(i, args):
+        x, (number, w) = args
+        return jnp.sin(x * w) * (i + 1) * number
+
+    args = jnp.arange(3.0), (jnp.int32(2), jnp.array([0.5, 1.0, 2.0]))
+
+    def ours(count, x, w):
+        return jnp.sum(exchange.sum_of_rounds(f, count, (x, (args[1][0], w))) ** 2)
+
+    def theirs(count, x, w):
+        return jnp.sum(sum(f(i, (x, (args[1][0], w))) for i in range(max(count, 1))) ** 2)
+
+    step = jax.jit(jax.value_and_grad(ours, (1, 2)))
+    for count in (0, 1, 4):
+        found = step(count, args[0], args[1][1])
+        wanted = jax.value_and_grad(theirs, (1, 2))(count, args[0], args[1][1])
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5)
