@@ -8,6 +8,8 @@ R = B * M of the batch, I tiles of an image, Y and X rows and columns of pixels,
 patches and class token of a tile, W values of a patch, G shapes of a grid and none, T = I * P.
 """
 
+from collections.abc import Sequence
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -45,6 +47,30 @@ def no_images(config: VisionConfig, batch_size: int) -> TiledImages:
     side = config.image_size
     shape = (batch_size, 1, config.max_tiles, side, side, COLOURS)
     return TiledImages(jnp.zeros(shape, jnp.float32), jnp.zeros((batch_size, 1), jnp.int32))
+
+
+def batch_images(config: VisionConfig, rows: Sequence[Sequence], max_images: int = 0):
+    """Put the images of the rows of a batch into the NumPy arrays of a `TiledImages`.
+
+    Args:
+      config: of the vision tower.
+      rows: for each row its images, as `media.images.tile_together` gives them.
+      max_images: images to make room for in each row; 0 = as many as the fullest row has.
+
+    Raises:
+      UserError: tiles of another shape, or more than `max_images` in a row.
+    """
+    most = max((len(row) for row in rows), default=0)
+    if max_images and most > max_images:
+        raise UserError(f"max_images={max_images} must be at least {most} for these rows")
+    shape = (config.max_tiles, config.image_size, config.image_size, COLOURS)
+    tiles = np.zeros((len(rows), max_images or max(1, most), *shape), np.float32)
+    numbers = np.zeros(tiles.shape[:2], np.int32)
+    for r, row in enumerate(rows):
+        for i, (image, number) in enumerate(row):
+            _check_tiles(config, np.shape(image))
+            tiles[r, i], numbers[r, i] = image, number
+    return TiledImages(tiles, numbers)
 
 
 class TileEncoder(nn.Module):

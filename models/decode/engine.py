@@ -15,9 +15,11 @@ import numpy as np
 
 from ...configs.errors import UserError
 from .. import bits
-from ..cache import LayerCache, init_cache
+from ..cache import ImageCache, LayerCache, init_cache
+from ..fusion import check_count
 from ..leaf import settled
 from ..parallel import sharding
+from ..tiled_vision import TiledImages
 from .sampling import Sampling, check, per_row, sample
 
 # Tokens a device makes before the host looks at them.
@@ -50,18 +52,26 @@ def constrain_cache(cache):
     def split(layer):
         return jax.tree.map(jax.lax.with_sharding_constraint, layer, layer.specs())
 
-    layers = jax.tree.map(split, cache.layers, is_leaf=lambda x: isinstance(x, LayerCache))
-    return cache.replace(layers=layers, lengths_B=sharding.constrain(cache.lengths_B, "batch"))
+    kinds = LayerCache | ImageCache
+    layers = jax.tree.map(split, cache.layers, is_leaf=lambda x: isinstance(x, kinds))
+    lengths_B, seen = jax.tree.map(
+        lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)),
+        (cache.lengths_B, cache.seen),
+    )
+    return cache.replace(layers=layers, lengths_B=lengths_B, seen=seen)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_length"), donate_argnames="cache")
-def _prefill(model, max_length, kept, cache, tokens_BT, segments_BT):
-    """The cache with these tokens added; the first piece makes it."""
+def _prefill(model, max_length, kept, cache, tokens_BT, segments_BT, images):
+    """The cache with these tokens added; the first piece makes it, and has the images."""
     if cache is None:
-        cache = constrain_cache(init_cache(model.config, len(tokens_BT), max_length))
+        count = 0 if images is None else images.grids_BM.shape[1]
+        cache = init_cache(model.config, len(tokens_BT), max_length, images=count)
+        cache = constrain_cache(cache)
     states = model.apply(
-        {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=cache, method="states"
-    )
+        {"params": kept}, tokens_BT, segment_ids_BT=segments_BT, cache=cache, images=images,
+        method="states",
+    )  # fmt: skip
     return states.cache
 
 
@@ -143,7 +153,7 @@ def _decode(model, params, kept, cache, tokens_B, done_B, step, num_steps, rows_
 
 def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens, sampling=None, *,
            first_row=0, stop_ids=(), vocab_size=None, finished_B=None,
-           block=_BLOCK) -> Iterator[Block]:  # fmt: skip
+           block=_BLOCK, images: TiledImages | None = None) -> Iterator[Block]:  # fmt: skip
     """Continue rows of ids, yielding new tokens some at a time.
 
     Args:
@@ -156,13 +166,15 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens, sampling
       vocab_size: ids from here on are never made; the model's own size when left out.
       finished_B: bool array that the caller may set between blocks to end rows.
       block: tokens made at a time, at most 16.
+      images: of the prompts, one for each of their tokens `model.vision.token_id`, for a model
+        whose layers attend to images. They are encoded once.
 
     Returns:
       An iterator of `Block`s of up to `block` tokens.
 
     Raises:
       UserError: an impossible setting; a prompt that is empty, too long or outside the
-        vocabulary; a model that gives NaN.
+        vocabulary, or has more or fewer images than tokens of them; a model that gives NaN.
     """
     sampling = Sampling() if sampling is None else sampling
     config = model.config
@@ -176,15 +188,32 @@ def decode(model, params, prompts: Sequence[Sequence[int]], max_tokens, sampling
         )
     most_B = np.broadcast_to(most_B, len(prompts))
     check(sampling, len(prompts))
-    check_fit(prompts, most_B, config.max_positions, vocab_size, "model.max_positions")
+    texts = prompts if images is None else _without_images(config, prompts, images)
+    check_fit(texts, most_B, config.max_positions, vocab_size, "model.max_positions")
     return _blocks(
         for_decoding(model), params, prompts, most_B, sampling, first_row, stop_ids, vocab_size,
-        finished_B, min(block, _BLOCK),
+        finished_B, min(block, _BLOCK), images,
     )  # fmt: skip
 
 
+def _without_images(config, prompts, images: TiledImages):
+    """The prompts with another id for the tokens of images, whose number is checked."""
+    if not config.cross.interval:
+        raise UserError(
+            "images are generated from by models whose layers attend to them: "
+            f"model.cross.interval={config.cross.interval}"
+        )
+    token, longest = config.vision.token_id, max(map(len, prompts))
+    tokens_BT = np.full((len(prompts), longest), -1)
+    for r, prompt in enumerate(prompts):
+        tokens_BT[r, : len(prompt)] = prompt
+    count_B = np.sum(np.asarray(images.grids_BM) > 0, axis=1)
+    check_count("images", "model.vision.token_id", token, tokens_BT, count_B)
+    return [[0 if i == token else i for i in prompt] for prompt in prompts]
+
+
 def _blocks(model, params, prompts, most_B, sampling, first_row, stop_ids, vocab_size, finished_B,
-            block):  # fmt: skip
+            block, images):  # fmt: skip
     mesh = jax.sharding.get_abstract_mesh()
     params = settled(params)
     kept = bits.view(params)
@@ -204,9 +233,16 @@ def _blocks(model, params, prompts, most_B, sampling, first_row, stop_ids, vocab
 
     max_tokens = int(most_B.max())
     cache, max_length = None, round_up(longest + max_tokens)
+    if images is not None:
+        images = jax.tree.map(
+            lambda x: np.pad(x, [(0, rows - B)] + [(0, 0)] * (np.ndim(x) - 1)), images
+        )
     for start in range(0, T, _PIECE):
         piece = np.s_[:, start : start + _PIECE]
-        cache = _prefill(model, max_length, kept, cache, tokens_BT[piece], segments_BT[piece])
+        given = images if start == 0 else None
+        cache = _prefill(
+            model, max_length, kept, cache, tokens_BT[piece], segments_BT[piece], given
+        )
 
     # Everything the loop takes has one dtype and shape, so that it compiles once.
     numbered = np.arange(rows, dtype=np.int32) * (np.ndim(sampling.seed) == 0)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...configs.errors import UserError
+from ..media.images import tile_together
+from ..tiled_vision import batch_images
 from .engine import decode
 from .sampling import Sampling
 from .text import Row
@@ -95,7 +97,8 @@ def _run(model, params, tokenizer, ids, rows, max_tokens, sampling, **options):
 
 
 def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=None, top_k=None,
-             top_p=None, min_p=None, seed=0, stop=(), first_row=0) -> list[Completion]:  # fmt: skip
+             top_p=None, min_p=None, seed=0, stop=(), first_row=0,
+             images=None) -> list[Completion]:  # fmt: skip
     """Continue texts or rows of ids.
 
     Args:
@@ -109,18 +112,23 @@ def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=None,
       stop: a string or several; the text ends before the first that appears. The tokenizer's
         stop ids always end it.
       first_row: see `engine.decode`.
+      images: for each prompt its pictures: paths, bytes of files or `PIL.Image.Image`s, one for
+        each `<|image|>` of a text, for a model whose layers attend to images (Llama 3.2 Vision).
 
     `max_tokens` and the settings from `temperature` to `seed` may be arrays of a value for each
     prompt.
 
     Raises:
-      UserError: see `engine.decode`.
+      UserError: see `engine.decode`; a picture that cannot be read.
     """
+    if images is not None:
+        prompts, images = _with_images(model.config, tokenizer, prompts, images)
     ids, rows = begin_rows(tokenizer, prompts, stop)
     sampling = sampling_for(
         tokenizer, seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    for _ in _run(model, params, tokenizer, ids, rows, max_tokens, sampling, first_row=first_row):
+    options = {"first_row": first_row, "images": images}
+    for _ in _run(model, params, tokenizer, ids, rows, max_tokens, sampling, **options):
         pass
     return [
         Completion(row.text, row.ids, row.logprobs, "stop" if row.done else "length")
@@ -128,13 +136,30 @@ def complete(model, params, tokenizer, prompts, max_tokens=64, temperature=None,
     ]
 
 
+def _with_images(config, tokenizer, prompts, images):
+    """Prompts as ids, with one for each picture, and the `TiledImages` of these."""
+    if len(images) != len(prompts):
+        raise UserError(f"images has {len(images)} rows, which must be one for each of "
+                        f"{len(prompts)} prompts")  # fmt: skip
+    found = [[tile_together(config.vision, picture) for picture in row] for row in images]
+
+    def ids(prompt):
+        if not isinstance(prompt, str):
+            return prompt
+        parts = [tokenizer.encode(part) if part else [] for part in prompt.split("<|image|>")]
+        text = [i for part in parts for i in (config.vision.token_id, *part)][1:]
+        return [*tokenizer.begin_ids, *text]
+
+    return [ids(prompt) for prompt in prompts], batch_images(config.vision, found)
+
+
 def generate(model, params, tokenizer, prompts, max_tokens=64, temperature=None, top_k=None,
-             top_p=None, min_p=None, seed=0, stop=(), first_row=0):  # fmt: skip
+             top_p=None, min_p=None, seed=0, stop=(), first_row=0, images=None):  # fmt: skip
     """The texts of `complete`, which has the arguments: a string for a string, else a list."""
     single = isinstance(prompts, str)
     made = complete(
         model, params, tokenizer, [prompts] if single else prompts, max_tokens, temperature, top_k,
-        top_p, min_p, seed, stop, first_row,
+        top_p, min_p, seed, stop, first_row, [images] if single and images is not None else images,
     )  # fmt: skip
     texts = [completion.text for completion in made]
     return texts[0] if single else texts

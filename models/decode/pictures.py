@@ -16,6 +16,10 @@ from ..vision import Images, encode_images, features_per_tile
 
 # What stands for a picture in a text.
 PLACE = "<|image|>"
+_ATTENDED_TO = (
+    "pictures of Llama 3.2 Vision, whose layers attend to them, are read by puna.generate(..., "
+    "images=...) in Python alone so far"
+)
 
 
 def with_places(tokenizer, text: str, count: int) -> list[int]:
@@ -26,6 +30,8 @@ def with_places(tokenizer, text: str, count: int) -> list[int]:
     Raises:
       UserError: more places than pictures; a tokenizer without such a token.
     """
+    if PLACE in tokenizer.special and "<|image_start|>" not in tokenizer.special:
+        raise UserError(_ATTENDED_TO)
     place, parts = image_ids(tokenizer).image, text.split(PLACE)
     first = count - (len(parts) - 1)
     if first < 0:
@@ -57,6 +63,8 @@ def expand(config: ModelConfig, tokenizer, ids: Sequence[int], pictures: Sequenc
     """
     if not config.vision.num_layers:
         raise UserError("this model reads no pictures: model.vision.num_layers=0")
+    if config.cross.interval:
+        raise UserError(_ATTENDED_TO)
     control = image_ids(tokenizer)
     places = sum(i == control.image for i in ids)
     if places != len(pictures):

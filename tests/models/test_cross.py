@@ -15,12 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puna.configs import schema
+from puna.configs import get_config, schema
 from puna.configs.errors import ConfigError, UserError
 from puna.models import tiled_vision
 from puna.models.cache import init_cache
+from puna.models.decode import pictures
+from puna.models.decode.engine import decode
+from puna.models.decode.generate import complete
+from puna.models.media import images
 from puna.models.parallel import sharding
-from puna.models.transformer import Transformer, abstract_params
+from puna.models.text.tokenizer import byte_tokenizer
+from puna.models.transformer import Transformer, abstract_params, init_params
 from puna.models.weights import huggingface, tiled_vision_table
 
 REFERENCE = pathlib.Path(__file__).parent.parent / "reference"
@@ -274,6 +279,72 @@ def test_cached_equals_uncached(stored, cuts, rule):
 
 
 @pytest.mark.slow
+def test_generation_is_that_of_whole_passes(stored):
+    # Greedy, rows of several lengths: each token is the likeliest after a pass over the whole row.
+    rows, params = (0, 1, 3), jax.tree.map(jnp.asarray, stored.params)
+    prompts = [stored.tokens[r, : 22 - r].tolist() for r in rows]
+    pixels = stored.images.tiles_BMIYXC
+    images = tiled_vision.batch_images(
+        stored.config.vision,
+        [[(pixels[r, i], g) for i, g in enumerate(stored.grids[r]) if g] for r in rows],
+    )
+    made = next(decode(Transformer(stored.config), params, prompts, 4, images=images))
+    for i, prompt in enumerate(prompts):
+        one = jax.tree.map(lambda x, i=i: x[i : i + 1], images)
+        whole = np.array([*prompt, *made.ids_BT[i]])[None]
+        logits = apply(stored.config, params, whole, one).logits_BTV[0]
+        last = logits[len(prompt) - 1 : -1]
+        assert np.argmax(last, axis=-1).tolist() == made.ids_BT[i].tolist()
+        logprobs = jax.nn.log_softmax(last)[np.arange(4), made.ids_BT[i]]
+        np.testing.assert_allclose(made.logprobs_BT[i], logprobs, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_texts_with_pictures(stored):
+    image = pytest.importorskip("PIL.Image")
+    config = dataclasses.replace(
+        stored.config, vocab_size=300,
+        vision=dataclasses.replace(stored.config.vision, token_id=301),
+    )  # fmt: skip
+    model, tokenizer = Transformer(config), byte_tokenizer()
+    params = jax.jit(lambda: sharding.unbox(model.init(jax.random.key(0), stored.tokens)))()
+    params = jax.tree.map_with_path(  # open gates
+        lambda path, x: x + 0.7 if "gate" in sharding.path_name(path) else x, params["params"]
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3)).astype(np.uint8)
+    drawn = [image.fromarray(x) for x in noise]
+    prompts = ["a<|image|>b<|image|>", "<|image|>"]
+    given = [drawn, drawn[:1]]
+    made = complete(model, params, tokenizer, prompts, 3, images=given)
+    ids = [[*tokenizer.begin_ids, *tokenizer.encode("a"), 301, *tokenizer.encode("b"), 301],
+           [*tokenizer.begin_ids, 301]]  # fmt: skip
+    rows = [[images.tile_together(config.vision, p) for p in row] for row in given]
+    wanted = next(decode(model, params, ids, 3, vocab_size=tokenizer.vocab_size,
+                         stop_ids=[tokenizer.eos_id],
+                         images=tiled_vision.batch_images(config.vision, rows)))  # fmt: skip
+    for completion, found in zip(made, wanted.ids_BT.tolist(), strict=True):
+        assert completion.ids == [i for i in found if i >= 0]
+    with pytest.raises(UserError, match="images has 1 rows, which must be one for each of 2"):
+        complete(model, params, tokenizer, prompts, 3, images=[drawn])
+
+
+def test_generation_counts_images(stored):
+    model, prompts = Transformer(stored.config), [[3, IMAGE, IMAGE, 2]]
+    images = tiled_vision.batch_images(stored.config.vision, [[(np.zeros((4, 8, 8, 3)), 2)]])
+    with pytest.raises(UserError, match="row 0 has 2 tokens of model.vision.token_id=43, but its"):
+        decode(model, {}, prompts, 4, images=images)
+    with pytest.raises(UserError, match=r"prompt 0 has id 43, which must lie in 0\.\.40"):
+        decode(model, {}, prompts, 4)
+    text = Transformer(schema.ModelConfig())
+    with pytest.raises(UserError, match="images are generated from by models whose layers attend"):
+        decode(text, {}, [[1]], 4, images=images)
+    with pytest.raises(UserError, match="Llama 3.2 Vision.* are read by puna.generate"):
+        pictures.expand(stored.config, byte_tokenizer(), [IMAGE], ["a.png"], 99)
+    with pytest.raises(UserError, match="max_images=1 must be at least 2"):
+        tiled_vision.batch_images(stored.config.vision, [[1, 2]], max_images=1)
+
+
+@pytest.mark.slow
 def test_bfloat16_is_close(stored, logits):
     config = dataclasses.replace(stored.config, compute_dtype="bfloat16")
     found = apply(config, stored.params, stored.tokens, stored.images).logits_BTV
@@ -293,6 +364,43 @@ def test_gradients_do_not_depend_on_what_is_computed_again(stored):
 
     kept, again = gradient("none"), gradient("full")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "tensor": 2, "expert": 2},
+             {"pipeline": 2, "fsdp": 2, "context": 2}]
+)  # fmt: skip
+def test_on_a_mesh_it_is_the_same(axes):
+    values = get_config("llama3:3.2-vision-tiny").model
+    values.update(num_layers=10, embed_dim=32, mlp_dim=64, head_dim=8)
+    config = schema.from_dict(values, schema.ModelConfig)
+    model, rng = Transformer(config), np.random.default_rng(0)
+    tokens = rng.integers(512, size=(8, 16))
+    tokens[::2, 3], tokens[1::4, 5:7] = 512, 512
+    grids = np.zeros((8, 2), np.int32)
+    grids[::2, 0], grids[1::4] = 6, (2, 1)
+    tiles = rng.normal(size=(8, 2, 4, 28, 28, 3)).astype(np.float32)
+    given = tiled_vision.TiledImages(tiles, grids)
+
+    def loss(params):
+        out = model.apply({"params": params}, tokens, images=given)
+        return jnp.mean(jnp.sin(out.logits_BTV)), out.logits_BTV
+
+    def run(mesh_config, devices):
+        mesh = sharding.make_mesh(schema.MeshConfig(**mesh_config), devices)
+        with jax.set_mesh(mesh):
+            params = init_params(config, jax.random.key(0), mesh)
+            params = jax.tree.map_with_path(
+                lambda path, x: x + 0.7 if "gate" in sharding.path_name(path) else x, params
+            )
+            (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return jax.device_get((logits, grads))
+
+    wanted, found = run({}, jax.devices()[:1]), run({"data": 1} | axes, jax.devices())
+    assert error(found[0], wanted[0]) < OUTPUT
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6),
+                 found[1], wanted[1])  # fmt: skip
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -152,6 +152,20 @@ def test_pictures_whose_tiles_are_read_together(cross, tokenizer, tmp_path):
         train(cross, tmp_path / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", ["", "cross_attention,mlp_gate,projector"])
+def test_layers_that_attend_to_pictures_learn_from_them(cross, tmp_path, trainable):
+    """With the tower or without; gates that begin closed open."""
+    cross.train.update(steps=100, save_every=1000, trainable=trainable)
+    cross.data.train = str(write_set(tmp_path / "set", 16))
+    cross.data.validation = str(write_set(tmp_path / "held_out", 32))
+    train(cross, tmp_path / "run")
+    right = puna.evaluate(cross, tmp_path / "run")["loss"]
+    cross.data.validation = str(write_set(tmp_path / "shuffled", 32, shuffled=True))
+    wrong = puna.evaluate(cross, tmp_path / "run")["loss"]
+    assert right < 0.9 * wrong, (right, wrong)
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
