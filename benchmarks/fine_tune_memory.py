@@ -30,7 +30,6 @@ ROWS = {
     # No device of 24 GB is among those that can be compiled for; the peak is to be held against it.
     "8B, QLoRA": f"{LLAMA} --topology=a100-1 {ONE} {QLORA}",
     "8B, QLoRA in nf4": f"{LLAMA} --topology=a100-1 {ONE} {NF4}",
-    "8B, QLoRA in nf4 on four": f"{LLAMA} --topology=v5e-4 {FOUR} {NF4}",
     "Scout, QLoRA": f"{SCOUT} --topology=h200-1 {ONE} {QLORA}",
     "Scout, full": f"{SCOUT} --topology=h200-1 {ONE}",
 }

@@ -94,11 +94,14 @@ def test_rows_of_a_batch_have_an_adapter_each(files, folder):
 
 
 @pytest.mark.slow
-def test_requests_have_an_adapter_each_and_no_prefix_of_another(files, folder, monkeypatch):
+@pytest.mark.parametrize("speculate", [0, 3])
+def test_requests_have_an_adapter_each_and_no_prefix_of_another(
+    files, folder, monkeypatch, speculate
+):
     monkeypatch.setattr(slots, "_PIECES", (16,))
     (model, params), alone = loaded(files, folder)
     names = ["first", "second", "third"]
-    engine = Engine(model, params, TOKENIZER, 3, 64, names)
+    engine = Engine(model, params, TOKENIZER, 3, 64, names, speculate)
     rng, made = np.random.default_rng(2), {}
     begin = rng.integers(0, 256, 12).tolist()
     # All begin alike; every prompt is asked of every adapter, and of none.
