@@ -6,7 +6,8 @@
 
 Both have one vocabulary. A line of the JSONL files is {"text": "..."}, or a conversation with
 --config.distill.records=conversations. Forward KL alone; learning rate and warm-up are those of
-the other recipes of tuning, since the student starts from weights.
+the other recipes of tuning, since the student starts from weights. With
+--config.distill.hard_schedule=linear the weight goes from the teacher to the text over the run.
 """
 
 from puna.configs.recipes import sft
