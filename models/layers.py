@@ -5,6 +5,7 @@ operands to `compute_dtype` and accumulates in float32, forward and backward.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from .adapters import Adapted, factor_names, is_adapted
 from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
-from .quantize import Grouped, is_quantized
+from .quantize import Grouped
 from .remat import PRODUCT
+from .turned import Turned
 
 
 def param(module: nn.Module, name: str, shape, names, init, dtype):
@@ -28,8 +30,8 @@ def param(module: nn.Module, name: str, shape, names, init, dtype):
     Where the parameters hold another kind of leaf, that leaf is returned.
     """
     held = module.get_variable("params", name)
-    if isinstance(base := held.base if isinstance(held, Adapted) else held, Grouped):
-        # Flax would compare the shape of the bytes.
+    if isinstance(base := held.base if isinstance(held, Adapted) else held, Grouped | Turned):
+        # Flax would compare the shapes of what is held.
         assert base.shape == shape, f"{name} {base.shape}, not {shape}"
         return settle(bits.unpack(held))
     value = module.param(name, lambda key: Param(init(key, shape, jnp.dtype(dtype)), names))
@@ -108,7 +110,11 @@ def _beside(spec, scale):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
 def _contract(spec, x, w, dtype, out_dtype):
-    return _dot(spec, x, w, dtype).astype(out_dtype or dtype)
+    if isinstance(w, Turned) and math.prod(x.shape[:2]) == 1:
+        y = w.times(x, dtype)
+    else:
+        y = _dot(spec, x, w, dtype)
+    return y.astype(out_dtype or dtype)
 
 
 def _dot(spec, a, b, dtype):
@@ -129,7 +135,7 @@ def _contract_bwd(spec, dtype, out_dtype, saved, g):
     terms, out = spec.split("->")
     a, b = terms.split(",")
     dx = _dot(f"{out},{b}->{a}", g, w, dtype).astype(x.dtype)
-    if is_quantized(w) or not jnp.issubdtype(w.dtype, jnp.floating):
+    if isinstance(w, Grouped | Turned) or not jnp.issubdtype(w.dtype, jnp.floating):
         return dx, None
     dw = _dot(f"{a},{out}->{b}", x, g, dtype).astype(w.dtype)
     return dx, dw

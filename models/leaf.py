@@ -1,7 +1,8 @@
-"""A weight as products meet it: a leaf of the parameter tree, plain, bits, quantised or adapted.
+"""A weight as products meet it: a leaf of the parameter tree, whatever kind it is.
 
-`resolve` is the one place that knows what a leaf can be. Whoever multiplies by a weight reads what
-it returns: `layers.contract`, `layers.look_up`, `kernels.experts.grouped_matmul`, and the loss.
+Plain, bits, quantised, turned or adapted: `resolve` is the one place that knows what a leaf can be.
+Whoever multiplies by a weight reads what it returns: `layers.contract`, `layers.look_up`,
+`kernels.experts.grouped_matmul`, and the loss.
 """
 
 import functools
@@ -13,19 +14,20 @@ import jax.numpy as jnp
 from . import bits
 from .adapters import Adapted, factor_names, is_adapted
 from .quantize import Grouped, Int8, is_quantized
+from .turned import Turned
 
 
 class Weight(NamedTuple):
     """The weight `(values * scale + a b) * gain`; what is None is left out.
 
-    values: an array, or a `Grouped`, of which whoever multiplies by it takes the `numbers`; so a
-      gradient rule keeps the bytes.
+    values: an array, or a `Grouped` or `Turned`, of which whoever multiplies by it takes the
+      `numbers`; so a gradient rule keeps the bytes.
     scale, gain: have size 1 along the dims that a product sums over, so they can multiply it.
     a, b: see `adapters.Adapted`, its scale included.
     counts_Br: which ranks of `a b` a row of what is multiplied has; all where None.
     """
 
-    values: jax.Array | Grouped
+    values: jax.Array | Grouped | Turned
     scale: jax.Array | None = None
     a: jax.Array | None = None
     b: jax.Array | None = None
@@ -52,6 +54,10 @@ def resolve(leaf) -> Weight:
         a, b, gain = bits.unpack((leaf.a, leaf.b, leaf.gain))
         return resolve(leaf.base)._replace(a=a, b=b * leaf.scale, gain=gain, counts_Br=counts_Br)
     leaf = bits.unpack(leaf)
+    if isinstance(leaf, Turned):
+        values, scale, *_ = resolve(leaf.held)
+        scale = None if scale is None else leaf.replace(held=scale).numbers()
+        return Weight(leaf.replace(held=values), scale)
     if isinstance(leaf, Int8):
         return Weight(leaf.values, leaf.scale)
     return Weight(leaf)
@@ -59,7 +65,7 @@ def resolve(leaf) -> Weight:
 
 def numbers(values):
     """`Weight.values` as one array."""
-    return values.numbers() if isinstance(values, Grouped) else values
+    return values.numbers() if isinstance(values, Grouped | Turned) else values
 
 
 def dense(leaf):

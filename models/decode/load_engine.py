@@ -6,6 +6,8 @@ import jax
 
 from ...configs.schema import ModelConfig
 from ..text.tokenizer import load_tokenizer
+from ..transformer import abstract_params
+from ..turned import turn
 from ..weights import adapter_sum
 from ..weights.load import load
 from .slots import Engine
@@ -45,6 +47,8 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int,
         second = load(draft, dtype, mesh, quantize)
         max_length = min(max_length, model.config.max_positions)
         check_draft(tokenizer, load_tokenizer(draft), model.config, second[0].config, max_length)
+        second = second[0], turn(second[1], abstract_params(second[0].config), num_slots)
+    params = turn(params, abstract_params(model.config), num_slots * (1 + speculate))
     with jax.set_mesh(mesh):
         return Engine(model, params, tokenizer, num_slots, max_length, names, speculate, second,
                       cache_dtype)  # fmt: skip
