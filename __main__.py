@@ -150,14 +150,17 @@ def _chat(args):
     import jax
 
     from .models.decode import chat
+    from .models.decode.profile import Profile
 
     tokenizer, mesh = _open_tokenizer(args)
     # Before the weights are read: a model that cannot chat says so at once.
     tokenizer.chat([{"role": "user", "content": "?"}])
+    profile = Profile(args.profile) if args.profile else None
     sampling = _sampling(args, tokenizer)
     engine = _open_engine(args, tokenizer, mesh, 1, args.max_length)
     with jax.set_mesh(mesh):
-        chat.run(chat.Chat(engine, sampling, args.system, args.max_tokens))
+        settings = args.system, args.max_tokens, profile, args.thinking
+        chat.run(chat.Chat(engine, sampling, *settings))
 
 
 def _serve(args):

@@ -37,6 +37,7 @@ TESTED_WITH = {
         "models/decode/server/page.py", "models/decode/server/prepare.py",
         "models/decode/server/worker.py",
     ],
+    "models/decode/test_chat.py": ["models/decode/profile.py"],
     "models/decode/test_slots.py": ["models/decode/cached_model.py"],
     "models/decode/test_generate.py": ["models/decode/engine.py", "models/decode/sampling.py"],
     "models/release/test_convert.py": [

@@ -6,33 +6,99 @@ Ctrl-C stops an answer, never the program. What has been said so far is read aga
 import contextlib
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from ...configs.errors import UserError
 from ..media.images import image_ids
 from .pictures import expand
+from .profile import Profile
 from .sampling import Sampling
 from .slots import Engine
 
 HELP = (
-    "/reset forgets the conversation, /image FILE shows a picture with the next message, /exit or "
-    "Ctrl-D ends; Ctrl-C stops an answer"
+    "/reset forgets the conversation, /image FILE shows a picture with the next message, /speed "
+    "tells how fast the last answer was, /think shows or hides what is thought, /exit or Ctrl-D "
+    "ends; Ctrl-C stops an answer"
 )
+PROFILE_HELP = (
+    "/profile shows what you told about yourself, /profile TEXT adds to it, /forget clears it"
+)
+_ABOUT = "What the user has told about themselves:"
+# What reasoning models put around what they think before they answer.
+_OPEN, _CLOSE = "<think>", "</think>"
 
 # Longest answer where nothing is told, see `room`.
 _MAX_TOKENS = 1024
+
+
+class Speed(NamedTuple):
+    """Of one answer. read: tokens of the prompt. made: of the answer. first, whole: seconds."""
+
+    read: int
+    made: int
+    first: float
+    whole: float
+
+    def __str__(self):
+        rest = self.whole - self.first
+        rate = f", then {(self.made - 1) / rest:.1f} a second" if self.made > 1 and rest else ""
+        return (
+            f"{self.read} tokens read and the first written in {self.first:.2f} s{rate}; "
+            f"{self.made} in {self.whole:.2f} s"
+        )
+
+
+class Thought:
+    """Leaves out of an answer, as it comes, what the model thinks."""
+
+    def __init__(self, begun: bool = False):
+        """Begin.
+
+        Args:
+          begun: the prompt has ended inside a thought, as some templates have it.
+        """
+        self._inside, self._blank, self._held = begun, begun, ""
+
+    def rest(self, piece: str, final: bool = False) -> str:
+        """What has become certain to be no thought; all that is none where it is final."""
+        self._held += piece
+        made = ""
+        while True:
+            tag = _CLOSE if self._inside else _OPEN
+            text, found, after = self._held.partition(tag)
+            if not found and not final:
+                # The tag may have begun.
+                sizes = range(len(tag) - 1, 0, -1)
+                kept = next((n for n in sizes if text.endswith(tag[:n])), 0)
+                text, after = text[: len(text) - kept], text[len(text) - kept :]
+            if not self._inside:
+                # Without the blank lines between a thought and the answer.
+                text = text.lstrip() if self._blank else text
+                self._blank = self._blank and not text
+                made += text
+            self._held = after
+            if not found:
+                return made
+            self._blank = self._blank or self._inside
+            self._inside = not self._inside
 
 
 class Chat:
     """A conversation with one engine, of which it takes one slot at a time.
 
     Attributes:
-      messages: what has been said, as `Tokenizer.chat` takes it.
+      messages: what has been said, as `Tokenizer.chat` takes it; without the system message.
       adapter: the name of the engine's adapter that answers next; empty for none.
+      profile: what the user has told about themselves, which follows the system message; or None.
+      thinking: whether what a reasoning model thinks is shown.
+      speed: of the last answer; None before it.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling | None = None, system: str = "",
-                 max_tokens: int = 0):  # fmt: skip
+                 max_tokens: int = 0, profile: Profile | None = None,
+                 thinking: bool = True):  # fmt: skip
         """Begin with nothing said.
 
         Args:
@@ -45,13 +111,15 @@ class Chat:
         """
         self.engine, self.sampling = engine, sampling or Sampling()
         self.max_tokens, self.adapter = max_tokens, ""
-        self._first = [{"role": "system", "content": system}] if system else []
+        self.profile, self.thinking = profile, thinking
+        self.speed: Speed | None = None
+        self._system = system
         self.reset()
         self._begin("a")
 
     def reset(self) -> None:
         """Forget all but the system message."""
-        self.messages: list[dict] = list(self._first)
+        self.messages: list[dict] = []
         self._pictures, self._attached, self._turn = [], [], 0
 
     def attach(self, path: str) -> None:
@@ -65,7 +133,7 @@ class Chat:
         self._attached.append(path)
 
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Yield the answer as it is written; it is remembered as far as it was.
+        """Yield the answer as it is written; it is remembered as far as it was, thoughts included.
 
         Args:
           stopped: is asked after each token whether to stop.
@@ -75,18 +143,27 @@ class Chat:
         """
         message, ids, tiles, max_tokens = self._begin(text)
         sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)
+        tail = self.engine.tokenizer.decode(ids[-8:]).rstrip()
+        thought = Thought(begun=tail.endswith(_OPEN))
         slot = self.engine.insert(ids, sampling, max_tokens, adapter=self.adapter, tiles=tiles)
+        began = time.perf_counter()
 
         def pieces():
-            answer = ""
+            answer, times = "", []
             try:
                 while slot in self.engine.requests and not stopped():
                     for _, token in self.engine.step():
+                        times.append(time.perf_counter() - began)
                         answer += token.text
-                        if token.text:
-                            yield token.text
+                        piece = token.text if self.thinking else thought.rest(token.text)
+                        if piece:
+                            yield piece
+                if not self.thinking and (piece := thought.rest("", final=True)):
+                    yield piece
             finally:
                 self.engine.evict(slot)
+                if times:
+                    self.speed = Speed(len(ids), len(times), times[0], times[-1])
                 self.messages += [message, {"role": "assistant", "content": answer}]
                 self._turn += 1
 
@@ -99,7 +176,10 @@ class Chat:
         content = [*parts, {"type": "text", "text": text}] if parts else text
         pictures, self._attached = [*self._pictures, *self._attached], []
         message = {"role": "user", "content": content}
-        ids = engine.tokenizer.chat([*self.messages, message])
+        about = self.profile.text() if self.profile else ""
+        system = "\n\n".join(filter(None, [self._system, about and f"{_ABOUT}\n{about}"]))
+        first = [{"role": "system", "content": system}] if system else []
+        ids = engine.tokenizer.chat([*first, *self.messages, message])
         if pictures:
             ids, tiles = expand(engine.config, engine.tokenizer, ids, pictures, engine.max_length)
         room = engine.max_length - len(ids)
@@ -119,6 +199,7 @@ def run(chat: Chat) -> None:
     typed = sys.stdin.isatty()
     names = chat.engine.adapters
     help_text = HELP + (f"; /adapter NAME: {', '.join(names)}, or none of them" if names else "")
+    help_text += f"; {PROFILE_HELP}" if chat.profile else ""
     if typed:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401  # input() then edits lines and remembers them
@@ -139,6 +220,13 @@ def run(chat: Chat) -> None:
             return
         if line == "/reset":
             chat.reset()
+        elif line == "/speed":
+            print(chat.speed or "nothing has been answered yet")
+        elif line == "/think":
+            chat.thinking = not chat.thinking
+            print(f"what is thought is {'shown' if chat.thinking else 'hidden'}")
+        elif chat.profile and line.split()[:1] in (["/profile"], ["/forget"]):
+            _tell(chat.profile, line)
         elif line.split()[:1] == ["/adapter"]:
             _choose(chat, line.removeprefix("/adapter").strip())
         elif line.split()[:1] == ["/image"]:
@@ -147,6 +235,21 @@ def run(chat: Chat) -> None:
             print(f"{line.split()[0]} is not a command: {help_text}")
         elif line:
             _answer(chat, line)
+
+
+def _tell(profile, line):
+    command, _, text = line.partition(" ")
+    try:
+        if command == "/forget":
+            profile.clear()
+            print(f"{profile.path} is empty now")
+        elif text.strip():
+            profile.add(text.strip())
+        else:
+            nothing = f"{profile.path} says nothing: /profile TEXT adds to it"
+            print(_shown(profile.text()) or nothing)
+    except UserError as error:
+        print(error, flush=True)
 
 
 def _choose(chat, name):

@@ -6,11 +6,14 @@ import signal
 import types
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
 from puna.configs.schema import ModelConfig
 from puna.models.decode import chat as chat_lib
-from puna.models.decode.chat import Chat
+from puna.models.decode.chat import Chat, Speed, Thought
+from puna.models.decode.profile import Profile
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine
 from puna.models.text.tokenizer import byte_tokenizer, train_bpe
@@ -19,9 +22,10 @@ TOKENIZER = train_bpe(["the llama walks"], 280)
 
 
 class Echo(Engine):
-    """Answers each prompt with its number of ids, a character a step."""
+    """Answers each prompt with its number of ids, or the same text, a character a step."""
 
-    def __init__(self, tokenizer=TOKENIZER, max_length=200, on_step=lambda step: None):
+    def __init__(self, tokenizer=TOKENIZER, max_length=200, on_step=lambda step: None, answer=""):
+        self.answer = answer
         self.tokenizer, self.max_length, self.vocab_size = tokenizer, max_length, 280
         self.config = ModelConfig(max_positions=2 * max_length)
         self.requests, self.asked, self.num_slots, self.on_step = {}, [], 1, on_step
@@ -30,7 +34,7 @@ class Echo(Engine):
     def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None):
         self.asked.append((list(prompt_ids), sampling, max_tokens))
         self.answered_by.append(adapter)
-        self.requests[0] = list(f"<{len(prompt_ids)}>")
+        self.requests[0] = list(self.answer or f"<{len(prompt_ids)}>")
         return 0
 
     def evict(self, slot):
@@ -133,3 +137,86 @@ def test_a_model_without_a_chat_format_is_one_line():
 def test_an_impossible_setting_is_said_at_the_start():
     with pytest.raises(UserError, match=r"temperature=-1\.0 must"):
         Chat(Echo(), Sampling(-1.0))
+
+
+def test_speed_is_told_on_request(monkeypatch, capsys):
+    engine = Echo()
+    chat = Chat(engine)
+    out = talk(monkeypatch, capsys, "/speed\nhi\n/speed\n", chat).splitlines()
+    read = len(prompt("hi"))
+    assert out[0] == "nothing has been answered yet"
+    assert chat.speed
+    assert out[2] == str(chat.speed)
+    assert (chat.speed.read, chat.speed.made) == (read, len(f"<{read}>"))
+    assert 0 <= chat.speed.first <= chat.speed.whole
+    assert str(Speed(12, 5, 0.5, 2.5)) == (
+        "12 tokens read and the first written in 0.50 s, then 2.0 a second; 5 in 2.50 s"
+    )
+    assert "a second" not in str(Speed(12, 1, 0.5, 0.5))
+
+
+def test_thoughts_are_hidden_on_request_and_remembered(monkeypatch, capsys):
+    answer = "<think>\nhm <b\n</think>\n\nA < b"
+    engine = Echo(answer=answer)
+    chat = Chat(engine)
+    out = talk(monkeypatch, capsys, "x\n/think\nx\n/think\n", chat)
+    assert out == f"{answer}\nwhat is thought is hidden\nA < b\nwhat is thought is shown\n"
+    assert [m["content"] for m in chat.messages] == ["x", answer] * 2
+
+
+PARTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "th", "ink>", "</", "a", " ", "\n"]))
+
+
+@given(PARTS, st.booleans())
+def test_a_thought_is_left_out_however_the_text_is_cut(parts, begun):
+    text = "".join(parts)
+    expected, inside, blank, rest = "", begun, begun, text
+    while True:
+        before, found, rest = rest.partition("</think>" if inside else "<think>")
+        if not inside:
+            before = before.lstrip() if blank else before
+            blank = blank and not before
+            expected += before
+        if not found:
+            break
+        blank, inside = blank or inside, not inside
+    for pieces in (parts, list(text), [text]):
+        thought = Thought(begun)
+        made = [thought.rest(piece) for piece in pieces]
+        assert "".join(made) + thought.rest("", final=True) == expected
+
+
+def test_what_a_user_tells_is_put_into_the_context(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "me.txt"
+    engine = Echo(max_length=400)
+    chat = Chat(engine, system="short", profile=Profile(str(path)))
+    lines = "a\n/profile\n/profile I herd llamas.\n/profile In Peru.\n/profile\nb\n/forget\nc\n"
+    out = talk(monkeypatch, capsys, lines, chat).splitlines()
+    assert out[1] == f"{path} says nothing: /profile TEXT adds to it"
+    assert out[2:4] == ["I herd llamas.", "In Peru."]
+    assert out[5] == f"{path} is empty now"
+    assert path.read_text() == ""
+    about = "short\n\nWhat the user has told about themselves:\nI herd llamas.\nIn Peru."
+    for (ids, *_), system in zip(engine.asked, ["short", about, "short"], strict=True):
+        start = TOKENIZER.chat([{"role": "system", "content": system}, *chat.messages[:1]])
+        assert ids[: len(start) - 5] == start[:-5]
+    assert "/forget clears it" in talk(monkeypatch, capsys, "/x\n", chat)
+    assert "/forget is not" in talk(monkeypatch, capsys, "/forget\n", Chat(Echo()))
+
+
+def test_what_is_no_profile_is_one_line(tmp_path, capsys, monkeypatch):
+    for data, why in ((b"\xff\xfe", "must be text in UTF-8"), (b"a" * 20_000, "at most 16384")):
+        (tmp_path / "p").write_bytes(data)
+        with pytest.raises(UserError, match=why):
+            Profile(str(tmp_path / "p"))
+    with pytest.raises(UserError, match="cannot be read"):
+        Profile(str(tmp_path))
+    (tmp_path / "p").write_text("ok")
+    profile = Profile(str(tmp_path / "p"))
+    with pytest.raises(UserError, match="at most 16384 bytes"):
+        profile.add("x" * 17_000)
+    assert profile.text() == "ok"
+    # One that is spoilt while the chat runs costs a message, not the chat.
+    chat = Chat(Echo(), profile=profile)
+    (tmp_path / "p").write_bytes(b"\xff")
+    assert "UTF-8" in talk(monkeypatch, capsys, "hi\n", chat)
