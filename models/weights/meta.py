@@ -60,6 +60,7 @@ _IGNORED = re.compile(
     r"|feed_forward\.(global_gate_stats_3E|running_gate_stats_3E|experts\.expert_activation_DE"
     r"|expert_activation_DE)|.*\._extra_state)"
 )
+_CROSS = "vision_num_cross_attention_layers"  # of Llama 3.2 Vision
 _VISION = re.compile(r"vision_(embeddings|projection)\.")
 # Width and depth of the text models of Llama 3.2.
 _LLAMA32 = {(2048, 16), (3072, 28)}
@@ -148,6 +149,11 @@ def _rename(tensors):
 def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
     """Map params.json, whose unknown keys are refused; a few facts stand in the tensors only."""
     where = path / "params.json"
+    if layers := params.get(_CROSS):
+        raise UserError(
+            f"{where}: {_CROSS}={str(layers)[:60]}: Llama 3.2 Vision is read from its Hugging Face "
+            "files alone"
+        )
     for key, value in params.items():
         if key not in _KEYS | _HARMLESS and not keys.says_nothing(key, value):
             raise UserError(f"{where}: {key}={str(value)[:60]} is not a key that puna knows")
