@@ -48,7 +48,7 @@ def _train(args):
             f"--fresh: {workdir / run.CHECKPOINTS} holds checkpoints already, which puna never "
             "deletes; move it away, or take another --workdir"
         )
-    train(args.config, workdir, tasks=during.During)
+    train(args.config, workdir, tasks=during.During, profile=args.profile)
     if not is_first():
         return
     results = json.loads((workdir / "results.json").read_text())

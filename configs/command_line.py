@@ -50,6 +50,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_bool(
             "fresh", False, "start a new run; refuses a --workdir with checkpoints", **text
         )
+        flags.DEFINE_integer(
+            "profile", 0, "trace so many steps: a folder for xprof and Perfetto in --workdir, and "
+            "the costliest operations as a table", **text,
+        )  # fmt: skip
     if command == "plan":
         flags.DEFINE_string(
             "topology",

@@ -101,7 +101,7 @@ def explained(path: str | os.PathLike) -> Iterator[None]:
         if not paths.is_url(path):
             raise
         url = os.fspath(path)
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or "NOT_FOUND" in str(error):
             raise UserError(f"{url}: no such file or bucket") from None
         if isinstance(error, PermissionError):
             raise UserError(f"{url}: no permission ({error})") from None

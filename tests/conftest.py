@@ -41,6 +41,8 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ["XDG_CACHE_HOME"] = str(CACHE)  # what is known of data files, and fonts
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Read when gcsfs is imported, which else asks the real service of what type a bucket is.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 # No deadline: the first example of each shape compiles. In CI the examples are always the same.
 set_hypothesis_home_dir(str(CACHE / "hypothesis"))

@@ -9,11 +9,11 @@ import types
 
 
 class _CallablePackage(types.ModuleType):
-    def __call__(self, config, workdir, evaluators=None, tasks=None):
+    def __call__(self, config, workdir, evaluators=None, tasks=None, profile=0):
         """Train a model, as `puna train` does; see `puna.train.loop.train`."""
         from .loop import train
 
-        return train(config, workdir, evaluators, tasks)
+        return train(config, workdir, evaluators, tasks, profile)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -24,6 +24,7 @@ from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
 from .init_from import initial_state, lineage, resolve
 from .optimizer import make_optimizer, schedule
+from .profile import Profile
 from .resilience.background import FILE as BACKGROUND
 from .resilience.background import background_log
 from .resilience.bad_steps import Watch
@@ -54,7 +55,7 @@ class Tasks(Protocol):
 
 def train(
     config: Mapping, workdir, evaluators: Mapping[str, Evaluator] | None = None,
-    tasks: Callable[[schema.Config, Any, Any], Tasks] | None = None,
+    tasks: Callable[[schema.Config, Any, Any], Tasks] | None = None, profile: int = 0,
 ) -> TrainState:  # fmt: skip
     """Train, resuming from the newest checkpoint in `workdir` if there is one.
 
@@ -67,6 +68,7 @@ def train(
         None evaluates the loss on `data.validation`, if there is one, as `validation`.
       tasks: makes, of (config, tokenizer, mesh) and before the first step, what asks `eval.tasks`:
         `puna.eval.tasks.during.During`, which `puna train` passes.
+      profile: steps to trace, see `train/profile.py`; 0 = none.
 
     Returns:
       The final `TrainState`.
@@ -86,15 +88,16 @@ def train(
     number = "" if processes.is_first() else f"{jax.process_index()}."
     folder = _writable(workdir)
     with (
-        # Object storage has no file that only one of two runs can create.
-        only_run(*([] if paths.is_url(folder) else [folder])) as locks,
+        only_run(folder) as lock,
         Mirror(folder) as mirror,
         background_log(mirror.folder / f"{number}{BACKGROUND}"),
     ):
-        return _train(c, mirror, evaluators, tasks, locks)
+        return _train(c, mirror, evaluators, tasks, lock, profile)
 
 
-def _train(c: schema.Config, mirror: Mirror, evaluators, tasks, locks: list[Lock]) -> TrainState:
+def _train(
+    c: schema.Config, mirror: Mirror, evaluators, tasks, lock: Lock | None, profile: int
+) -> TrainState:
     """`train`, of a complete configuration and in a folder that is there and this run's own."""
     workdir, folder = mirror.home, mirror.folder
     ledger = Ledger(folder, started=process_start())
@@ -106,8 +109,8 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, tasks, locks: list[Lock
     with processes.first_goes_first("data"):  # it trains the tokenizer and builds data sets
         if not processes.is_first():
             mirror.pull()
-        quarantine = prepare_quarantine(workdir, folder)
-        tokenizer = prepare_tokenizer(c, workdir, quarantine, folder)
+        quarantine = prepare_quarantine(mirror)
+        tokenizer = prepare_tokenizer(c, mirror, quarantine)
         mirror.push()
         objective = objectives.make(c, tokenizer.token_bytes)
         loader = make_train_loader(
@@ -142,7 +145,8 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, tasks, locks: list[Lock
 
     with (
         jax.set_mesh(mesh),
-        Checkpoints(workdir, c, tokenizer_files(workdir, folder), origin) as checkpoints,
+        Checkpoints(workdir, c, tokenizer_files(mirror), origin) as checkpoints,
+        Profile(mirror, profile) as trace,
         Signals() as signals,
     ):
         start_anew = functools.partial(initial_state, c, tx, mesh, objective)
@@ -156,12 +160,14 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, tasks, locks: list[Lock
             print(_how_it_resumes(c, checkpoints.restored, start), flush=True)
         log = metrics.RunLog(c, folder, start, ledger, (origin or {}).get("init_from"))
         checkpoints.losses |= processes.gather(log.validation_losses())[0]
-        watch = Watch(c, folder, int(state.opt_state.bad), workdir)
+        watch = Watch(c, mirror, int(state.opt_state.bad))
         step_fn = make_train_step(c, model, tx, objective, places)
         if step < c.train.steps:
+            trace.check(c.train.steps - step)
             with ledger.doing("compile"):
                 step_fn = step_fn.lower(places, objective.abstract_batch(c, mesh)).compile()
                 processes.wait("compiled")
+            step_fn = trace.of(step_fn)
 
         def evaluate(state: TrainState, step: int) -> None:
             log.wait()
@@ -213,7 +219,7 @@ def _train(c: schema.Config, mirror: Mirror, evaluators, tasks, locks: list[Lock
             if saves:
                 log.flush(wanted=due(step))
                 with ledger.doing("save"):
-                    for lock in locks:
+                    if lock is not None:
                         lock.check()
                     quarantine.share()
                     mirror.push()

@@ -28,12 +28,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ...configs.errors import UserError
-from . import sandbox
 from .kinds import names_pattern
 
 _MAX_SECONDS = 10.0  # of one rendering; a conversation takes milliseconds
 _START_SECONDS = 120.0  # a cold disk on a busy machine
-_MAX_ANSWER = 12 * sandbox.MAX_SIZE + 2**20  # JSON may take twelve bytes for a character
+_MAX_ANSWER = 96 * 2**20  # bytes; JSON may take twelve for each character of what is rendered
+# Run, not imported: Jinja would be a twelfth of what importing puna takes.
+_SANDBOX = pathlib.Path(__file__).with_name("sandbox.py")
 _BOOT = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], None, '__main__')"
 # Everything else of the environment, tokens and keys too, is no business of a template.
 _ENVIRONMENT = ("TZ", "TZDIR", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
@@ -189,7 +190,7 @@ def _start() -> subprocess.Popen:
     try:
         # A session of its own: signals of the terminal are for this process alone.
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _BOOT, sandbox.__file__, *homes],
+            [sys.executable, "-I", "-S", "-c", _BOOT, str(_SANDBOX), *homes],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={k: v for k, v in os.environ.items() if k in _ENVIRONMENT},
             start_new_session=True,

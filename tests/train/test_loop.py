@@ -18,6 +18,7 @@ from puna.train.data.tokenizer import prepare_tokenizer
 from puna.train.loop import train
 from puna.train.optimizer import schedule
 from puna.train.resilience import lock
+from puna.train.resilience.mirror import Mirror
 from puna.train.validation import evaluate_loss
 
 
@@ -167,16 +168,16 @@ def test_a_longer_run_says_what_becomes_of_its_rate(config, tmp_path, capsys):
 
 def test_the_tokenizer_is_that_of_the_config_until_there_is_a_checkpoint(whole, config, tmp_path):
     text = "the llama eats grass"
-    tokenizer = prepare_tokenizer(schema.from_dict(config), tmp_path / "new")
+    tokenizer = prepare_tokenizer(schema.from_dict(config), Mirror(tmp_path / "new"))
     assert tokenizer.vocab_size == 259
     config.data.update(tokenizer="train", tokenizer_vocab=270)
     config.model.vocab_size = 272
-    trained = prepare_tokenizer(schema.from_dict(config), tmp_path / "new")
+    trained = prepare_tokenizer(schema.from_dict(config), Mirror(tmp_path / "new"))
     assert trained.encode(text) != tokenizer.encode(text)
     assert load_tokenizer(tmp_path / "new" / "tokenizer").encode(text) == trained.encode(text)
     shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "tokenizer")
-    kept = prepare_tokenizer(schema.from_dict(config), tmp_path / "run")
+    kept = prepare_tokenizer(schema.from_dict(config), Mirror(tmp_path / "run"))
     assert (
         kept.encode(text) == tokenizer.encode(text) == load_tokenizer(tmp_path / "run").encode(text)
     )

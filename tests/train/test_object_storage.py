@@ -19,6 +19,7 @@ from puna.configs.errors import UserError
 from puna.models.release.convert import convert
 from puna.models.weights import run
 from puna.train import metrics
+from puna.train.resilience.lock import FILE, only_run
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +43,6 @@ def bucket():
     with subprocess.Popen(command, **quiet) as server, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
-        # gcsfs would ask the real service of what type the bucket is.
-        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         while True:
             try:
                 socket.create_connection(("127.0.0.1", port)).close()
@@ -168,6 +167,17 @@ def test_what_is_not_there_is_one_line(runs, bucket, tmp_path):
     with pytest.raises(UserError, match=r"has no checkpoint of step 5; it has \[2, 4, 6\]"):
         config = config_of(tmp_path, init_from=f"{bucket}/team/run@5")
         puna.train(config, tmp_path / "run")
+
+
+def test_two_runs_in_one_folder(runs):
+    config, _, there = runs
+    before = {p.name for p in there.iterdir()}
+    with only_run(there):
+        assert {p.name for p in there.iterdir()} == before | {FILE}
+        with pytest.raises(UserError, match=f"^{there} is in use by process {os.getpid()} on "):
+            puna.train(config, there)
+    assert {p.name for p in there.iterdir()} == before
+    puna.train(config, there)
 
 
 @pytest.mark.parametrize("arguments", [["--kills=3", "--steps=12"],

@@ -15,6 +15,7 @@ import numpy as np
 
 from ...configs import schema
 from .. import init_from, objectives
+from ..resilience.mirror import Mirror
 from .examples import Example
 from .quarantine import Quarantine
 from .sources import open_source, parse_sources
@@ -37,7 +38,7 @@ class Preview:
     def __init__(self, config: Mapping):
         with tempfile.TemporaryDirectory() as folder:
             c = init_from.resolve(schema.build(config), Path(folder))
-            self._tokenizer = prepare_tokenizer(c, Path(folder))
+            self._tokenizer = prepare_tokenizer(c, Mirror(Path(folder)))
         self._config = c
         self._objective = objectives.make(c, self._tokenizer.token_bytes)
         self._quarantine = _Counting()

@@ -13,8 +13,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ...configs.errors import UserError
+
+if TYPE_CHECKING:
+    from ..resilience.mirror import Mirror
 
 FILE = "quarantine.jsonl"
 # What is read of a source when it is opened, so that a mistake in it shows before training starts.
@@ -120,21 +124,16 @@ class Quarantine:
         return self._known
 
 
-def prepare_quarantine(workdir: pathlib.Path, folder: pathlib.Path | None = None) -> Quarantine:
-    """The run's quarantine: that of its checkpoints, else an empty one.
-
-    Args:
-        workdir: the run's folder.
-        folder: of the quarantine, where that is not `workdir`, see `resilience/mirror.py`.
-    """
+def prepare_quarantine(mirror: "Mirror") -> Quarantine:
+    """The run's quarantine: that of its checkpoints, else an empty one."""
     # Here and not above: reader processes need no JAX.
     from ...models.parallel.processes import is_first
     from ...models.weights import run
 
-    if is_first() and not run.steps(workdir):
+    if is_first() and not run.steps(mirror.home):
         # What an attempt on data that may have been mended since has left.
-        ((folder or workdir) / FILE).unlink(missing_ok=True)
-    return Quarantine(folder or workdir, workdir)
+        (mirror.folder / FILE).unlink(missing_ok=True)
+    return Quarantine(mirror.folder, mirror.home)
 
 
 class Screened(Sequence):

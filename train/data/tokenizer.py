@@ -1,6 +1,5 @@
 """The tokenizer of a run: made once, kept in the run's folder, the same ever after."""
 
-import pathlib
 import shutil
 
 from ...configs import patterns, storage
@@ -9,6 +8,7 @@ from ...configs.schema import Config, DataConfig
 from ...models.parallel.processes import is_first
 from ...models.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, train_bpe
 from ...models.weights import run
+from ..resilience.mirror import Mirror
 from .quarantine import Quarantine
 from .sources import iter_text
 
@@ -16,24 +16,22 @@ FOLDER = "tokenizer"
 
 
 def prepare_tokenizer(
-    config: Config, workdir: pathlib.Path, quarantine: Quarantine | None = None,
-    kept: pathlib.Path | None = None,
-) -> Tokenizer:  # fmt: skip
+    config: Config, mirror: Mirror, quarantine: Quarantine | None = None
+) -> Tokenizer:
     """The run's tokenizer: that of its checkpoints, else what `data.tokenizer` says.
 
     Of several processes the first has to go first; the others take what it has made. The quarantine
     takes the bad records of the data that a tokenizer is trained on.
 
     Args:
-      workdir: the run's folder, which may have checkpoints.
-      kept: where the tokenizer's files lie if not in `workdir`, see `resilience/mirror.py`.
+      mirror: of the run's folder, which may have checkpoints; the tokenizer's files go into it.
 
     Raises:
       UserError: no such tokenizer, or one with more ids than the model has.
     """
-    data, folder = config.data, (kept or workdir) / FOLDER
-    if run.steps(workdir):
-        tokenizer = load_tokenizer(workdir)
+    data, folder = config.data, mirror.folder / FOLDER
+    if run.steps(mirror.home):
+        tokenizer = load_tokenizer(mirror.home)
     elif not is_first():
         tokenizer = load_tokenizer(folder)
     elif data.tokenizer == "bytes":
@@ -51,7 +49,7 @@ def prepare_tokenizer(
             f"model.vocab_size={config.model.vocab_size} must be at least the "
             f"{tokenizer.vocab_size} ids of data.tokenizer={data.tokenizer}"
         )
-    if is_first() and not run.steps(workdir):
+    if is_first() and not run.steps(mirror.home):
         # What an attempt with another tokenizer may have left.
         shutil.rmtree(folder, ignore_errors=True)
         tokenizer.save(folder)
@@ -68,9 +66,8 @@ def with_ends(data: DataConfig, tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer.with_ends(told[data.add_bos], told[data.add_eos])
 
 
-def tokenizer_files(workdir: pathlib.Path, kept: pathlib.Path | None = None) -> dict[str, bytes]:
+def tokenizer_files(mirror: Mirror) -> dict[str, bytes]:
     """The files of the run's tokenizer by name, for its checkpoints."""
-    if run.steps(workdir):
-        return run.tokenizer_files(run.find(workdir))
-    folder = (kept or workdir) / FOLDER
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    if run.steps(mirror.home):
+        return run.tokenizer_files(run.find(mirror.home))
+    return {p.name: p.read_bytes() for p in sorted((mirror.folder / FOLDER).iterdir())}

@@ -5,13 +5,13 @@ bad_steps.jsonl with where its rows stand in the data, so that they can be looke
 """
 
 import json
-import pathlib
 
 import numpy as np
 
 from ...configs.errors import UserError
 from ...configs.schema import Config
 from ...models.parallel import processes
+from .mirror import Mirror
 
 FILE = "bad_steps.jsonl"
 # A run that comes back to one checkpoint so often is not hindered by some odd batch.
@@ -23,15 +23,13 @@ class Watch:
 
     Args:
       config: reads `train.bad_step`.
-      folder: gets the list of bad steps.
+      mirror: of the run's folder, which gets the list of bad steps.
       known: bad steps until now, as the state counts them.
-      workdir: the run's folder, for messages, where that is another.
     """
 
-    def __init__(self, config: Config, folder: pathlib.Path, known: int,
-                 workdir: pathlib.Path | None = None):  # fmt: skip
-        self._policy, self._path, self._known = config.train.bad_step, folder / FILE, known
-        self._shown = (workdir or folder) / FILE
+    def __init__(self, config: Config, mirror: Mirror, known: int):
+        self._policy, self._path, self._known = config.train.bad_step, mirror.folder / FILE, known
+        self._shown = mirror.home / FILE
         self._pending: tuple[int, dict, dict] | None = None
         self._rewinds: dict[int, int] = {}
 

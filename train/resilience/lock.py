@@ -5,11 +5,13 @@ that a thread of it renews. Network disks differ in what flock means, so this as
 one of several can create a file. A lock is stale where its process has ended, if that ran on this
 machine; else where its beat stands still while a newcomer watches it. A stale one is removed under
 a lock of its own, named after its content: without that, a newcomer that was slow could remove the
-new lock of a faster one.
+new lock of a faster one. In object storage (`BucketLock`) every object has a generation, and what
+writes or removes it can ask for the one that was read.
 """
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +24,10 @@ import threading
 import time
 from collections.abc import Iterator
 
-from ...configs.errors import UserError
+import tensorstore
+
+from ...configs import paths, storage
+from ...configs.errors import MachineError, UserError
 from ...models.parallel import processes
 
 FILE = "run.lock"
@@ -32,23 +37,27 @@ PATIENCE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def only_run(*folders: pathlib.Path) -> Iterator[list["Lock"]]:
-    """Hold the locks of some folders; all processes of a run call this together, and are one run.
+def only_run(folder: pathlib.Path) -> Iterator["Lock | None"]:
+    """Hold the lock of a folder; all processes of a run call this together, and are one run.
+
+    Yields:
+      The lock, in the first process.
 
     Raises:
-      UserError: another run is in one of them; it says which.
+      UserError: another run is in it; it says which.
     """
     with contextlib.ExitStack() as stack:
-        locks, refused = [], None
+        lock, refused = None, None
         if processes.is_first():
+            kind = BucketLock if paths.is_url(folder) else Lock
             try:
-                locks = [stack.enter_context(Lock(folder / FILE)) for folder in folders]
+                lock = stack.enter_context(kind(folder / FILE))
             except UserError as error:
                 refused = str(error)
         processes.wait("lock")
         if refused := processes.gather(refused)[0]:
             raise UserError(refused)
-        yield locks
+        yield lock
 
 
 class Lock:
@@ -108,18 +117,21 @@ class Lock:
         """
         while (content := self._read()) is None:
             self._create()  # someone has tidied up
-        holder = _holder(content)
-        if holder.get("token") != self._me["token"]:
+        if not self._is_mine(content):
             raise UserError(
-                f"{self._path.parent} is now in use by {_name(holder)}, which took this run for "
-                "dead; this one ends and saves nothing more"
+                f"{self._path.parent} is now in use by {_name(_holder(content))}, which took this "
+                "run for dead; this one ends and saves nothing more"
             )
 
     def __exit__(self, kind, error, traceback):
         self._ended.set()
         self._beating.join()
+        self._release()
+
+    def _release(self) -> None:
+        """Give the lock back, if it is still ours."""
         with contextlib.suppress(OSError):
-            if _holder(self._read() or b"").get("token") == self._me["token"]:
+            if self._is_mine(self._read()):
                 self._path.unlink()
         os.close(self._file)
 
@@ -137,16 +149,23 @@ class Lock:
         self._write(0)
         return True
 
+    def _is_mine(self, content: bytes | None) -> bool:
+        return _holder(content or b"").get("token") == self._me["token"]
+
+    def _content(self, beat: int) -> bytes:
+        return json.dumps(self._me | {"beat": f"{beat:012}"}).encode()
+
     def _write(self, beat: int) -> None:
         # In place: a lock that another run has renamed away does not come back.
-        os.pwrite(self._file, json.dumps(self._me | {"beat": f"{beat:012}"}).encode(), 0)
+        os.pwrite(self._file, self._content(beat), 0)
         os.fsync(self._file)
 
     def _renew(self) -> None:
         beat = 0
         while not self._ended.wait(self._beat):
             beat += 1
-            with contextlib.suppress(OSError):  # a disk that is away may come back
+            # What is away may come back.
+            with contextlib.suppress(OSError, UserError, MachineError):
                 self._write(beat)
 
     def _read(self) -> bytes | None:
@@ -184,6 +203,65 @@ class Lock:
                     self._path.unlink()
         except UserError:
             time.sleep(0.05)  # another is at it
+
+
+class BucketLock(Lock):
+    """The same in object storage: what has changed since it was read is not written or removed.
+
+    Raises:
+      UserError, MachineError: on entering and in `check` also where the storage cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path,
+        beat: float = BEAT_SECONDS,
+        patience: float = PATIENCE_SECONDS,
+    ):
+        super().__init__(path, beat, patience)
+        self._generation = b""  # of the object as this process has written it
+
+    @functools.cached_property
+    def _store(self) -> tensorstore.KvStore:
+        return tensorstore.KvStore.open(f"{self._path.parent}/").result()
+
+    def _ask(self) -> tensorstore.KvStore.ReadResult:
+        with storage.explained(self._path):
+            return self._store.read(self._path.name).result()
+
+    def _put(self, content: bytes | None, generation: bytes) -> bytes:
+        """Replace or remove the object if it is of a generation; returns the new one, or none."""
+        with storage.explained(self._path):
+            stamp = self._store.write(self._path.name, content, if_equal=generation).result()
+        return stamp.generation
+
+    def _create(self) -> bool:
+        found = self._ask()  # even of what is not there it says a generation
+        if found.state == "value":
+            return False
+        self._generation = self._put(self._content(0), found.stamp.generation)
+        return bool(self._generation)
+
+    def _write(self, beat: int) -> None:
+        if generation := self._put(self._content(beat), self._generation):
+            self._generation = generation
+        elif self._is_mine((found := self._ask()).value):  # written, and the answer was lost
+            self._generation = found.stamp.generation
+
+    def _read(self) -> bytes | None:
+        found = self._ask()
+        return found.value if found.state == "value" else None
+
+    def _remove(self, stale: bytes) -> None:
+        found = self._ask()
+        if found.state == "value" and found.value == stale:
+            self._put(None, found.stamp.generation)
+
+    def _release(self) -> None:
+        with contextlib.suppress(UserError, MachineError):
+            found = self._ask()
+            if self._is_mine(found.value):
+                self._put(None, found.stamp.generation)
 
 
 def _holder(content: bytes) -> dict:

@@ -20,9 +20,10 @@ from ...configs.files import write_bytes
 from ...models.parallel import processes
 from ...models.weights import run
 from .background import FILE as BACKGROUND
+from .lock import FILE as LOCK
 
 PUSH_SECONDS = 60.0
-_ELSEWHERE = (run.CHECKPOINTS, run.FROZEN)
+_ELSEWHERE = (run.CHECKPOINTS, run.FROZEN, LOCK)
 
 
 class Mirror:

@@ -13,6 +13,7 @@ from puna.train.data import HeldOutRows, iter_text, make_train_loader
 from puna.train.data.packing import Room
 from puna.train.data.quarantine import BadRecord, Quarantine, prepare_quarantine
 from puna.train.data.transforms import Text
+from puna.train.resilience.mirror import Mirror
 
 BYTES = Text(byte_tokenizer())
 BAD = [
@@ -151,7 +152,7 @@ def test_a_record_is_counted_once(tmp_path):
 
 def test_a_run_that_begins_anew_has_no_notes_of_before(tmp_path):
     Quarantine(tmp_path).add(BadRecord("a", "is bad", "a", 1))
-    assert prepare_quarantine(tmp_path).count() == 0
+    assert prepare_quarantine(Mirror(tmp_path)).count() == 0
 
 
 def test_a_quarantine_that_cannot_be_written_is_named(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import threading
 import time
 
 import pytest
+import tensorstore
 
 from puna.configs.errors import UserError
 from puna.train.resilience import lock
-from puna.train.resilience.lock import FILE, Lock
+from puna.train.resilience.lock import FILE, BucketLock, Lock
 
 HOLDER = """
 import pathlib, sys, time
@@ -178,3 +180,94 @@ def test_of_many_newcomers_one_takes_over(tmp_path, killed):
             thread.join()
         assert sum(results) == 1
         assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The path of a lock in object storage, which here is TensorStore's in memory."""
+    store = tensorstore.KvStore.open("memory://").result()
+    monkeypatch.setattr(BucketLock, "_store", store)
+    return pathlib.PurePosixPath("gs://bucket/run") / FILE, store
+
+
+def left(store, **changed):
+    """Leave a lock there as another run would, with these fields."""
+    holder = {"token": "other", "host": "far", "pid": 1, "since": "then"}
+    store[FILE] = json.dumps(holder | changed)
+
+
+def test_in_a_bucket_the_second_is_refused(bucket):
+    path, store = bucket
+    with BucketLock(path, beat=0.01) as first:
+        with pytest.raises(UserError, match=f"run is in use by process {os.getpid()} on "):
+            BucketLock(path).__enter__()
+        before, deadline = store[FILE], time.monotonic() + 60
+        while store[FILE] == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert store[FILE] != before
+        first.check()
+    assert store.list().result() == []
+    with BucketLock(path):
+        pass
+
+
+def test_in_a_bucket_a_lock_without_a_beat_is_taken_over(bucket):
+    path, store = bucket
+    for content in (b"", b"{", b"[]"):
+        store[FILE] = content
+        with BucketLock(path, patience=0.2) as mine:
+            mine.check()
+    left(store, place="another host", beat="1")
+    with BucketLock(path, patience=0.2) as mine:
+        mine.check()
+
+
+def test_in_a_bucket_a_run_that_was_taken_for_dead_notices(bucket):
+    path, store = bucket
+    with BucketLock(path, beat=0.01) as first:
+        left(store, beat="1")  # by now it has not renewed its own
+        theirs = store[FILE]
+        with pytest.raises(UserError, match="now in use by process 1 on far since then"):
+            first.check()
+        time.sleep(0.1)
+        assert store[FILE] == theirs
+    assert store[FILE] == theirs
+
+
+def test_in_a_bucket_a_beat_whose_answer_was_lost(bucket):
+    path, store = bucket
+    with BucketLock(path, beat=1000) as mine:
+        store[FILE] = store[FILE]  # ours, of another generation
+        mine._write(7)  # is not written, but finds the new generation
+        mine._write(8)
+        assert json.loads(store[FILE])["beat"] == "000000000008"
+        del store[FILE]  # someone has tidied up
+        mine.check()
+        assert json.loads(store[FILE])["token"]
+
+
+def test_in_a_bucket_one_of_many_newcomers_takes_over(bucket):
+    path, store = bucket
+    for _ in range(10):
+        with BucketLock(path):
+            content = json.loads(store[FILE])
+        store[FILE] = json.dumps(content | {"token": "other", "started": "1"})
+        start, results = threading.Barrier(8), []
+
+        def come(start=start, results=results):
+            start.wait()
+            try:
+                with BucketLock(path, patience=60) as mine:
+                    results.append(True)
+                    while len(results) < 8:
+                        time.sleep(0.001)
+                    mine.check()
+            except UserError:
+                results.append(False)
+
+        threads = [threading.Thread(target=come) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(results) == 1 and store.list().result() == []
