@@ -205,7 +205,7 @@ def test_any_mesh_gives_the_same(router, factor, axes):
     assert_close(many, one)
 
 
-@pytest.mark.parametrize("top", [1, 2])
+@pytest.mark.parametrize("top", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_all_tokens_to_one_expert_is_exact_in_several_rounds(top):
     config = dataclasses.replace(BASE, num_experts=8, experts_per_token=top)
     layer, params, x_BTD, valid_BT = init(config, shape=(8, 8))

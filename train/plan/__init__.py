@@ -140,7 +140,7 @@ def _best(c, topology, compile, seconds, tell, wanted=3):
     limit = ahead.memory_limit(topology)
     found = search.search(
         c, topology, limit, budget=seconds, wanted=wanted,
-        compiler=confirm.confirm if compile else None, tell=tell,
+        compiler=confirm.confirm if compile else None, tell=tell, workers=confirm.at_a_time(),
     )  # fmt: skip
     if not found:
         raise UserError(

@@ -5,6 +5,7 @@ corrected by what the compiler has said of the candidates before. Left out on pu
 whose stages have to be written into the model's config, other optimizers, and offloading.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 import math
@@ -142,7 +143,7 @@ def candidates(config: Config, topology: str) -> list[Candidate]:
 def search(
     config: Config, topology: str, limit: int, *, budget: float, wanted: int = 3,
     compiler: Callable[[Config, str, float], Compiled | None] | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = lambda line: None, workers: int = 1,
 ) -> list[Candidate]:  # fmt: skip
     """Ask the compiler about the best few candidates, within a time.
 
@@ -152,6 +153,7 @@ def search(
       wanted: candidates that fit, after which to stop.
       compiler: as `confirm.confirm`; None = arithmetic alone.
       tell: gets a line before each compile.
+      workers: compiles at a time; what one says corrects the arithmetic for those after them.
 
     Returns:
       Candidates: those that the compiler has seen, the fastest that fit first, then the others by
@@ -163,25 +165,36 @@ def search(
     corrected: dict[str, float] = {}
     end = time.monotonic() + budget
     while waiting and sum(_fits(c, limit) for c in seen) < wanted:
-        left = end - time.monotonic()
+        left, chosen = end - time.monotonic(), []
         scale = max(corrected.values(), default=1.0)
-        chosen = _next(waiting, limit, corrected, scale, seen)
-        if left <= 0 or chosen is None:
+        more = wanted - sum(_fits(c, limit) for c in seen)
+        while left > 0 and len(chosen) < min(workers, more):
+            one = _next(waiting, limit, corrected, scale, seen + chosen)
+            if one is None:
+                break
+            tell(f"compiling {one.flags} ({len(seen + chosen) + 1}, {left:.0f} s left)")
+            waiting.remove(one)
+            chosen.append(one)
+        if not chosen:
             break
-        tell(f"compiling {chosen.flags} ({len(seen) + 1}, {left:.0f} s left)")
-        waiting.remove(chosen)
-        told = compiler(chosen.apply(config), topology, left)
-        if told is None:
+        with concurrent.futures.ThreadPoolExecutor(len(chosen)) as pool:  # each has a process
+            tasks = [pool.submit(compiler, c.apply(config), topology, left) for c in chosen]
+        late = False
+        for one, task in zip(chosen, tasks, strict=True):
+            if (told := task.result()) is None:
+                waiting.append(one)
+                late = True
+                continue
+            peak = int(told["memory"]["peak"].value)
+            step = told.get("time", {}).get("step_time")
+            seen.append(dataclasses.replace(
+                one, peak=peak, step=step.value if step else 0.0, refused="time" not in told
+            ))  # fmt: skip
+            rest = max(peak - one.state, 1) / max(one.activations, 1)
+            corrected[one.remat] = max(corrected.get(one.remat, 0), rest)
+        if late:
             tell("no time left")
-            waiting.append(chosen)
             break
-        peak = int(told["memory"]["peak"].value)
-        step = told.get("time", {}).get("step_time")
-        seen.append(dataclasses.replace(
-            chosen, peak=peak, step=step.value if step else 0.0, refused="time" not in told
-        ))  # fmt: skip
-        rest = max(peak - chosen.state, 1) / max(chosen.activations, 1)
-        corrected[chosen.remat] = max(corrected.get(chosen.remat, 0), rest)
     seen.sort(key=lambda c: (not _fits(c, limit), c.step or c.seconds, c.peak))
     scale = min(1.0, max(corrected.values(), default=1.0))
 

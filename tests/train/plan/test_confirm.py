@@ -46,3 +46,13 @@ def test_no_compiler_installed_is_one_line(monkeypatch, tmp_path):
         confirm(config, "v5p-8")
     with pytest.raises(UserError, match=r"pip install 'puna\[cuda\]'"):
         confirm(config, "h100-8")
+
+
+@pytest.mark.parametrize(("gigabytes", "processors", "most"), [(5, 64, 1), (40, 64, 6), (40, 4, 2)])
+def test_compiles_at_a_time_fit_the_memory_and_the_processors(
+    monkeypatch, gigabytes, processors, most
+):
+    text = f"MemTotal: 99999999 kB\nMemAvailable:    {gigabytes * 10**9 // 1024} kB\n"
+    monkeypatch.setattr(module.pathlib.Path, "read_text", lambda *_, **__: text)
+    monkeypatch.setattr(module.os, "cpu_count", lambda: processors)
+    assert module.at_a_time() == most

@@ -1,6 +1,8 @@
 """The search's logic, with a compiler that is none."""
 
 import dataclasses
+import functools
+import threading
 
 import pytest
 
@@ -77,6 +79,20 @@ def test_what_the_compiler_says_corrects_the_arithmetic():
     )  # fmt: skip
     assert found[0].peak and found[0].peak <= limit
     assert len(asked) < 10
+
+
+def test_compiles_run_at_one_time_and_find_the_same():
+    both = threading.Barrier(2, timeout=60)
+    plain = compiler(lambda config: 5)
+
+    def together(config, topology, left):
+        both.wait()  # fails unless another compiles meanwhile
+        return plain(config, topology, left)
+
+    search_of = functools.partial(search.search, CONFIG, TOPOLOGY, 10**12, budget=100, wanted=2)
+    found = search_of(compiler=together, workers=4)  # no more than are wanted
+    assert found == search_of(compiler=plain)
+    assert sum(c.peak > 0 for c in found) == 2
 
 
 def test_a_compile_that_takes_too_long_ends_the_search():
