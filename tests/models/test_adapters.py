@@ -35,6 +35,10 @@ EVERY["tied"] = "^blocks/.*/w,embed"
 TOKENS_BT = np.random.default_rng(1).integers(0, 96, (8, 8))
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def lora(name):
     return AdapterConfig(rank=4, alpha=6.0, targets=EVERY[name], dora="dora" in name)
 
@@ -93,6 +97,20 @@ def forward(name):
     return jax.jit(lambda params, tokens_BT: model.apply({"params": params}, tokens_BT).logits_BTV)
 
 
+@functools.cache
+def of_targets(name):
+    """Log-probabilities of ids that follow TOKENS_BT, as training computes them."""
+    model = Transformer(MODELS[name])
+
+    @jax.jit
+    def found(params, targets_BT):
+        hidden_BTD = model.apply({"params": params}, TOKENS_BT, method="states").hidden_BTD
+        table = unembed_table(model.config, params)
+        return log_probs(hidden_BTD, table, targets_BT, "float32", 16)
+
+    return found
+
+
 def close(found, wanted, tolerance=1e-5):
     wanted = np.asarray(wanted)
     np.testing.assert_allclose(found, wanted, atol=tolerance * np.abs(wanted).max())
@@ -124,7 +142,7 @@ def test_merged_is_the_sum_and_computes_the_same(name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("dense", "int8"), ("scout", "int8"), ("scout", "int4"), ("dense dora", "int4")],
+    [("dense", "int8"), slow("scout", "int8"), ("scout", "int4"), ("dense dora", "int4")],
 )
 def test_over_a_quantised_base_it_is_the_numbers_it_stands_for(name, kind):
     base, params, _ = made(name)
@@ -143,7 +161,8 @@ def test_over_a_quantised_base_it_is_the_numbers_it_stands_for(name, kind):
     close(forward(name)(leaf.merge(over), TOKENS_BT), forward(name)(wanted, TOKENS_BT))
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The dense layers of scout have plain adapters, too.
+@pytest.mark.parametrize("name", ["tied", "scout", "dense dora", slow("dense"), slow("scout dora")])
 def test_gradients_of_the_loss_are_the_chain_rule_of_the_sums(name):
     base, params, plain = made(name)
     config = MODELS[name]
@@ -174,18 +193,17 @@ def test_gradients_of_the_loss_are_the_chain_rule_of_the_sums(name):
             lambda own: leaf.dense(own.replace(base=leaf_.base)), leaf_.replace(base=None)
         )[1](d)[0]
 
-    flat, rest = {}, {}
-    for path, x in jax.tree.leaves_with_path(found, is_leaf=adapters.is_adapted):
-        flat[sharding.path_name(path)] = x
-    for path, x in jax.tree.leaves_with_path(whole):
-        rest[sharding.path_name(path)] = x
-    of = {
-        sharding.path_name(path): x
-        for path, x in jax.tree.leaves_with_path(params, is_leaf=adapters.is_adapted)
-    }
-    for path, d in flat.items():
-        wanted = jax.tree.leaves(chain(of[path], rest[path]))
-        for got, want in zip(jax.tree.leaves(d), wanted, strict=True):
+    def by_path(tree):
+        leaves = jax.tree.leaves_with_path(tree, is_leaf=adapters.is_adapted)
+        return {sharding.path_name(path): x for path, x in leaves}
+
+    @jax.jit
+    def chains(of, rest):
+        return {path: chain(x, rest[path]) for path, x in of.items() if adapters.is_adapted(x)}
+
+    wanted = chains(by_path(params), by_path(whole))
+    for path, d in by_path(found).items():
+        for got, want in zip(jax.tree.leaves(d), jax.tree.leaves(wanted[path]), strict=True):
             np.testing.assert_allclose(got, want, atol=1e-4 * max(1e-3, np.abs(want).max()),
                                        err_msg=path)  # fmt: skip
 
@@ -212,7 +230,7 @@ def prune(tree):
     return {name: x for name, x in found.items() if x is not None and x != {}}
 
 
-@pytest.mark.parametrize("name", ["scout", "dense dora"])
+@pytest.mark.parametrize("name", [slow("scout"), "dense dora"])
 def test_decoding_gives_the_forward_pass_s_log_probabilities(name):
     _, params, _ = made(name)
     prompts = [[5, 65], [7, *range(30, 43)]]
@@ -224,19 +242,16 @@ def test_decoding_gives_the_forward_pass_s_log_probabilities(name):
         wanted = logp_TV[at, made_.ids_BT[r]]
         np.testing.assert_allclose(made_.logprobs_BT[r], wanted, atol=2e-5)
 
-    model = Transformer(MODELS[name])
-    hidden_BTD = model.apply({"params": params}, TOKENS_BT, method="states").hidden_BTD
-    targets_BT, table = np.roll(TOKENS_BT, -1, 1), unembed_table(MODELS[name], params)
+    targets_BT = np.roll(TOKENS_BT, -1, 1)
     logp_BTV = np.asarray(jax.nn.log_softmax(forward(name)(params, TOKENS_BT)))
     wanted = np.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
-    found = log_probs(hidden_BTD, table, targets_BT, "float32", 16)
-    np.testing.assert_allclose(found, wanted, atol=2e-5)
+    np.testing.assert_allclose(of_targets(name)(params, targets_BT), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
-        ("scout", {"data": 2, "fsdp": 2, "tensor": 2}),
+        slow("scout", {"data": 2, "fsdp": 2, "tensor": 2}),
         ("scout dora", {"expert": 2, "fsdp": 2, "tensor": 2}),
     ],
 )
@@ -324,10 +339,7 @@ def test_each_row_gives_what_its_adapter_alone_gives(name):
 def test_the_loss_of_rows_is_that_of_their_adapters():
     params, _ = beside("scout")
     chosen = adapters.choose(params, CHOSEN_B)
-    model = Transformer(MODELS["scout"])
-    hidden_BTD = model.apply({"params": chosen}, TOKENS_BT, method="states").hidden_BTD
-    table = unembed_table(model.config, chosen)
-    found = log_probs(hidden_BTD, table, TOKENS_BT, "float32", 16)
+    found = of_targets("scout")(chosen, TOKENS_BT)
     logp_BTV = np.asarray(jax.nn.log_softmax(of_each("scout")))
     wanted = np.take_along_axis(logp_BTV, TOKENS_BT[..., None], -1)[..., 0]
     np.testing.assert_allclose(found, wanted, atol=2e-5)

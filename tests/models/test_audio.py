@@ -27,10 +27,15 @@ CONFIG = schema.ModelConfig(
 @pytest.fixture(scope="module")
 def params():
     key = jax.random.key(0)
-    boxed = audio.AudioEncoder(CONFIG).init(key, audio.no_audio(AUDIO, 1))["params"]
+    boxed = jax.jit(audio.AudioEncoder(CONFIG).init)(key, audio.no_audio(AUDIO, 1))["params"]
     leaves, tree = jax.tree.flatten(sharding.unbox(boxed))
     rng = np.random.default_rng(0)  # the biases and norms too
     return tree.unflatten([x + 0.3 * rng.standard_normal(x.shape) for x in leaves])
+
+
+@jax.jit
+def encode(params, clips):
+    return audio.encode_audio(CONFIG, {"audio": params}, clips)
 
 
 def slow_encoder(params, frames):
@@ -87,7 +92,7 @@ def test_clips_of_a_batch_by_the_definition(params):
     assert batch.num_frames_BI.tolist() == [[7, 18], [0, 0], [3, 0]]
     beyond = np.arange(18) >= batch.num_frames_BI[..., None]
     broken = batch.replace(frames_BISM=np.where(beyond[..., None], np.nan, batch.frames_BISM))
-    features = audio.encode_audio(CONFIG, {"audio": params}, broken)
+    features = encode(params, broken)
     for row, clips in enumerate(rows):
         found = np.asarray(features.values_BUD[row])[np.asarray(features.valid_BU[row])]
         assert len(found) == sum(-(-n // 3) for n in lengths[row])
@@ -101,10 +106,10 @@ def test_filling_gets_no_gradient(params):
 
     def total(frames):
         clips = audio.Audio(frames, np.array([[4, 0]]))
-        features = audio.encode_audio(CONFIG, {"audio": params}, clips)
+        features = encode(params, clips)
         return jnp.sum(jnp.where(features.valid_BU[..., None], features.values_BUD, 0.0) ** 2)
 
-    gradient = np.asarray(jax.grad(total)(frames))
+    gradient = np.asarray(jax.jit(jax.grad(total))(frames))
     assert (np.abs(gradient[0, 0, :4]) > 0).all()
     assert not gradient[0, 0, 4:].any() and not gradient[0, 1].any()
 

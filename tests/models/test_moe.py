@@ -23,7 +23,7 @@ def init(config, seed=0, shape=(3, 10)):
     layer = moe.MoE(config)
     x_BTD = jax.random.normal(jax.random.key(seed + 1), (*shape, config.embed_dim))
     valid_BT = jnp.ones(shape, bool).at[0, -3:].set(False)
-    variables = layer.init(jax.random.key(seed), x_BTD, default_tokens(shape))
+    variables = jax.jit(layer.init)(jax.random.key(seed), x_BTD, default_tokens(shape))
     params = sharding.unbox(variables["params"])
     params["router_DE"] = params["router_DE"] * 3
     return layer, params, x_BTD, valid_BT
@@ -32,7 +32,7 @@ def init(config, seed=0, shape=(3, 10)):
 def apply(layer, params, x_BTD, valid_BT):
     """Output and statistics; tokens that are not valid are padding."""
     tokens = Tokens(jnp.zeros(valid_BT.shape, jnp.int32), valid_BT.astype(jnp.int32))
-    y_BTD, sums = layer.apply({"params": params}, x_BTD, tokens)
+    y_BTD, sums = jax.jit(layer.apply)({"params": params}, x_BTD, tokens)
     return y_BTD, moe.router_stats(sums, layer.config)
 
 
@@ -74,14 +74,23 @@ def assert_close(a, b, tolerance=1e-5):
         np.testing.assert_allclose(x, y, atol=tolerance * max(1e-3, float(jnp.abs(y).max())))
 
 
-@pytest.mark.parametrize("router", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("top,factor", [(1, 0.0), (2, 0.0), (4, 0.0), (2, 0.6)])
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# With every router: one expert or several, none dropped or some.
+@pytest.mark.parametrize(
+    ("router", "top", "factor"),
+    [
+        ("sigmoid", 1, 0.0), ("sigmoid", 2, 0.6), slow("sigmoid", 2, 0.0), slow("sigmoid", 4, 0.0),
+        ("softmax", 2, 0.0), ("softmax", 2, 0.6), slow("softmax", 1, 0.0), slow("softmax", 4, 0.0),
+    ],
+)  # fmt: skip
 def test_equals_a_loop_over_all_experts(router, top, factor):
     config = dataclasses.replace(BASE, router=router, experts_per_token=top, capacity_factor=factor)
     layer, params, x_BTD, valid_BT = init(config)
     limit = moe.capacity(config, x_BTD.shape[1], factor) if factor else None
 
-    @jax.jit
     def ours(params, x_BTD):
         y_BTD, _ = apply(layer, params, x_BTD, valid_BT)
         return jnp.sum(jnp.sin(y_BTD)), y_BTD
@@ -89,13 +98,12 @@ def test_equals_a_loop_over_all_experts(router, top, factor):
     used_BTE = used_pairs(config, params, x_BTD, valid_BT, limit)
     chosen_BTE = used_pairs(config, params, x_BTD, jnp.ones_like(valid_BT), None)
 
-    @jax.jit
     def theirs(params, x_BTD):
         y_BTD = oracle(config, used_BTE, chosen_BTE, params, x_BTD)
         return jnp.sum(jnp.sin(y_BTD)), y_BTD
 
-    grads, y_BTD = jax.grad(ours, (0, 1), has_aux=True)(params, x_BTD)
-    grads2, y2_BTD = jax.grad(theirs, (0, 1), has_aux=True)(params, x_BTD)
+    grads, y_BTD = jax.jit(jax.grad(ours, (0, 1), has_aux=True))(params, x_BTD)
+    grads2, y2_BTD = jax.jit(jax.grad(theirs, (0, 1), has_aux=True))(params, x_BTD)
     assert_close(y_BTD, y2_BTD)
     assert_close(grads, grads2)
 
@@ -156,7 +164,7 @@ def test_the_bias_moves_the_choice_and_not_the_score():
     def loss(params):
         return jnp.sum(apply(layer, params, x_BTD, valid_BT)[0])
 
-    assert not np.any(jax.grad(loss)(params)["router_bias_E"])
+    assert not np.any(jax.jit(jax.grad(loss))(params)["router_bias_E"])
 
 
 def test_expert_choice_loads_every_expert_evenly():
@@ -177,14 +185,20 @@ def test_expert_choice_loads_every_expert_evenly():
     assert_close(y_BTD, expected + swiglu(x_BTD, *shared))
 
 
-@pytest.mark.parametrize("router,factor", [("sigmoid", 0.0), ("softmax", 0.7),
-                                           ("expert_choice", 0.0)])  # fmt: skip
+ROUTERS = [("sigmoid", 0.0), ("softmax", 0.7), ("expert_choice", 0.0)]
+MESHES = [
+    {"expert": 4, "tensor": 2},
+    {"fsdp": 2, "expert": 2, "data": 2},
+    {"context": 2, "expert": 2, "tensor": 2},
+]
+
+
 @pytest.mark.parametrize(
-    "axes",
+    ("router", "factor", "axes"),
     [
-        {"expert": 4, "tensor": 2},
-        {"fsdp": 2, "expert": 2, "data": 2},
-        {"context": 2, "expert": 2, "tensor": 2},
+        (*router, axes) if i == j else slow(*router, axes)
+        for i, router in enumerate(ROUTERS)
+        for j, axes in enumerate(MESHES)
     ],
 )
 def test_any_mesh_gives_the_same(router, factor, axes):

@@ -57,9 +57,16 @@ BOUND = {"int8": 0.04, "int4": 0.5, "nf4": 0.5}
 BYTES = {"int8": 0.55, "int4": 0.4, "nf4": 0.38}
 KINDS = pytest.mark.parametrize("kind", BOUND)
 # nf4 differs from int4 in its numbers alone.
-CASES = pytest.mark.parametrize(
-    ("name", "kind"), [*((n, k) for n in CONFIGS for k in ("int8", "int4")), ("scout", "nf4")]
-)
+CASES = [*((n, k) for n in CONFIGS for k in ("int8", "int4")), ("scout", "nf4")]
+
+
+def cases(*fast):
+    """All CASES, of which those that are not named are slow; each model and kind is among them."""
+    assert {n for n, _ in fast} == set(CONFIGS) and {k for _, k in fast} == set(BOUND)
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        ("name", "kind"), [pytest.param(*c, marks=[] if c in fast else slow) for c in CASES]
+    )
 
 
 @functools.cache
@@ -92,7 +99,7 @@ def forward(name):
 TOKENS_BT = np.random.default_rng(1).integers(0, 272, (2, 16))
 
 
-@CASES
+@cases(("dense", "int4"), ("tied", "int8"), ("scout", "nf4"))
 def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(name, kind):
     plain, made, same = params(name, kind)
     found, wanted = forward(name)(made, TOKENS_BT), forward(name)(same, TOKENS_BT)
@@ -102,7 +109,7 @@ def test_logits_are_those_of_the_rounded_weights_and_near_those_of_the_weights(n
     assert 1e-3 < np.median(error_BT) < BOUND[kind]
 
 
-@CASES
+@cases(*CASES)
 def test_weights_take_a_half_or_a_third_of_the_bytes_of_bfloat16(name, kind):
     plain, made, _ = params(name, kind)
     half = sum(2 * x.size for x in jax.tree.leaves(plain))
@@ -252,7 +259,7 @@ def test_each_product_is_that_of_the_rounded_weight(kind):
     assert np.isnan(rows[0, 2]).all()
 
 
-@CASES
+@cases(("dense", "int4"), ("tied", "int8"), ("scout", "nf4"))
 def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name, kind):
     _, held, _ = params(name, kind)
     config = CONFIGS[name]
@@ -270,16 +277,22 @@ def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name, k
         wanted = logp_BTV[r, at, made.ids_BT[r]]
         np.testing.assert_allclose(made.logprobs_BT[r], wanted, atol=2e-5)
 
-    states = model.apply({"params": held}, tokens_BT, method="states")
-    table, targets_BT = unembed_table(config, held), np.roll(tokens_BT, -1, 1)
-    ones_BT = np.ones(targets_BT.shape, np.float32)
-    _, nll_BT = cross_entropy(states.hidden_BTD, table, targets_BT, ones_BT, "float32")
+    targets_BT = np.roll(tokens_BT, -1, 1)
+
+    @jax.jit
+    def nll(held):
+        states = model.apply({"params": held}, tokens_BT, method="states")
+        ones_BT = np.ones(targets_BT.shape, np.float32)
+        table = unembed_table(config, held)
+        return cross_entropy(states.hidden_BTD, table, targets_BT, ones_BT, "float32")[1]
+
     wanted = -np.take_along_axis(logp_BTV, targets_BT[..., None], -1)[..., 0]
-    np.testing.assert_allclose(nll_BT, wanted, atol=2e-5)
+    np.testing.assert_allclose(nll(held), wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize(("kind", "axes"), [
-    ("int8", {"fsdp": 2, "tensor": 2, "data": 2}), ("int8", {"expert": 2, "fsdp": 2, "tensor": 2}),
+    ("int8", {"fsdp": 2, "tensor": 2, "data": 2}),
+    pytest.param("int8", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
     ("int4", {"expert": 2, "fsdp": 2, "tensor": 2}),
 ])  # fmt: skip
 def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, monkeypatch, kind, axes):

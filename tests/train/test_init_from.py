@@ -161,7 +161,7 @@ def test_transformers_reads_the_new_tokens(first, plain, tmp_path):
     with torch.no_grad():
         wanted = model(torch.tensor(tokens)).logits.numpy()
     model, params = puna.load(tmp_path / "run")
-    found = model.apply({"params": params}, tokens).logits_BTV
+    found = jax.jit(model.apply)({"params": params}, tokens).logits_BTV
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 

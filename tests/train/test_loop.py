@@ -191,11 +191,10 @@ def test_a_mesh_and_microbatches_give_the_same_losses(whole, config, tmp_path):
     np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
 
 
-# Each is a program of its own; muon has AdamW's in it, for what is no matrix.
-@pytest.mark.parametrize(
-    "optimizer", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "adafactor")),
-                  "muon"],
-)  # fmt: skip
+# Each is a program of its own. Of the fast tests, test_master_weights.py trains experts with muon
+# on a mesh, and test_multi_token.py learns with AdamW.
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_every_optimizer_learns_with_experts(config, tmp_path, optimizer):
     config.model.update(moe_interval=2, num_experts=4, expert_dim=16, bias_update_rate=0.01,
                         load_balance_weight=0.01)  # fmt: skip

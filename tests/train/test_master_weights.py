@@ -47,14 +47,14 @@ def losses(workdir):
     return np.array([m["loss"] for m in metrics.read(workdir / "metrics.jsonl")])
 
 
-# Each is two programs, and muon has AdamW's rule in it, for what is no matrix.
+# Each is two programs; the numbers of muon and Adafactor have fast tests below.
 @pytest.mark.parametrize(
     ("name", "tied"),
     [
         pytest.param("adamw", False, marks=pytest.mark.slow),
         ("adamw", True),
         pytest.param("adafactor", True, marks=pytest.mark.slow),
-        ("muon", False),
+        pytest.param("muon", False, marks=pytest.mark.slow),
     ],
 )
 def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied):

@@ -110,7 +110,7 @@ def test_the_best_allowed_id_is_taken_and_logprobs_are_of_the_model(engine, para
     slot = engine.insert(prompt, max_tokens=6, top=3, constraint=constraint)
     tokens = finish(engine)[slot]
     row = np.array([prompt + [token.id for token in tokens]])
-    logits = MODEL.apply({"params": params}, row).logits_BTV[0, 1:-1]
+    logits = jax.jit(MODEL.apply)({"params": params}, row).logits_BTV[0, 1:-1]
     allowed = np.arange(ord("a"), ord("m") + 1)
     for token, logprobs_V in zip(tokens, jax.nn.log_softmax(logits), strict=True):
         assert token.id == allowed[np.argmax(np.asarray(logprobs_V)[allowed])]

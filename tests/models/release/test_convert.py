@@ -58,7 +58,10 @@ def model(files, tiny, tmp_path):
 # --- every bit ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Scout has the same tensors as top2.
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow if x == "scout" else []) for x in FAMILIES]
+)
 def test_hugging_face_to_puna_and_back(files, tmp_path, name):
     """Through a run on disk and back into several shards, and straight from one to the other."""
     for kind in ("F32", "BF16"):

@@ -133,7 +133,7 @@ def test_several_adapters_are_their_weighted_sum(scout, tmp_path):
     assert params["blocks"]["layer_1"]["moe"]["w_down_EFD"].a.shape[-1] == 5
     tokens_BT = np.arange(8)[None]
     on, merged = (
-        np.asarray(model.apply({"params": p}, tokens_BT).logits_BTV)
+        np.asarray(jax.jit(model.apply)({"params": p}, tokens_BT).logits_BTV)
         for p in (params, leaf.merge(params))
     )
     np.testing.assert_allclose(on, merged, atol=1e-5 * np.abs(on).max())
@@ -209,7 +209,7 @@ def test_patterns_rslora_embedding_and_saved_modules(dense, tmp_path):
     assert_sums(config, params, weights)
     tokens_BT = np.arange(8)[None]
     logits = [
-        np.asarray(model.apply({"params": p}, tokens_BT).logits_BTV)
+        np.asarray(jax.jit(model.apply)({"params": p}, tokens_BT).logits_BTV)
         for p in (params, leaf.merge(params))
     ]
     np.testing.assert_allclose(*logits, atol=1e-5 * np.abs(logits[0]).max())

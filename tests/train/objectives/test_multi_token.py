@@ -7,6 +7,7 @@ import autograd
 import autograd.numpy as anp
 import jax
 import numpy as np
+import pytest
 
 import puna
 from puna.configs import schema
@@ -116,20 +117,31 @@ def numbers(folder):
     return np.array([[json.loads(line)[name] for name in names] for line in lines])
 
 
-def test_a_run_learns_resumes_and_is_the_same_on_a_mesh(config, tmp_path):
+@pytest.fixture
+def experts(config):
     config.model.update(
-        num_layers=3, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
+        num_layers=2, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
     )
     config.train.update(objective="multi_token", eval_every=0)
-    state = train(config, tmp_path / "run")
+    return config
+
+
+def test_a_run_learns_and_resumes(experts, tmp_path):
+    state = train(experts, tmp_path / "run")
     found = numbers(tmp_path / "run")
     assert found[-1, 1] < found[0, 1] and abs(found[0, 1] - np.log(264)) < 1
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
-    again = train(config, tmp_path / "run")
+    again = train(experts, tmp_path / "run")
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(again), strict=True):
         assert np.array_equal(np.asarray(a), np.asarray(b))
     assert "mtp" not in puna.load(tmp_path / "run")[1]
-    config.mesh.update(data=1, fsdp=2, context=2, tensor=2)
-    config.train.steps = 3
-    train(config, tmp_path / "mesh")
-    np.testing.assert_allclose(numbers(tmp_path / "mesh"), found[:3], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_numbers_of_one_device(experts, tmp_path):
+    experts.model.num_layers = 3  # a tail after the block of two
+    experts.train.update(steps=3, save_every=3)
+    for name, axes in (("one", {}), ("mesh", {"data": 1, "fsdp": 2, "context": 2, "tensor": 2})):
+        experts.mesh.update(axes)
+        train(experts, tmp_path / name)
+    np.testing.assert_allclose(numbers(tmp_path / "mesh"), numbers(tmp_path / "one"), rtol=1e-4)

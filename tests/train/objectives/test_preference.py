@@ -129,8 +129,27 @@ def measure(objective, config, params, frozen, batch):
     return value, gradient, numbers
 
 
+@pytest.fixture(scope="module")
+def of_pairs(tiny):
+    """Settings -> what `measure` finds of PAIRS, compiled once for both references."""
+    model, known = tiny("llama3_2"), {}
+
+    def find(settings):
+        if (key := tuple(settings.items())) not in known:
+            objective = objective_of(model.config, **settings)
+            frozen = {"reference": model.params(model.weights)}
+            if settings["loss"] in ("simpo", "orpo"):
+                assert not objective.initial_frozen(None, None, frozen)
+                frozen = {}
+            params = model.params(model.moved(1))
+            known[key] = measure(objective, model.config, params, frozen, batch_of(PAIRS))
+        return known[key]
+
+    return find
+
+
 @pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: "-".join(map(str, s.values())))
-def test_losses_and_gradients_are_those_of_the_papers(tiny, oracle, settings):
+def test_losses_and_gradients_are_those_of_the_papers(tiny, oracle, of_pairs, settings):
     model = tiny("llama3_2")
     weights, before = model.moved(1), model.weights
 
@@ -138,14 +157,7 @@ def test_losses_and_gradients_are_those_of_the_papers(tiny, oracle, settings):
         return reference(oracle, model, weights, before, **settings)[0]
 
     wanted, wanted_gradient = autograd.value_and_grad(mean)(weights)
-    objective = objective_of(model.config, **settings)
-    frozen = {"reference": model.params(before)}
-    if settings["loss"] in ("simpo", "orpo"):
-        assert not objective.initial_frozen(None, None, frozen)
-        frozen = {}
-    value, gradient, numbers = measure(
-        objective, model.config, model.params(weights), frozen, batch_of(PAIRS)
-    )
+    value, gradient, numbers = of_pairs(settings)
     close(value, wanted)
     gradient = model.by_name(jax.tree.map(np.asarray, gradient))
     for name, w in wanted_gradient.items():
@@ -173,11 +185,11 @@ def test_losses_and_gradients_are_those_of_the_papers(tiny, oracle, settings):
         ("orpo", {"loss": "orpo", "beta": 0.3}),
     ],
 )
-def test_numbers_and_gradients_are_those_of_trl(tiny, trl, name, settings):
+def test_numbers_and_gradients_are_those_of_trl(tiny, trl, of_pairs, name, settings):
     model, recorded = tiny("llama3_2"), trl(name)
     objective = objective_of(model.config, **settings)
     params, frozen = model.params(model.moved(1)), {"reference": model.params(model.weights)}
-    value, gradient, _ = measure(objective, model.config, params, frozen, batch_of(PAIRS))
+    value, gradient, _ = of_pairs(settings)
     recorded.check(value, model.by_name(jax.tree.map(np.asarray, gradient)))
 
     @jax.jit
@@ -330,7 +342,11 @@ def test_a_recipe_learns_and_resumes_bit_for_bit(config, tmp_path, cut):
         train(dpo, tmp_path / "other")
 
 
-@pytest.mark.parametrize("part", [{"train.trainable": "mlp"}, {"adapter.rank": 2}], ids=str)
+@pytest.mark.parametrize(
+    "part",
+    [{"train.trainable": "mlp"}, pytest.param({"adapter.rank": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_the_reference_of_a_part_that_trains_is_that_part(config, tmp_path, part):
     dpo = recipe(config, tmp_path)
     dpo.model.update(config.model)

@@ -164,6 +164,7 @@ def test_a_recipe_learns_resumes_and_is_loaded(config, tmp_path, cut):
         reward.load(tmp_path / "base")
 
 
+@pytest.mark.slow
 def test_adapters_and_the_vector_train_together(config, tmp_path, cut):
     found = puna.get_config("reward")
     found.model.update(config.model)

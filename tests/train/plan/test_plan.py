@@ -85,6 +85,7 @@ print(json.dumps([held, counted, temporaries, memory.arguments, memory.peak]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 def test_the_compiled_peak_is_what_a_cpu_really_takes():
     overrides = json.dumps(
