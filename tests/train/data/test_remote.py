@@ -185,3 +185,31 @@ def test_a_connection_that_breaks_is_not_a_damaged_file(memory, monkeypatch):
     monkeypatch.setattr(remote, "opened", opened)
     with pytest.raises(MachineError, match="connection reset"):
         read("memory://bucket/a.jsonl")
+
+
+@pytest.mark.slow
+def test_a_bucket_of_s3(monkeypatch):
+    """Behind a server that speaks S3's protocol on this machine."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "none")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    system = fsspec.filesystem("s3", skip_instance_cache=True)
+    try:
+        system.mkdir("bucket")
+        system.pipe("bucket/a.jsonl", LINES)
+        system.pipe("bucket/in/b.jsonl.gz", gzip.compress(LINES))
+        assert read("s3://bucket/a.jsonl") == ROWS
+        assert read("s3://bucket/**/*.jsonl*") == ROWS + ROWS
+        system.pipe("bucket/a.jsonl", LINES.replace(b"document", b"another"))
+        fsspec.filesystem("s3").invalidate_cache()
+        assert read("s3://bucket/a.jsonl")[0] == {"text": "another 0"}
+        for url in ("s3://bucket/none.jsonl", "s3://nowhere/a.jsonl"):
+            with pytest.raises(UserError, match=f"^{url}: no such file"):
+                read(url)
+    finally:
+        server.stop()
