@@ -372,9 +372,10 @@ def test_gradients_do_not_depend_on_what_is_computed_again(stored):
              {"pipeline": 2, "fsdp": 2, "context": 2}]
 )  # fmt: skip
 def test_on_a_mesh_it_is_the_same(axes):
-    values = get_config("llama3:3.2-vision-tiny").model
-    values.update(num_layers=10, embed_dim=32, mlp_dim=64, head_dim=8)
-    config = schema.from_dict(values, schema.ModelConfig)
+    config = dataclasses.replace(
+        schema.from_dict(get_config("llama3:3.2-vision-tiny")).model,
+        num_layers=10, embed_dim=32, mlp_dim=64, head_dim=8,
+    )  # fmt: skip
     model, rng = Transformer(config), np.random.default_rng(0)
     tokens = rng.integers(512, size=(8, 16))
     tokens[::2, 3], tokens[1::4, 5:7] = 512, 512
