@@ -46,19 +46,23 @@ class Turned(flax.struct.PyTreeNode):
         stack, out, rows = self._dims()
         return jnp.swapaxes(self._matrix(), -1, -2).reshape(*stack, *rows, *out)
 
+    def is_for(self, x) -> bool:
+        """Whether an activation [..., summed dims] is one row."""
+        return x.size == math.prod(self._dims()[2])
+
     def times(self, x, dtype: str):
-        """The product with one row [1, 1, summed dims], both rounded to `dtype`; in float32."""
+        """The product with one row [..., summed dims], both rounded to `dtype`; in float32."""
         stack, out, _ = self._dims()
         assert not stack, "one layer at a time"
         w = self._matrix()
         if w.dtype not in (jnp.int8, jnp.dtype(dtype)):
             w = w.astype(dtype)
         # A CPU multiplies in float32 whatever they are in.
-        x = _written(x.astype(dtype).astype(jnp.float32).reshape(1, 1, -1))
+        x_BTX = _written(x.astype(dtype).astype(jnp.float32).reshape(1, 1, -1))
         y = jnp.einsum(
-            "BTX,XY->BTY", x, w.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
+            "BTX,XY->BTY", x_BTX, w.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST
         )
-        return y.reshape(1, 1, *out)
+        return y.reshape(*x.shape[: x.ndim - self.summed], *out)
 
     def _dims(self):
         shape = self.held.shape
