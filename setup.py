@@ -143,7 +143,14 @@ setup(
     python_requires=">=3.11",
     package_dir={"puna": "."},
     packages=packages(),
-    package_data={"puna": ["py.typed", "train/plan/facts.toml", "eval/tasks/definitions/*.toml"]},
+    package_data={
+        "puna": [
+            "py.typed",
+            "train/plan/facts.toml",
+            "eval/tasks/definitions/*.toml",
+            "eval/audits/*.toml",
+        ]
+    },
     include_package_data=False,
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

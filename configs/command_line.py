@@ -143,6 +143,12 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_list("prefix", ["16", "32", "64"], "tokens that the model is given", **text)
         flags.DEFINE_integer("suffix", 32, "tokens that it must give back", **text)
         flags.DEFINE_integer("batch_size", 8, "rows at a time", **text)
+        flags.DEFINE_bool("safety", False, "what the model refuses, harmful and benign", **text)
+        flags.DEFINE_string("before", "", "safety: a model to compare with, side by side", **text)
+        flags.DEFINE_string("harmful", "", 'safety: records with a "prompt", for ours', **text)
+        flags.DEFINE_string("benign", "", "safety: the same of harmless ones", **text)
+        flags.DEFINE_string("judge", "rules", "safety: rules, model:PATH or guard:PATH", **text)
+        flags.DEFINE_integer("max_tokens", 64, "safety: of an answer", **text)
         flags.DEFINE_string(
             "corpus", None, "contamination: the data in which --tasks or --benchmark is looked "
             "for; needs no checkpoint", **text,

@@ -13,7 +13,7 @@ from ..configs.errors import UserError
 from ..models.parallel.processes import is_first
 from ..models.weights.run import is_run
 from . import harness, several
-from .audits import contamination, memorisation
+from .audits import contamination, memorisation, safety
 from .evaluate import Evaluation
 from .tasks import evaluate as task_evaluation
 
@@ -105,10 +105,18 @@ def _compare(args) -> None:
 
 
 def audit(args) -> None:
-    """`puna audit`: what a model has learnt by heart, or what of a benchmark is in a corpus."""
-    if (args.passages is None) == (args.corpus is None):
-        raise UserError("audit takes either --passages or --corpus; --help shows the flags")
-    if args.corpus is not None:
+    """`puna audit`: what a model has learnt by heart or refuses, what of a benchmark is in data."""
+    if (args.passages is not None) + (args.corpus is not None) + args.safety != 1:
+        raise UserError("audit takes --passages, --corpus or --safety; --help shows the flags")
+    if args.safety:
+        results = safety.audit_safety(
+            required(args, "checkpoint"), args.before, harmful=args.harmful, benign=args.benign,
+            judge=args.judge, max_tokens=args.max_tokens, quantize=args.quantize,
+            adapter=args.adapter, batch_size=args.batch_size, **_where(args),
+        )  # fmt: skip
+        print(safety.table(results))
+        name = "safety.json"
+    elif args.corpus is not None:
         results = contamination.audit_contamination(
             args.tasks, args.benchmark, args.corpus, ngram=args.ngram, share=args.share,
             data_dir=args.data_dir,

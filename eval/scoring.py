@@ -1,12 +1,16 @@
 """Log-probabilities of given tokens: few compiled shapes, numbers that no batch size changes.
 
-Texts are sorted by length and padded to one of a few lengths, a batch is always full, padding is
-masked, and the log-probabilities of a text are summed on the host in float64.
+What several texts begin with is computed once: the choices of a question go through the model after
+the keys and values of their question, questions after those of the examples that stand before all
+of them. Logits are made of the continuations only. Rows are sorted by length and padded to one of a
+few lengths, a batch is always full, padding is masked, and the log-probabilities of a text are
+summed on the host in float64.
 """
 
 import collections
 import functools
 import math
+import os
 from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,14 +19,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..configs.errors import UserError
+from ..models.cache import init_cache
+from ..models.decode.engine import constrain_cache
 from ..models.parallel import sharding
+from ..train.objectives import reward
+
+Ids = tuple[int, ...]
 
 # Continuations of one text that share its forward pass where they differ in the last token only,
 # as the letters of a multiple-choice question do.
 _CANDIDATES = 8
 # Tokens whose logits exist at one time.
 _CHUNK = 1024
-_SHORTEST = 16
+_SHORTEST, _SHORTEST_TAIL = 16, 4
+# A beginning of so many tokens, and of a fourth of the longest text, that so many prefixes share is
+# worth a pass of its own, and a cache for every row.
+_STEM, _SHARE, _SHARERS = 64, 4, 4
 
 
 class Score(NamedTuple):
@@ -33,15 +45,52 @@ class Score(NamedTuple):
     greedy: bool
 
 
-def padded(length: int) -> int:
+class _Row(NamedTuple):
+    """What a row of the last pass reads, and of which texts.
+
+    tail: ids after which something is predicted: the last one of the context and all but the last
+    of the continuation. ends: numbers of the texts by the last id of their continuation.
+    """
+
+    tail: Ids
+    ends: dict[int, list[int]]
+
+
+class _Group(NamedTuple):
+    """Rows after a prefix, of which the first `stem` ids are those of other groups too."""
+
+    prefix: Ids
+    rows: list[_Row]
+    stem: int = 0
+
+    @property
+    def rest(self) -> Ids:
+        return self.prefix[self.stem :]
+
+    @property
+    def length(self) -> int:
+        return len(self.prefix) + max(len(row.tail) for row in self.rows)
+
+    @property
+    def shares(self) -> bool:
+        """Whether the prefix has a pass of its own, for several rows after it."""
+        return len(self.rows) > 1 and len(self.rest) >= _SHORTEST
+
+    @property
+    def numbers(self) -> list[int]:
+        return [n for row in self.rows for found in row.ends.values() for n in found]
+
+
+def padded(length: int, shortest: int = _SHORTEST) -> int:
     """The next of 16, 24, 32, 48, 64, 96, ...: a third of a row is padding at most."""
-    power = 1 << max(length - 1, _SHORTEST - 1).bit_length()
-    return power * 3 // 4 if _SHORTEST < length <= power * 3 // 4 else power
+    power = 1 << max(length - 1, shortest - 1).bit_length()
+    return power * 3 // 4 if shortest < length <= power * 3 // 4 else power
 
 
 def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
           batch_size: int, known: Container[int] = ()) -> Iterator[tuple[int, Score]]:  # fmt: skip
-    """Score continuations, the longest texts first, yielding the number of each and its score.
+    """Score continuations, yielding the number of each and its score; of each kind of batch the
+    longest texts first.
 
     Args:
       model, params: a `Transformer` and its parameters; works under `jax.set_mesh`.
@@ -53,42 +102,26 @@ def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     Raises:
       UserError: an id outside the vocabulary, or a model that gives NaN.
     """
-    rows = _rows(texts, model.config.vocab_size)
+    groups = _groups(texts, model.config.vocab_size)
     parts = sharding.parts("batch")
     batch_size += -batch_size % parts
-    for first in range(0, len(rows), batch_size):
-        batch = rows[first : first + batch_size]
-        if all(n in known for _, members in batch for found in members.values() for n in found):
-            continue
-        T = padded(len(batch[0][0]))
-        tokens_BT = np.zeros((batch_size, T), np.int32)
-        lengths_B = np.ones(batch_size, np.int32)
-        lasts_BK = np.zeros((batch_size, _CANDIDATES), np.int32)
-        for row, (ids, members) in enumerate(batch):
-            tokens_BT[row, : len(ids)] = ids
-            lengths_B[row] = len(ids)
-            lasts_BK[row, : len(members)] = list(members)
-        found = _forward(model, params, tokens_BT, lengths_B, lasts_BK)
-        logprobs_BT, greedy_BT, logprobs_BK, greedy_BK = map(np.asarray, found)
-        for row, (ids, members) in enumerate(batch):
-            for k, numbers in enumerate(members.values()):
-                for number in numbers:
-                    # The tokens before the last one of the continuation.
-                    inner = np.s_[row, len(ids) - len(texts[number][1]) : len(ids) - 1]
-                    logprob = float(np.sum(logprobs_BT[inner], dtype=np.float64))
-                    logprob += float(logprobs_BK[row, k])
-                    if not math.isfinite(logprob):
-                        raise UserError(
-                            f"the model gives a log-probability of {logprob}: its parameters are "
-                            "damaged or have diverged"
-                        )
-                    greedy = bool(greedy_BT[inner].all() and greedy_BK[row, k])
-                    yield number, Score(logprob, greedy)
+    run = functools.partial(_pass, model, params)
+    by_stem: dict[Ids, list[_Group]] = collections.defaultdict(list)
+    for group in groups:
+        by_stem[group.prefix[: group.stem]].append(group)
+    for stem, of_stem in sorted(by_stem.items(), key=lambda item: (-len(item[0]), item[0])):
+        room, cache = padded(max(g.length for g in of_stem)), None
+        for batch in _batches(of_stem, batch_size):
+            if all(n in known for group in batch for n in group.numbers):
+                continue
+            if stem and cache is None:
+                cache, _ = run(room, None, [0] * parts, [stem] * parts, None)
+            yield from _scored(run, batch, cache, room, batch_size)
 
 
-def _rows(texts, vocab_size: int) -> list[tuple[tuple[int, ...], dict[int, list[int]]]]:
-    """What goes through the model: ids but the last, and {last id: numbers of texts}."""
-    found: dict[tuple[int, ...], dict[int, list[int]]] = collections.defaultdict(dict)
+def _groups(texts, vocab_size: int) -> list[_Group]:
+    """The texts by what they share."""
+    found: dict[Ids, dict[Ids, dict[int, list[int]]]] = collections.defaultdict(dict)
     for number, (context, continuation) in enumerate(texts):
         ids = (*context, *continuation)
         if not 0 <= min(ids) <= max(ids) < vocab_size:
@@ -96,44 +129,214 @@ def _rows(texts, vocab_size: int) -> list[tuple[tuple[int, ...], dict[int, list[
                 f"the tokenizer gives id {max(ids)} and the model has ids 0..{vocab_size - 1}: it "
                 "is that of another model"
             )
-        found[ids[:-1]].setdefault(ids[-1], []).append(number)
-    rows = []
-    for ids in sorted(found, key=lambda ids: (-len(ids), ids)):
-        members = list(found[ids].items())
-        for first in range(0, len(members), _CANDIDATES):
-            rows.append((ids, dict(members[first : first + _CANDIDATES])))
-    return rows
+        at = len(context) - 1
+        ends = found[ids[:at]].setdefault(ids[at:-1], {})
+        ends.setdefault(ids[-1], []).append(number)
+    groups = []
+    for prefix, tails in found.items():
+        rows = []
+        for tail, ends in tails.items():
+            members = list(ends.items())
+            for first in range(0, len(members), _CANDIDATES):
+                rows.append(_Row(tail, dict(members[first : first + _CANDIDATES])))
+        rows.sort(key=lambda row: (-len(row.tail), row.tail))
+        groups.append(_Group(prefix, rows))
+    return _stemmed(groups)
+
+
+def _stemmed(groups: list[_Group]) -> list[_Group]:
+    """The groups with the stems that they share with others."""
+    groups = sorted(groups, key=lambda group: group.prefix)
+    made: list[_Group] = []
+    first = 0
+    while first < len(groups):
+        stem, last = groups[first].prefix, first + 1
+        while last < len(groups):
+            common = os.path.commonprefix([stem, groups[last].prefix])
+            # The first two may share more than the others, but not much more.
+            if len(common) < max(_STEM, len(stem) * 3 // 4 if last > first + 1 else 0):
+                break
+            stem, last = common, last + 1
+        longest = max(group.length for group in groups[first:last])
+        worth = last - first >= _SHARERS and _SHARE * len(stem) >= longest
+        size = len(stem) if worth else 0
+        made += [group._replace(stem=size) for group in groups[first:last]]
+        first = last
+    return made
+
+
+def _batches(groups: list[_Group], batch_size: int) -> Iterator[list[_Group]]:
+    """Groups of one stem in batches: those whose prefix is shared, then single rows."""
+    shared = [group for group in groups if group.shares]
+    alone = [
+        group._replace(rows=[row]) for group in groups if not group.shares for row in group.rows
+    ]
+    for several in (shared, alone):
+        several.sort(key=lambda group: (-group.length, group.prefix, group.rows[0].tail))
+        for first in range(0, len(several), batch_size):
+            yield several[first : first + batch_size]
+
+
+def _scored(run, batch: list[_Group], cache, room: int, batch_size: int):
+    """Score a batch; `cache` holds its stem, if it has one."""
+    zeros = [0] * batch_size
+    if batch[0].shares:
+        cache, _ = run(room, cache, zeros, _filled([g.rest for g in batch], batch_size), None)
+        rows = [(i, row) for i, group in enumerate(batch) for row in group.rows]
+        rows.sort(key=lambda item: -len(item[1].tail))
+        reads = [row.tail for _, row in rows]
+    else:
+        rows = [(0, group.rows[0]) for group in batch]
+        reads = [group.rest + group.rows[0].tail for group in batch]
+    for first in range(0, len(rows), batch_size):
+        some = rows[first : first + batch_size]
+        places = [place for place, _ in some] + zeros[len(some) :]
+        ids = _filled(reads[first : first + batch_size], batch_size)
+        _, found = run(room, cache, places, ids, [row for _, row in some])
+        yield from _read(found, [row for _, row in some])
+
+
+def _filled(rows: list[Ids], count: int) -> list[Ids]:
+    return rows + [(0,)] * (count - len(rows))
+
+
+def _read(found, rows: list[_Row]) -> Iterator[tuple[int, Score]]:
+    logprobs_Rt, greedy_Rt, logprobs_RK, greedy_RK = map(np.asarray, found)
+    for r, row in enumerate(rows):
+        inner = np.s_[r, : len(row.tail) - 1]
+        before = float(np.sum(logprobs_Rt[inner], dtype=np.float64))
+        for k, numbers in enumerate(row.ends.values()):
+            logprob = before + float(logprobs_RK[r, k])
+            if not math.isfinite(logprob):
+                raise UserError(
+                    f"the model gives a log-probability of {logprob}: its parameters are damaged "
+                    "or have diverged"
+                )
+            greedy = bool(greedy_Rt[inner].all() and greedy_RK[r, k])
+            yield from ((number, Score(logprob, greedy)) for number in numbers)
+
+
+def _pass(model, params, room: int, cache, places, ids: list[Ids], rows: list[_Row] | None):
+    """Rows of ids through the model, each after a row of the cache if there is one.
+
+    Args:
+      room: tokens that a cache has room for.
+      places: of each row, the row of the cache.
+      rows: what is predicted at the end of each row; None to make a cache instead.
+
+    Returns:
+      (the new cache, None), or (None, what `_predict` gives).
+    """
+    shortest = _SHORTEST if rows is None or cache is None else _SHORTEST_TAIL
+    R, T = len(ids), padded(max(map(len, ids)), shortest)
+    tokens_RT = np.zeros((R, T), np.int32)
+    lengths_R = np.array([len(row) for row in ids], np.int32)
+    for r, row in enumerate(ids):
+        tokens_RT[r, : len(row)] = row
+    places_R = np.array(places, np.int32)
+    if rows is None:
+        return _extend(model, room, params, cache, places_R, tokens_RT, lengths_R), None
+    t = min(padded(max(len(row.tail) for row in rows), _SHORTEST_TAIL), T)
+    nexts_Rt = np.zeros((R, t), np.int32)
+    tails_R = np.ones(R, np.int32)
+    lasts_RK = np.zeros((R, _CANDIDATES), np.int32)
+    for r, row in enumerate(rows):
+        nexts_Rt[r, : len(row.tail) - 1] = row.tail[1:]
+        tails_R[r] = len(row.tail)
+        lasts_RK[r, : len(row.ends)] = list(row.ends)
+    return None, _predict(
+        model, params, cache, places_R, tokens_RT, lengths_R, tails_R, nexts_Rt, lasts_RK
+    )
+
+
+def _states(model, params, cache, tokens_RT, lengths_R):
+    segments_RT = (jnp.arange(tokens_RT.shape[1]) < lengths_R[:, None]).astype(jnp.int32)
+    return model.apply(
+        {"params": params}, tokens_RT, segment_ids_BT=segments_RT, cache=cache, method="states"
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("model", "room"))
+def _extend(model, room: int, params, cache, places_R, tokens_RT, lengths_R):
+    """The cache of rows that go on from rows of a cache, or from nothing."""
+    if cache is None:
+        cache = init_cache(model.config, len(tokens_RT), room)
+    else:
+        cache = cache.take(places_R)
+    return _states(model, params, constrain_cache(cache), tokens_RT, lengths_R).cache
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _forward(model, params, tokens_BT, lengths_B, lasts_BK):
-    """Log-probability of, and whether the largest logit is at, each next token of the rows, [B, T],
-    and each candidate for the token after the row, [B, K]."""
-    B, T = tokens_BT.shape
-    segments_BT = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
-    hidden_BTD = model.apply(
-        {"params": params}, tokens_BT, segment_ids_BT=segments_BT, method="states"
-    ).hidden_BTD
+def _predict(model, params, cache, places_R, tokens_RT, lengths_R, tails_R, nexts_Rt, lasts_RK):
+    """Log-probability of, and whether the largest logit is at, each token inside the continuations,
+    [R, t], and each candidate for the token at their ends, [R, K]."""
+    R, t = nexts_Rt.shape
+    if cache is not None:
+        cache = constrain_cache(cache.take(places_R))
+    hidden_RTD = _states(model, params, cache, tokens_RT, lengths_R).hidden_BTD
+    # The last `tails_R` tokens of each row, from index 0 on.
+    at_Rt = jnp.clip((lengths_R - tails_R)[:, None] + jnp.arange(t), 0, tokens_RT.shape[1] - 1)
+    hidden_RtD = jnp.take_along_axis(hidden_RTD, at_Rt[..., None], axis=1)
 
     def of(args):
-        hidden_BtD, targets_BtK = args
-        logits_BtV = model.apply({"params": params}, hidden_BtD, method="logits")
-        chosen_BtK = jnp.take_along_axis(logits_BtV, targets_BtK, axis=-1)
-        logprobs_BtK = chosen_BtK - jax.nn.logsumexp(logits_BtV, axis=-1, keepdims=True)
-        return logprobs_BtK, jnp.argmax(logits_BtV, axis=-1, keepdims=True) == targets_BtK
+        hidden_RtD, targets_RtK = args
+        logits_RtV = model.apply({"params": params}, hidden_RtD, method="logits")
+        chosen_RtK = jnp.take_along_axis(logits_RtV, targets_RtK, axis=-1)
+        logprobs_RtK = chosen_RtK - jax.nn.logsumexp(logits_RtV, axis=-1, keepdims=True)
+        return logprobs_RtK, jnp.argmax(logits_RtV, axis=-1, keepdims=True) == targets_RtK
 
-    slices = math.ceil(B * T / _CHUNK)
-    t = math.ceil(T / slices)
+    slices = math.ceil(R * t / _CHUNK)
+    size = math.ceil(t / slices)
 
-    def cut(x_BT):
-        """[B, T, ...] -> [slices, B, t, ...]"""
-        x_BT = jnp.pad(x_BT, [(0, 0), (0, slices * t - T)] + [(0, 0)] * (x_BT.ndim - 2))
-        return jnp.moveaxis(x_BT.reshape(B, slices, t, *x_BT.shape[2:]), 1, 0)
+    def cut(x_Rt):
+        """[R, t, ...] -> [slices, R, size, ...]"""
+        x_Rt = jnp.pad(x_Rt, [(0, 0), (0, slices * size - t)] + [(0, 0)] * (x_Rt.ndim - 2))
+        return jnp.moveaxis(x_Rt.reshape(R, slices, size, *x_Rt.shape[2:]), 1, 0)
 
-    next_BT1 = jnp.roll(tokens_BT, -1, axis=1)[..., None]
-    inner = jax.lax.map(of, (cut(hidden_BTD), cut(next_BT1)))
-    inner_BT = (jnp.moveaxis(x, 0, 1).reshape(B, slices * t)[:, :T] for x in inner)
-    end_B1D = jnp.take_along_axis(hidden_BTD, (lengths_B - 1)[:, None, None], axis=1)
-    end_BK = (x[:, 0] for x in of((end_B1D, lasts_BK[:, None])))
+    inner = jax.lax.map(of, (cut(hidden_RtD), cut(nexts_Rt[..., None])))
+    inner_Rt = (jnp.moveaxis(x, 0, 1).reshape(R, slices * size)[:, :t] for x in inner)
+    end_R1D = jnp.take_along_axis(hidden_RtD, (tails_R - 1)[:, None, None], axis=1)
+    end_RK = (x[:, 0] for x in of((end_R1D, lasts_RK[:, None])))
     # Every process of a run on several hosts reads them.
-    return tuple(sharding.constrain(x, None, None) for x in (*inner_BT, *end_BK))
+    return tuple(sharding.constrain(x, None, None) for x in (*inner_Rt, *end_RK))
+
+
+def rewards(model, params, texts: Sequence[Sequence[int]], batch_size: int,
+            known: Container[int] = ()) -> Iterator[tuple[int, float]]:  # fmt: skip
+    """The value that a reward model gives each text at its last token, the longest texts first.
+
+    Args:
+      params: with the vector, see `train.objectives.reward`.
+      texts: ids, none empty; the other arguments are as of `score`.
+
+    Raises:
+      UserError: a model that gives NaN.
+    """
+    batch_size += -batch_size % sharding.parts("batch")
+    order = sorted(range(len(texts)), key=lambda n: (-len(texts[n]), tuple(texts[n])))
+    for first in range(0, len(order), batch_size):
+        some = order[first : first + batch_size]
+        if all(n in known for n in some):
+            continue
+        tokens_BT = np.zeros((batch_size, padded(len(texts[some[0]]))), np.int32)
+        lengths_B = np.ones(batch_size, np.int32)
+        for row, n in enumerate(some):
+            tokens_BT[row, : len(texts[n])] = texts[n]
+            lengths_B[row] = len(texts[n])
+        values_B = np.asarray(_reward(model, params, tokens_BT, lengths_B))
+        if not np.isfinite(values_B[: len(some)]).all():
+            raise UserError("the reward model gives NaN: its parameters are damaged")
+        yield from zip(some, map(float, values_B), strict=False)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _reward(model, params, tokens_BT, lengths_B):
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+    batch = {
+        "tokens_BT": tokens_BT, "positions_BT": positions_BT,
+        "segment_ids_BT": (positions_BT < lengths_B[:, None]).astype(jnp.int32),
+    }  # fmt: skip
+    values_BT, _ = reward.rewards(model, params, batch)
+    values_B = jnp.take_along_axis(values_BT, (lengths_B - 1)[:, None], axis=1)[:, 0]
+    return sharding.constrain(values_B, None)

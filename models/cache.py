@@ -229,6 +229,23 @@ class Cache(flax.struct.PyTreeNode):
     lengths_B: jax.Array
     seen: Seen | None = None
 
+    def take(self, rows_R):
+        """The cache whose r-th row is a copy of row `rows_R[r]` of this one."""
+
+        def rows(arrays, dims_from_batch):
+            return jax.tree.map(
+                lambda x: jnp.take(x, rows_R, axis=x.ndim - dims_from_batch, mode="clip"), arrays
+            )
+
+        def of(layer: LayerCache):
+            return layer.replace(
+                k_BSKH=rows(layer.k_BSKH, 4), v_BSKH=rows(layer.v_BSKH, 4),
+                positions_BS=rows(layer.positions_BS, 2),
+            )  # fmt: skip
+
+        layers = jax.tree.map(of, self.layers, is_leaf=lambda x: isinstance(x, LayerCache))
+        return Cache(layers, self.lengths_B[rows_R])
+
 
 def init_cache(
     config: ModelConfig, batch_size: int, max_length: int, dtype=None, images: int = 0

@@ -120,6 +120,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
 
     expected = {"puna/__init__.py", "puna/__main__.py", "puna/py.typed"}
     expected.add("puna/train/plan/facts.toml")
+    expected.add("puna/eval/audits/prompts.toml")
     definitions = (ROOT / "eval" / "tasks" / "definitions").glob("*.toml")
     expected |= {f"puna/{path.relative_to(ROOT)}" for path in definitions}
     for folder in FOLDERS:

@@ -7,6 +7,7 @@ Templates are Jinja, rendered by the process that renders chat templates; no fil
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 import tomllib
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ METRICS = {
     "choice": ("accuracy", "accuracy_per_byte", "accuracy_per_token"),
     "generate": ("exact", "number", "math", "regex", "contains", "reasoning_gym"),
     "code": ("passes",),
+    "tools": ("arguments", "function", "valid"),
+    "preference": ("accuracy",),
     "instructions": ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose"),
     "text": ("bits_per_byte",),
 }
@@ -32,18 +35,23 @@ class Task:
 
     name: of the file. about: one line for people.
     kind: "choice" (the likeliest of given answers), "generate", "code" (the answer is run with
-      tests), "instructions" (what the answer must look like is checked) or "text" (likelihood).
+      tests), "instructions" (what the answer must look like is checked), "tools" (calls of
+      functions), "preference" (which of two answers a reward model prefers) or "text" (likelihood).
     data: a source as of `data.train` without weights; relative to `folder`. made: instead of data,
       the keys of a maker in `made.py`.
     prompt, target, before, after: templates over the fields of a record. target: the answer, or
       of a choice its number from 0. before, after: of code, what stands around the answer.
     choices: templates, or one expression whose value is a list.
+    tools: a template of the functions in JSON; target is then the calls, see `calls.py`.
+    chosen, rejected: the better and the worse answer of a preference.
     metric: of `METRICS`; the others of the kind are reported too, where they cost nothing.
     shots, shots_data: examples in a prompt, and where they come from.
     delimiter: between prompt and answer. separator: between examples.
     filter: a regular expression; the first group of its last match in the answer counts.
     stop, max_tokens: of generation. stride: of text, tokens scored in a window; 0 = half of it.
     system: a system message, with a chat template only.
+    samples, temperature: answers of a document, drawn at a temperature where there are several. A
+      score is their mean. at: of code, the k of pass@k, also reported as `pass_at_k`.
     """
 
     name: str
@@ -57,6 +65,9 @@ class Task:
     before: str = ""
     after: str = ""
     choices: tuple[str, ...] | str = ()
+    tools: str = ""
+    chosen: str = ""
+    rejected: str = ""
     metric: str = ""
     shots: int = 0
     shots_data: str = ""
@@ -67,11 +78,15 @@ class Task:
     max_tokens: int = 256
     stride: int = 0
     system: str = ""
+    samples: int = 1
+    temperature: float = 0.0
+    at: tuple[int, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is reported: the task's own metric first."""
-        others = METRICS[self.kind] if self.kind in ("choice", "instructions") else ()
+        others = METRICS[self.kind] if self.kind in ("choice", "instructions", "tools") else ()
+        others += tuple(f"pass_at_{k}" for k in self.at)
         return (self.metric, *(name for name in others if name != self.metric))
 
     @property
@@ -163,8 +178,12 @@ def _checked(path: pathlib.Path, told: dict, folder: pathlib.Path) -> Task:
             good = _is_texts(value) and all(value)
         elif key == "made":
             good = isinstance(value, dict)
-        elif key in ("shots", "max_tokens", "stride"):
-            good = type(value) is int and value >= (key == "max_tokens")
+        elif key in ("shots", "max_tokens", "stride", "samples"):
+            good = type(value) is int and value >= (key in ("max_tokens", "samples"))
+        elif key == "temperature":
+            good = type(value) in (int, float) and 0 <= value < math.inf
+        elif key == "at":
+            good = isinstance(value, list) and all(type(k) is int and k > 0 for k in value)
         else:
             good = isinstance(value, str)
         if not good:
@@ -180,6 +199,7 @@ def _checked(path: pathlib.Path, told: dict, folder: pathlib.Path) -> Task:
     needed = {
         "choice": ("prompt", "choices", "target"), "generate": ("prompt", "target"),
         "code": ("prompt", "after"), "instructions": ("prompt",), "text": ("prompt",),
+        "tools": ("prompt", "tools", "target"), "preference": ("prompt", "chosen", "rejected"),
     }[kind]  # fmt: skip
     made = bool(told.get("made"))
     for key in needed:
@@ -187,9 +207,14 @@ def _checked(path: pathlib.Path, told: dict, folder: pathlib.Path) -> Task:
             raise wrong(f"{key} is needed with kind={kind}")
     if told.get("shots") and not (told.get("shots_data") or made):
         raise wrong("shots needs shots_data: the examples must not be the questions")
-    if told.get("shots") and kind in ("text", "instructions", "code"):
+    if told.get("shots") and kind not in ("choice", "generate"):
         raise wrong(f"shots must be 0 with kind={kind}")
-    lists = {k: tuple(told[k]) for k in ("choices", "stop") if isinstance(told.get(k), list)}
+    samples, at = told.get("samples", 1), told.get("at", [])
+    if samples > 1 and (kind in ("choice", "text", "preference") or not told.get("temperature")):
+        raise wrong(f"samples={samples} needs written answers and a temperature above 0")
+    if at and (kind != "code" or max(at) > samples):
+        raise wrong(f"at={at} needs kind=code and numbers of at most samples={samples}")
+    lists = {k: tuple(told[k]) for k in ("choices", "stop", "at") if isinstance(told.get(k), list)}
     return Task(name=path.stem, folder=folder, **{**told, **lists})
 
 
@@ -200,6 +225,9 @@ _RULES = {
     "shots": "a number of 0 or more",
     "stride": "a number of 0 or more",
     "max_tokens": "a number of 1 or more",
+    "samples": "a number of 1 or more",
+    "temperature": "a number of 0 or more",
+    "at": "a list of numbers of 1 or more",
 }
 
 

@@ -29,8 +29,9 @@ class Document(NamedTuple):
     """A question.
 
     number: of the record in its data. prompt: the question alone. target: of a choice, the number
-    of the right one as text. shots: (prompt, answer) of each example before it. before, after: of
-    code. facts: what the record says besides: a needle's depth, the instructions to check.
+    of the right one as text. choices: of a preference, the better answer and the worse one. shots:
+    (prompt, answer) of each example before it. before, after: of code. facts: what the record says
+    besides: a needle's depth, the instructions to check, the functions that can be called.
     """
 
     number: int
@@ -128,7 +129,7 @@ def _rendered(task: Task, record, number: int) -> Document:
             f"{', '.join(record)})"
         )
     text, _ = template.render(_source(task), record)
-    prompt, target, before, after, *rest = text.split(_PART)
+    prompt, target, before, after, tools, *rest = text.split(_PART)
     choices = tuple(rest[0].split(_CHOICE)[:-1]) if len(rest) == 1 else ()
     if len(rest) != 1:
         raise UserError(f"{where} holds the control character U+001E, which separates its parts")
@@ -146,7 +147,20 @@ def _rendered(task: Task, record, number: int) -> Document:
     facts: dict = {}
     if task.kind == "instructions":
         facts = {key: record.get(key) for key in ("instruction_id_list", "kwargs")}
+    if task.kind == "tools":
+        facts = {"tools": _json(where, tools)}
+    if task.kind == "preference":
+        target = "0"
+        if not all(choices):
+            raise UserError(f"{where} has an empty answer")
     return Document(number, prompt, target, choices, (), before, after, facts)
+
+
+def _json(where: str, text: str):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: tools={text[:80]!r} must be JSON: {error}") from None
 
 
 def _made(task: Task, records: Sequence[Mapping], number: int) -> Document:
@@ -163,11 +177,13 @@ def _made(task: Task, records: Sequence[Mapping], number: int) -> Document:
 
 def _source(task: Task) -> str:
     """All templates of a task as one, which is rendered once a record."""
-    if isinstance(task.choices, str):
+    if task.kind == "preference":
+        choices = f"{task.chosen}{_CHOICE}{task.rejected}{_CHOICE}"
+    elif isinstance(task.choices, str):
         choices = "{% for _c in (" + task.choices + ") %}{{ _c }}" + _CHOICE + "{% endfor %}"
     else:
         choices = "".join(choice + _CHOICE for choice in task.choices)
-    return _PART.join([task.prompt, task.target, task.before, task.after, choices])
+    return _PART.join([task.prompt, task.target, task.before, task.after, task.tools, choices])
 
 
 def _fields(task: Task) -> set[str]:

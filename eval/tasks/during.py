@@ -40,6 +40,11 @@ class During:
         # Of this process: (task, document, its requests).
         self.own = []
         for task in self.tasks:
+            if task.kind == "preference" and config.train.objective != "reward":
+                raise ConfigError(
+                    f"eval.tasks={c.tasks}: {task.name} needs train.objective=reward, not "
+                    f"{config.train.objective}"
+                )
             found = documents.documents(task, tokenizer, c.tasks_limit or None, part)
             grade.prepare(task, found)
             self.own += [(task, d, asking.requests(task, d)) for d in found]

@@ -25,6 +25,8 @@ from ...models.text.tokenizer import load_tokenizer
 from ...models.transformer import Transformer, count_params
 from ...models.weights.checksum import checksums
 from ...models.weights.load import load
+from ...models.weights.run import is_run
+from ...train.objectives import reward
 from ..answers import Answers
 from . import documents, grade, report, statistics
 from .definition import Task, load_tasks
@@ -80,7 +82,8 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
     for task, asked in found.items():
         grade.prepare(task, asked)
     mesh = sharding.make_mesh(mesh_config or schema.MeshConfig())
-    model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)
+    asks = next((task.name for task in tasks if task.kind == "preference"), "")
+    model, params = _load(path, mesh, asks, quantize, adapter)
     config = dataclasses.replace(model.config, compute_dtype=compute_dtype)
     model = for_decoding(Transformer(config))
     longest = max_length or config.max_positions
@@ -140,9 +143,8 @@ def replay(folder, path, **options) -> Results:
     path = storage.anywhere(path, "checkpoint")
     tokenizer = load_tokenizer(path)
     mesh = sharding.make_mesh(options.get("mesh_config") or schema.MeshConfig())
-    model, params = load(
-        path, mesh=mesh, quantize=options.get("quantize", ""), adapter=options.get("adapter", "")
-    )
+    asks = next((line["task"] for line in lines if line["kind"] == "reward"), "")
+    model, params = _load(path, mesh, asks, options.get("quantize", ""), options.get("adapter", ""))
     config = dataclasses.replace(
         model.config, compute_dtype=record["config"]["compute_dtype"]
     )  # fmt: skip
@@ -249,6 +251,18 @@ def table(results: Mapping) -> str:
     if cut:
         lines.append(f"{cut} prompts were too long and have lost their beginning")
     return "\n".join(lines)
+
+
+def _load(path, mesh, asks: str, quantize: str, adapter: str):
+    """The model; with the vector of a reward model where a task, `asks`, asks for rewards."""
+    if not asks:
+        return load(path, mesh=mesh, quantize=quantize, adapter=adapter)
+    if quantize or adapter or not is_run(path):
+        raise UserError(
+            f"{asks} needs --checkpoint=RUN of train.objective=reward, without --quantize and "
+            f"--adapter, not {path}"
+        )
+    return reward.load(path, mesh=mesh)
 
 
 def _samples(asking: Asking, found, requests, lines) -> Iterator[dict]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ...configs.errors import UserError
 from ..judging import judge
-from . import instructions, made, metrics
+from . import calls, instructions, made, metrics, statistics
 from .definition import Task
 from .documents import Document
 from .requests import Request
@@ -39,6 +39,8 @@ def prepare(task: Task, documents: Sequence[Document]) -> None:
     for document in documents:
         if task.kind == "instructions":
             _instructions("x", document)
+        elif task.kind == "tools":
+            _calls("", document)
         elif task.kind == "generate" and not document.target:
             raise UserError(f"{task.name}: document {document.number} has an empty target")
         elif task.metric == "regex":
@@ -52,8 +54,13 @@ def grade(task: Task, document: Document, requests: Sequence[Request], answers: 
     """The scores of a document.
 
     Args:
-      requests, answers: of the document in order; an answer is [log p, greedy] or a dict of text.
+      requests, answers: of the document in order; an answer is [log p, greedy], [reward], or a
+        dict of text.
     """
+    if task.kind == "preference":
+        values = [answer[0] for answer in answers]
+        shown = document.choices[values.index(max(values))]
+        return Grade({"accuracy": _credit(values, 0)}, 1.0, shown)
     if task.kind == "text":
         bits = -sum(answer[0] for answer in answers) / math.log(2)
         size = requests[0].size if requests else 0
@@ -69,13 +76,20 @@ def grade(task: Task, document: Document, requests: Sequence[Request], answers: 
             "accuracy_per_token": _credit(_over(logprobs, lengths), right),
         }
         return Grade(scores, 1.0, document.choices[logprobs.index(max(logprobs))])
-    text = answers[0]["text"]
-    return Grade(_written(task, document, text), 1.0, text)
+    texts = [answer["text"] for answer in answers]
+    each = [_written(task, document, text) for text in texts]
+    found = {name: sum(scores[name] for scores in each) / len(each) for name in each[0]}
+    if task.at:
+        right = sum(scores["passes"] for scores in each)
+        found |= {f"pass_at_{k}": statistics.pass_at(k, len(each), int(right)) for k in task.at}
+    return Grade(found, 1.0, texts[0])
 
 
 def _written(task: Task, document: Document, text: str) -> dict[str, float]:
     if task.kind == "instructions":
         return _instructions(text, document)
+    if task.kind == "tools":
+        return _calls(text, document)
     if task.kind == "code":
         return {"passes": float(judge.run(program(document, text)).passed)}
     answer = metrics.filtered(task.filter, text)
@@ -100,6 +114,10 @@ def program(document: Document, answer: str) -> str:
 def _instructions(text: str, document: Document) -> dict[str, float]:
     facts = document.facts
     return instructions.scores(text, facts["instruction_id_list"], facts["kwargs"])
+
+
+def _calls(text: str, document: Document) -> dict[str, float]:
+    return calls.scores(text, calls.functions(document.facts["tools"]), document.target)
 
 
 def _over(values: Sequence[float], sizes: Sequence[int]) -> list[float]:

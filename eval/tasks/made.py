@@ -1,9 +1,11 @@
-"""Documents that are made, not downloaded: needles in a haystack, sums, lookups, reasoning-gym.
+"""Documents that are made, not downloaded: needles in a haystack, variables that are passed on,
+sums, lookups, calls of functions, reasoning-gym.
 
 A seed gives the same documents everywhere. What has a length is made for the tokenizer at hand.
 """
 
 import functools
+import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,7 +29,8 @@ def records(task: Task, tokenizer) -> list[dict]:
     maker, seed = told.pop("maker", None), told.pop("seed", 0)
     known: dict[str, Callable[..., Iterator[dict]]] = {
         "needle": functools.partial(_needles, tokenizer=tokenizer),
-        "sums": _sums, "lookup": _lookup, "instructions": _instructions,
+        "variables": functools.partial(_variables, tokenizer=tokenizer),
+        "sums": _sums, "lookup": _lookup, "instructions": _instructions, "tools": _tools,
         "reasoning_gym": _reasoning_gym,
     }  # fmt: skip
     if maker not in known:
@@ -82,6 +85,46 @@ def _needles(rng, lengths: Sequence[int], depths: Sequence[float], *, needles: i
                     "prompt": " ".join(hay) + question, "target": "\n".join(values),
                     "length": length, "depth": depth,
                 }  # fmt: skip
+
+
+def _variables(rng, lengths: Sequence[int], *, hops: int = 3, chains: int = 2, repeats: int = 4,
+               tokenizer) -> Iterator[dict]:  # fmt: skip
+    """Variables that are passed on, spread over a text of made sentences: which have one's value?
+
+    As in RULER (arXiv 2404.06654), section 3.2.
+
+    Args:
+      lengths: tokens of the prompt. hops: how often a value is passed on. chains: values, of which
+        one is asked for.
+    """
+    if hops < 1 or chains < 1:
+        raise UserError("made: hops and chains must be at least 1")
+    for length in lengths:
+        for _ in range(repeats):
+            names: list[str] = []
+            while len(names) < chains * (hops + 1):
+                name = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(5))
+                names += [name] * (name not in names)
+            values = [str(n) for n in rng.sample(range(10**4, 10**5), chains)]
+            several = [names[i::chains] for i in range(chains)]
+            told = [
+                [f"VAR {a} = {f'VAR {before}' if before else value}."
+                 for before, a in zip([None, *chain], chain, strict=False)]
+                for chain, value in zip(several, values, strict=True)
+            ]  # fmt: skip
+            question = f"\n\nQuestion: which variables have the value {values[0]}?\nAnswer:"
+            facts = [fact for chain in told for fact in chain]
+            room = length - len(tokenizer.encode("\n".join(facts) + question)) - 8
+            if room < 16:
+                raise UserError(f"made: lengths has {length}: that is too few for its variables")
+            hay = _hay(rng, tokenizer, room)
+            for chain in told:
+                # Each fact stands behind the one that it builds upon.
+                places = sorted(rng.randrange(len(hay) + 1) for _ in chain)
+                for n, (place, fact) in enumerate(zip(places, chain, strict=True)):
+                    hay.insert(place + n, fact)
+            yield {"prompt": " ".join(hay) + question, "target": "\n".join(several[0]),
+                   "length": length}  # fmt: skip
 
 
 def _hay(rng, tokenizer, room: int) -> list[str]:
@@ -143,6 +186,38 @@ def _instructions(rng, count: int = 60) -> Iterator[dict]:
             "prompt": f"Describe {subject}. {' '.join(text for _, _, text in chosen)}",
             "target": "", "instruction_id_list": [name for name, _, _ in chosen],
             "kwargs": [kwargs for _, kwargs, _ in chosen],
+        }  # fmt: skip
+
+
+def _tools(rng, count: int = 60, offered: int = 3) -> Iterator[dict]:
+    """Requests that one call answers, with the functions that are offered."""
+
+    def parameters(**properties):
+        return {"type": "object", "properties": properties, "required": list(properties)}
+
+    text, whole = {"type": "string"}, {"type": "integer"}
+    forms = [
+        ("get_weather", "The weather of a town.", parameters(town=text),
+         lambda a, n: (f"What is the weather in {a}?", {"town": a})),
+        ("set_timer", "Wait for some minutes.", parameters(minutes=whole),
+         lambda a, n: (f"Wake me in {n} minutes.", {"minutes": n})),
+        ("send_message", "Send a text to somebody.", parameters(to=text, text=text),
+         lambda a, n: (f'Write "on my way" to {a}.', {"to": a, "text": "on my way"})),
+        ("buy_tickets", "Buy tickets to a town.", parameters(town=text, number=whole),
+         lambda a, n: (f"Buy {n} tickets to {a}.", {"town": a, "number": n})),
+        ("set_light", "Switch a lamp.", parameters(state={"type": "string", "enum": ["on", "off"]}),
+         lambda a, n: ("It is dark: switch the lamp on.", {"state": "on"})),
+    ]  # fmt: skip
+    towns = "Arequipa Cusco Puno Juliaca Ayacucho Tacna".split()
+    for _ in range(count):
+        chosen = rng.sample(forms, offered)
+        name, _, _, ask = chosen[0]
+        person = name == "send_message"
+        question, arguments = ask(rng.choice(_PEOPLE if person else towns), rng.randrange(2, 50))
+        tools = [{"name": n, "description": d, "parameters": p} for n, d, p, _ in chosen]
+        yield {
+            "prompt": question, "target": json.dumps({"name": name, "arguments": arguments}),
+            "tools": rng.sample(tools, offered),
         }  # fmt: skip
 
 

@@ -21,20 +21,30 @@ from ...configs.errors import UserError
 from ...models.decode.generate import complete
 from ...models.parallel import processes
 from ...models.text import chat
+from ...train.data.examples import RecordError
+from ...train.data.pairs import PairTransform
 from ..answers import Answers
-from ..scoring import score
+from ..scoring import rewards, score
+from . import calls
 from .definition import Task
 from .documents import Document
 
+# How functions are told of without a chat template.
+_TOOLS = (
+    'Call one of these functions. Answer with JSON of the form {"name": ..., "parameters": {...}} '
+    "and nothing else.\n\n"
+)
 _DATE = "26 Jul 2024"  # Llama 3's templates would write today's, and ask something else each day
 
 
 class Request(NamedTuple):
     """One question to the model.
 
-    kind: "logprob" of the continuation, or "text" that follows the context greedily.
-    continuation: ids; none of a text. size: bytes that the continuation stands for.
-    max_tokens, stop: of a text. cut: tokens of the prompt that had no room, from its beginning.
+    kind: "logprob" of the continuation, "text" that follows the context, "call": the same with its
+    control tokens written out, or "reward" of the context as a whole.
+    continuation: ids; none of the others. size: bytes that the continuation stands for.
+    max_tokens, stop, temperature: of a text; one at a temperature above 0 is drawn by its index.
+    cut: tokens of the prompt that had no room, from its beginning.
     """
 
     task: str
@@ -47,11 +57,15 @@ class Request(NamedTuple):
     max_tokens: int = 0
     stop: tuple[str, ...] = ()
     cut: int = 0
+    temperature: float = 0.0
 
     @property
     def asked(self) -> str:
         """All that its answer depends on but the model."""
-        return json.dumps([self.kind, self.context, self.continuation, self.max_tokens, self.stop])
+        drawn = [self.temperature, self.index] if self.temperature else []
+        return json.dumps(
+            [self.kind, self.context, self.continuation, self.max_tokens, self.stop, *drawn]
+        )
 
 
 class Asking:
@@ -72,6 +86,9 @@ class Asking:
 
     def prompt(self, task: Task, document: Document) -> str:
         """The text of the prompt, examples first; that of a chat before its template."""
+        if task.kind == "tools" and not self.as_chat:
+            told = "\n".join(json.dumps(f) for f in calls.functions(document.facts["tools"]))
+            return f"{_TOOLS}{told}\n\n{document.prompt}\n"
         shots = [p + task.delimiter + a for p, a in document.shots]
         return task.separator.join([*shots, document.prompt])
 
@@ -84,6 +101,8 @@ class Asking:
         make = functools.partial(Request, task.name, document.number)
         if task.kind == "text":
             return list(self._windows(task, document, make))
+        if task.kind == "preference":
+            return [make(i, "reward", ids) for i, ids in enumerate(self._answers(task, document))]
         if task.kind != "choice":
             if task.max_tokens >= self.max_length:
                 raise UserError(
@@ -92,7 +111,12 @@ class Asking:
                 )
             ids = self._ids(task, document)
             context, cut = self._fit(ids, self.max_length - task.max_tokens)
-            return [make(0, "text", context, max_tokens=task.max_tokens, stop=task.stop, cut=cut)]
+            kind = "call" if task.kind == "tools" else "text"
+            most, drawn = task.max_tokens, float(task.temperature)
+            return [
+                make(i, kind, context, max_tokens=most, stop=task.stop, cut=cut, temperature=drawn)
+                for i in range(task.samples)
+            ]
         found = []
         for index, (ids, continuation) in enumerate(self._choices(task, document)):
             if not continuation or len(continuation) >= self.max_length:
@@ -114,8 +138,31 @@ class Asking:
             messages += [{"role": "user", "content": prompt},
                          {"role": "assistant", "content": answer}]  # fmt: skip
         messages.append({"role": "user", "content": document.prompt})
+        tools = calls.functions(document.facts["tools"]) if task.kind == "tools" else None
         variables = {"date_string": _DATE}
-        return tuple(chat.encode_messages(self.tokenizer, messages, variables=variables))
+        return tuple(chat.encode_messages(self.tokenizer, messages, tools, variables=variables))
+
+    def _answers(self, task: Task, document: Document) -> list[tuple[int, ...]]:
+        """The ids of a prompt with each of two answers, as a reward model is trained on them."""
+        pairs = PairTransform(self.tokenizer, 2 * self.max_length, _DATE, ends=True)
+        asked, said = document.prompt, list(document.choices)
+        if self.as_chat:
+            system = [{"role": "system", "content": task.system}] if task.system else []
+            asked = [*system, {"role": "user", "content": asked}]
+            said = [[{"role": "assistant", "content": text}] for text in said]
+        try:
+            example = pairs.encode((asked, *said))
+        except RecordError as error:
+            raise UserError(f"{task.name}: record {document.number} {error}") from None
+        # A target stands behind each text.
+        texts = [part[:-1] for part in np.split(example.ids, example.borders)]
+        for ids in texts:
+            if len(ids) > self.max_length:
+                raise UserError(
+                    f"{task.name}: record {document.number} has {len(ids)} tokens, more than the "
+                    f"{self.max_length} that the model reads"
+                )
+        return [tuple(ids.tolist()) for ids in texts]
 
     def _choices(self, task: Task, document: Document):
         """(ids of the context, ids of the continuation) of each choice."""
@@ -209,30 +256,46 @@ class Asker:
         known = {n for n, key in enumerate(scored) if key in self.answers}
         for n, found in score(self.model, self.params, pairs, self.batch_size, known):
             yield scored[n], list(found)
+        valued = [key for key, r in unique.items() if r.kind == "reward"]
+        texts = [unique[key].context for key in valued]
+        known = {n for n, key in enumerate(valued) if key in self.answers}
+        for n, value in rewards(self.model, self.params, texts, self.batch_size, known):
+            yield valued[n], [value]
         groups: dict[tuple, list[str]] = collections.defaultdict(list)
         for key, r in unique.items():
-            if r.kind == "text":
-                groups[r.max_tokens, r.stop].append(key)
-        for (max_tokens, stop), written in groups.items():
+            if r.kind in ("text", "call"):
+                groups[r.kind, r.max_tokens, r.stop, r.temperature].append(key)
+        for kind, written in groups.items():
             # The longest first: what memory is needed shows at once.
             written.sort(key=lambda key: (-len(unique[key].context), key))
             for first in range(0, len(written), self.batch_size):
                 batch = written[first : first + self.batch_size]
                 if not all(key in self.answers for key in batch):
-                    prompts = [unique[key].context for key in batch]
-                    yield from zip(batch, self._write(prompts, max_tokens, stop), strict=True)
+                    asked = [unique[key] for key in batch]
+                    yield from zip(batch, self._write(asked, *kind), strict=True)
 
-    def _write(self, prompts, max_tokens: int, stop) -> list[dict]:
+    def _write(self, asked: Sequence[Request], kind: str, max_tokens: int, stop,
+               temperature: float) -> list[dict]:  # fmt: skip
+        prompts = [r.context for r in asked]
         # Filled up, so that a last batch compiles nothing new.
         empty = self.batch_size - len(prompts)
+        seeds = np.array([r.document * 1000 + r.index for r in asked] + [0] * empty) % 2**31
         made = complete(
             self.model, self.params, self.tokenizer, [*prompts, *[prompts[0][:1]] * empty],
-            np.array([max_tokens] * len(prompts) + [1] * empty), temperature=0.0, top_k=0,
-            top_p=1.0, min_p=0.0, stop=stop,
+            np.array([max_tokens] * len(prompts) + [1] * empty), temperature=temperature, top_k=0,
+            top_p=1.0, min_p=0.0, stop=stop, seed=seeds if temperature else 0,
         )  # fmt: skip
+        texts = [m.text if kind == "text" else self._marked(m.ids) for m in made]
         return [
-            {"text": m.text, "ids": m.ids, "finish": m.finish_reason} for m in made[: len(prompts)]
+            {"text": text, "ids": m.ids, "finish": m.finish_reason}
+            for text, m in zip(texts, made[: len(prompts)], strict=False)
         ]
+
+    def _marked(self, ids) -> str:
+        """The text with its control tokens, which tell of calls, but without what ends it."""
+        t = self.tokenizer
+        ends = {*t.stop_ids, t.eos_id}
+        return t.decode([i for i in ids if i not in ends], show_special=True)
 
 
 def _line(request: Request, key: str) -> dict:

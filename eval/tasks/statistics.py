@@ -67,6 +67,13 @@ def paired(a: Sequence[float], b: Sequence[float]) -> dict:
     return _summary(difference.tolist(), None) | {"better": better, "worse": worse, "p": p}
 
 
+def pass_at(k: int, trials: int, right: int) -> float:
+    """The chance that one of k answers is right, unbiased: 1 - C(n - c, k) / C(n, k) of c right
+    ones among n (Chen et al. 2021, arXiv 2107.03374)."""
+    assert k <= trials, (k, trials)
+    return 1.0 - math.comb(trials - right, k) / math.comb(trials, k)
+
+
 def proportion(hits: int, trials: int) -> tuple[float, float]:
     """The 95% interval of a proportion after Wilson (1927), which holds near 0 and 1 too."""
     if not trials:

@@ -1,5 +1,7 @@
 """Log-probabilities of continuations: those of the whole forward pass, for any batch."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,44 +16,65 @@ from puna.models.transformer import Transformer, init_params
 CONFIG = schema.ModelConfig(
     vocab_size=64, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16
 )
+LLAMA4 = dataclasses.replace(
+    CONFIG, compute_dtype="float32", num_layers=4, nope_interval=2, chunk_size=24, qk_norm=True,
+    temperature_scale=0.1, moe_interval=2, num_experts=4, expert_dim=16, temperature_floor=8,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def texts():
-    """Of several lengths; twelve differ in their last token only, one pair in its border only."""
+    """Of several lengths; twelve differ in their last token only, one pair in its border only; five
+    are after one context, and six after contexts that begin alike."""
     rng = np.random.default_rng(0)
     made = [
         (rng.integers(0, 64, m).tolist(), rng.integers(0, 64, n).tolist())
         for m, n in [(1, 1), (3, 4), (20, 2), (12, 3), (1, 9)]
     ]
     made += [(made[1][0], made[1][1][:-1] + [last]) for last in range(12)]
-    return [*made, (made[3][0] + made[3][1][:1], made[3][1][1:])]
+    made.append((made[3][0] + made[3][1][:1], made[3][1][1:]))
+
+    def some(count):
+        return rng.integers(0, 64, count).tolist()
+
+    context, stem = some(40), some(70)
+    made += [(context, some(n)) for n in (1, 2, 2, 5, 30)]
+    ends = [some(n) for n in (0, 1, 9, 20, 30)]
+    made += [(stem + end, some(3)) for end in ends] + [(stem + ends[-1], some(4))]
+    return made
+
+
+def drawn(config):
+    params = init_params(config, jax.random.key(0), sharding.make_mesh(schema.MeshConfig()))
+    return jax.tree.map(lambda x: 3 * x, params)
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = init_params(CONFIG, jax.random.key(0), sharding.make_mesh(schema.MeshConfig()))
-    return jax.tree.map(lambda x: 3 * x, params)
+    return drawn(CONFIG)
 
 
-def scores(mesh_config, devices, params, texts, batch_size):
+def scores(mesh_config, devices, params, texts, batch_size, config=CONFIG):
     mesh = sharding.make_mesh(mesh_config, devices)
     params = jax.device_put(params, sharding.replicated(mesh))
     with jax.set_mesh(mesh):
-        return dict(scoring.score(Transformer(CONFIG), params, texts, batch_size))
+        return dict(scoring.score(Transformer(config), params, texts, batch_size))
 
 
-def test_they_are_those_of_the_whole_pass_on_one_device_and_on_eight(params, texts):
-    one = schema.MeshConfig(fsdp=1)
-    alone = scores(one, jax.devices()[:1], params, texts, 1)
+@pytest.mark.parametrize(
+    "config", [CONFIG, pytest.param(LLAMA4, marks=pytest.mark.slow)], ids=["dense", "llama4"]
+)
+def test_they_are_those_of_the_whole_pass_on_one_device_and_on_eight(config, texts):
+    params, one = drawn(config), schema.MeshConfig(fsdp=1)
+    alone = scores(one, jax.devices()[:1], params, texts, 1, config)
     assert sorted(alone) == list(range(len(texts)))
     mesh = sharding.make_mesh(one, jax.devices()[:1])
     params = jax.device_put(params, sharding.replicated(mesh))
-    apply = jax.jit(Transformer(CONFIG).apply)
+    apply = jax.jit(Transformer(config).apply)
     greedy = 0
     for number, (context, continuation) in enumerate(texts):
         ids = [*context, *continuation]
-        row = np.zeros((1, 32), np.int32)
+        row = np.zeros((1, 112), np.int32)
         row[0, : len(ids)] = ids
         logits = np.asarray(apply({"params": params}, row).logits_BTV, np.float64)[0]
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -63,8 +86,10 @@ def test_they_are_those_of_the_whole_pass_on_one_device_and_on_eight(params, tex
         greedy += wanted
     # The likeliest of all ids comes after one of the contexts: a flag that is always off is found.
     best = [(texts[0][0], [i]) for i in range(64)]
-    assert sum(s.greedy for s in scores(one, jax.devices()[:1], params, best, 1).values()) == 1
-    eight = scores(schema.MeshConfig(fsdp=4, tensor=2), None, params, texts, 8)
+    assert (
+        sum(s.greedy for s in scores(one, jax.devices()[:1], params, best, 1, config).values()) == 1
+    )
+    eight = scores(schema.MeshConfig(fsdp=4, tensor=2), None, params, texts, 8, config)
     for number, found in alone.items():
         assert abs(eight[number].logprob - found.logprob) < 1e-4
         assert eight[number].greedy == found.greedy
@@ -95,3 +120,21 @@ def test_few_lengths():
     lengths = [scoring.padded(n) for n in range(1, 4097)]
     assert all(0 < p - n <= max(16, p // 3) or p == n for n, p in enumerate(lengths, 1))
     assert len(set(lengths)) == 17
+
+
+def test_what_several_texts_begin_with_is_computed_once(texts):
+    groups = scoring._groups(texts, 64)
+    numbers = sorted(n for group in groups for n in group.numbers)
+    assert numbers == list(range(len(texts)))
+    assert sorted(len(g.rows) for g in groups if g.shares) == [2, 5]
+    assert sorted(g.stem for g in groups)[-5:] == [69] * 5  # the last id of a context is read later
+    read = {
+        tuple(group.prefix) + row.tail: group.prefix[: group.stem] + group.rest + row.tail
+        for group in groups for row in group.rows
+    }  # fmt: skip
+    assert all(ids == again for ids, again in read.items())
+    # Too few that share, or too little of what is shared.
+    few = [([1] * 80 + [n, n], [2]) for n in range(3)]
+    little = [([1] * 70 + [n] * 400, [2]) for n in range(8)]
+    for other in (few, little):
+        assert not any(group.stem for group in scoring._groups(other, 64))

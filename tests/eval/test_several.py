@@ -57,9 +57,9 @@ def test_tasks_of_several(trained, capsys):
     )
     (trained / "t.jsonl").write_text('{"q": "which"}\n{"q": "who"}\n')
     runs = [f"--checkpoint={trained}/run/checkpoints/[24]", f"--checkpoint={trained}/run"]
-    before = scoring._forward._cache_size()
+    before = scoring._predict._cache_size()
     cli._run(["eval", *runs, f"--tasks={trained}/t.toml", f"--workdir={trained}/out"])
-    first = scoring._forward._cache_size() - before
+    first = scoring._predict._cache_size() - before
     rows = json.loads((trained / "out/results.json").read_text())["checkpoints"]
     assert [row["step"] for row in rows] == [2, 4, 10]
     assert all(row["tasks"]["t"]["accuracy"]["documents"] == 2 for row in rows)
@@ -67,7 +67,7 @@ def test_tasks_of_several(trained, capsys):
     assert (trained / "out/run-4/report.html").exists()
     assert capsys.readouterr().out.splitlines()[-5].split() == ["checkpoint", "step", "t"]
     cli._run(["eval", runs[1], f"--tasks={trained}/t.toml", f"--workdir={trained}/alone2"])
-    assert scoring._forward._cache_size() - before == first
+    assert scoring._predict._cache_size() - before == first
     alone = json.loads((trained / "alone2/results.json").read_text())
     assert alone["tasks"] == rows[2]["tasks"]
 

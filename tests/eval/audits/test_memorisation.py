@@ -68,7 +68,7 @@ def test_the_command(model, tmp_path, capsys):
         (["--prefix=60", "--suffix=8"], "seen.jsonl has no passage of 68 tokens"),
         (["--prefix=x"], "--prefix=x must be like 16,32,64"),
         (["--suffix=0"], "suffix=0 must be 1 or more"),
-        (["--corpus=a"], "either --passages or --corpus"),
+        (["--corpus=a"], "takes --passages, --corpus or --safety"),
     ]:
         with pytest.raises(UserError, match=reason):
             cli._run([*flags, *more])

@@ -38,6 +38,8 @@ PUBLIC = {
         "prompt": 'def add(a, b):\n    """Add."""\n', "entry_point": "add",
         "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
         "canonical_solution": "    return a + b\n"}),
+    "ruler": ("ruler/4096/niah.jsonl", {
+        "index": 0, "input": "One of the numbers is 1234567. What is it?", "outputs": ["1234567"]}),
 }  # fmt: skip
 SHOTS = {"mmlu": "mmlu/all/dev-0.parquet", "gsm8k": "gsm8k/main/train-0.parquet"}
 PERFECT = {
@@ -132,7 +134,7 @@ def isolated():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", ["lookup", "mmlu", "arc_easy", "hellaswag"])
+@pytest.mark.parametrize("name", ["lookup", "mmlu", "arc_easy", "arc_challenge", "hellaswag"])
 def test_guesses_score_what_guessing_scores(name, folder):
     task, found = opened(name, folder)
     choices, rng, n = len(found[0].choices), random.Random(0), 400
@@ -193,6 +195,9 @@ GOOD = {"kind": "choice", "data": "a.jsonl", "prompt": "{{ q }}", "choices": ["a
         ({"choices": ["a"]}, "has 1 choices"),
         ({"data": "b.jsonl"}, "b.jsonl: no such file.*--data_dir"),
         ({"made": {"maker": "x"}, "data": ""}, "made.maker='x' must be one of needle"),
+        ({"samples": 2, "temperature": 1.0}, "samples=2 needs written answers"),
+        ({"at": [2]}, r"at=\[2\] needs kind=code"),
+        ({"kind": "tools", "tools": "{{ q }}", "metric": ""}, "tools='what' must be JSON"),
         ({"made": {"maker": "sums", "n": 1}, "data": ""}, "made: got an unexpected keyword"),
     ],
 )

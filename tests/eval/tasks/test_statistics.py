@@ -1,5 +1,6 @@
 """Standard errors and intervals: formulas, coverage, the exact sign test."""
 
+import itertools
 import math
 
 import numpy as np
@@ -48,3 +49,12 @@ def test_proportions_near_the_ends():
     low, high = statistics.proportion(50, 50)
     assert 0.92 < low < 0.95 and high == pytest.approx(1.0)
     assert statistics.proportion(0, 0) == (0.0, 1.0)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices_of_k():
+    for trials, right in [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)]:
+        results = [i < right for i in range(trials)]
+        for k in range(1, trials + 1):
+            drawn = [any(some) for some in itertools.combinations(results, k)]
+            wanted = sum(drawn) / len(drawn)
+            assert statistics.pass_at(k, trials, right) == pytest.approx(wanted)
