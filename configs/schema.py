@@ -188,6 +188,8 @@ class DataConfig:
 
     train: str = key("tfds:python_source:train", "training sources", NOT_EMPTY)
     validation: str = key("tfds:python_source:validation", "held-out sources; empty = none")
+    licences: str = key("", "licence of each part of train, in its order, comma separated; for "
+                        "checkpoints and model cards")  # fmt: skip
     seq_len: int = key(512, "tokens of a row", at_least(2))
     text_key: str = key("text", "field of a record that holds its text", NOT_EMPTY)
     images: int = key(0, "image tiles that a row has room for; 0 = no pictures", at_least(0))

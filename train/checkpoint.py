@@ -34,7 +34,7 @@ _FREE = (
     *("mesh.", "eval.", "data.workers", "data.data_dir", "data.validation", "train.steps"),
     *("train.log_every", "train.save_every", "train.eval_every", "train.keep", "train.local_"),
     *("model.remat", "model.pipeline_microbatches", "train.loss_chunk"),
-    *("train.check_replicas_every", "train.bad_step", "data.bad_records"),
+    *("train.check_replicas_every", "train.bad_step", "data.bad_records", "data.licences"),
 )
 # What a key that holds paths means, however they are spelt.
 _MEANINGS: dict[str, Callable] = {
@@ -87,15 +87,20 @@ class Checkpoints:
     def _due(self, step: int) -> bool:
         return step == self.train.steps or not step % self.train.save_every
 
-    def save(self, state: TrainState, step: int, data_position: dict) -> None:
+    def save(self, state: TrainState, step: int, data_position: dict,
+             provenance: list[dict] | None = None) -> None:  # fmt: skip
         """Start saving; training continues while files are written.
+
+        Args:
+          provenance: what has been read, see `data.loader.provenance`.
 
         Raises:
           UserError: this or the save before it could not be written.
         """
         rest = {"step": state.step, "opt_state": state.opt_state}
         meta = run.seal(
-            {"config": self.config, "data": data_position, "tokenizer": self.tokenizer}
+            {"config": self.config, "data": data_position, "tokenizer": self.tokenizer,
+             "provenance": provenance or []}
             | self.origin,
             {"frozen": self._frozen_sums(state.frozen)}, params=state.params, optimizer=rest,
         )  # fmt: skip

@@ -19,6 +19,7 @@ from ..models.weights.tensors import warn
 from . import metrics, objectives
 from .checkpoint import Checkpoints, prepare_to_resume
 from .data import make_train_loader
+from .data.loader import provenance
 from .data.packing import media_room
 from .data.quarantine import prepare_quarantine
 from .data.tokenizer import prepare_tokenizer, tokenizer_files
@@ -173,12 +174,13 @@ def _train(
             log.wait()
             with ledger.doing("evaluation"):
                 params, numbers = join(state.params, state.frozen), {}
-                if held_out is not None and _evaluates(c, step):
-                    found = held_out(model, params, state.frozen)
-                    numbers |= {f"validation_{k}": v for k, v in found.items()}
-                for name, evaluator in (evaluators or {}).items() if _evaluates(c, step) else ():
-                    found = evaluator(c, model, params, tokenizer, mesh)
-                    numbers |= {f"{name}_{k}": v for k, v in found.items()}
+                if _evaluates(c, step):
+                    if held_out is not None:
+                        found = held_out(model, params, state.frozen)
+                        numbers |= {f"validation_{k}": v for k, v in found.items()}
+                    for name, evaluator in (evaluators or {}).items():
+                        found = evaluator(c, model, params, tokenizer, mesh)
+                        numbers |= {f"{name}_{k}": v for k, v in found.items()}
                 if asked is not None and asked.due(step):
                     numbers |= asked(model, params)
             quarantine.share()
@@ -224,7 +226,8 @@ def _train(
                     quarantine.share()
                     mirror.push()
                     # Of all rows of the global batch, whichever process reads them.
-                    checkpoints.save(state, step, processes.merge(loader.get_state()))
+                    read = processes.merge(loader.get_state())
+                    checkpoints.save(state, step, read, provenance(c.data, read))
                     ledger.saving(step)
             # After the save, since it may fail; what is told to end may have seconds.
             if due(step) and (last or not ends):

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...configs.files import write_text
@@ -34,6 +34,7 @@ def facts_of_run(home: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
     if meta["data"]:  # a model of others that was only converted has no data position
         train = config["train"]
         facts["data"] = config["data"]["train"]
+        facts["provenance"] = meta.get("provenance", [])
         facts["training"] = (
             f"{train['steps']:,} steps of {train['batch_size']} rows of "
             f"{config['data']['seq_len']:,} tokens, {config['optimizer']['name']}"
@@ -91,6 +92,7 @@ def _text(name, config, origin, facts) -> str:
         f"- Training data: {facts.get('data', licences.UNKNOWN)}",
         f"- Training: {facts.get('training', licences.UNKNOWN)}",
         "",
+        *_provenance(facts.get("provenance", ())),
     ]
     results = facts.get("results", {})
     energy = {k: v for k, v in results.items() if any(w in k for w in ("energy", "kwh", "joule"))}
@@ -104,6 +106,16 @@ def _text(name, config, origin, facts) -> str:
     if licence is not None:
         lines += ["## Licence", "", licence.notice.strip(), "See LICENSE and NOTICE.", ""]
     return "\n".join(lines)
+
+
+def _provenance(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table of what was read, as the checkpoint has it."""
+    if not sources:
+        return []
+    cells = [(s["source"].replace("|", "\\|"), s["licence"].replace("|", "\\|"), s["tokens"])
+             for s in sources]  # fmt: skip
+    rows = [f"| `{source}` | {licence} | {tokens:,} |" for source, licence, tokens in cells]
+    return ["| source | licence | tokens read |", "|---|---|---|", *rows, ""]
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Documents as examples: the records of a source through a transform."""
 
+import dataclasses
 import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -58,6 +59,7 @@ class Examples(Sequence[Example]):
         # Where documents are few, many rows read the same one at once: a book in one file is
         # tokenized and held once, and not once a row.
         self._in_use: weakref.WeakValueDictionary[int, Example] = weakref.WeakValueDictionary()
+        self.number = 0  # of this part of a mixture
 
     def __len__(self) -> int:
         return len(self._screened)
@@ -65,7 +67,8 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         example = self._in_use.get(index)
         if example is None:
-            example = self._in_use[index] = self._make(index)
+            made = dataclasses.replace(self._make(index), source=self.number)
+            example = self._in_use[index] = made
         return example
 
     def check(self, name: str) -> None:

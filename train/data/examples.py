@@ -35,6 +35,7 @@ class Example:
     the order of their ids. whole: it is never cut; a row in which it does not fit ends before it.
     cut: ids that were left out because no row would hold them.
     borders: of a whole one, where among its ids texts begin that do not see those before them.
+    source: of a mixture, the number of its part.
     """
 
     ids: np.ndarray
@@ -43,6 +44,7 @@ class Example:
     whole: bool = False
     cut: int = 0
     borders: tuple[int, ...] = ()
+    source: int = 0
 
 
 class RecordError(ValueError):

@@ -15,6 +15,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -59,10 +60,16 @@ def make_train_loader(
         UserError: the data cannot be read; also while iterating.
     """
     parts = parse_sources(config.train)
+    if config.licences and config.licences.count(",") + 1 != len(parts):
+        raise UserError(
+            f"data.licences={config.licences} names {config.licences.count(',') + 1} licences and "
+            f"data.train={config.train} has {len(parts)} parts: name one for each, in their order"
+        )
     quarantine = Quarantine() if quarantine is None else quarantine
     opened = [open_source(part.name, config, transform, quarantine) for part in parts]
     streams = []
     for index, documents in enumerate(opened):
+        documents.number = index
         stream = grain.MapDataset.source(documents)
         if config.shuffle:
             # One seed a part: parts of one size would otherwise be shuffled alike.
@@ -72,7 +79,7 @@ def make_train_loader(
     return TrainLoader(
         grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0],
         num_documents=sum(map(len, opened)),
-        room=Room(config.seq_len + 1, media or {}),
+        room=Room(config.seq_len + 1, media or {}, len(parts)),
         batch_size=batch_size,
         rows=range(batch_size) if rows is None else rows,
         workers=config.workers,
@@ -104,6 +111,7 @@ class TrainLoader(Iterator[Batch]):
         self._rows = list(rows)
         self._workers = min(workers, len(self._rows))
         self._places = [(row, 0) for row in self._rows]
+        self._read = np.zeros((len(self._rows), room.sources), np.int64)
 
     def __next__(self) -> Batch:
         if self._reader is None:
@@ -118,26 +126,35 @@ class TrainLoader(Iterator[Batch]):
             raise
         rows = {key: _interleave([group[key] for group in groups]) for key in groups[0]}
         self._places = [tuple(place) for place in rows.pop("places").tolist()]
+        self._read = self._read + rows.pop("read")
         return to_batch(rows)
 
-    def get_state(self) -> dict[str, dict[str, int]]:
-        """Return where each row continues after the last batch, keyed by its number in the batch.
+    def get_state(self) -> dict[str, dict[str, Any]]:
+        """Return where each row continues after the last batch, keyed by its number in the batch,
+        and how many ids of each source it has read.
 
         The states of all processes together, as one dict, are the state of the global batch.
         """
         return {
-            str(row): {"document": document, "offset": offset, "stride": self._batch_size}
-            for row, (document, offset) in zip(self._rows, self._places, strict=True)
+            str(row): {
+                "document": document,
+                "offset": offset,
+                "stride": self._batch_size,
+                "read": read,
+            }
+            for row, (document, offset), read in zip(
+                self._rows, self._places, self._read.tolist(), strict=True
+            )
         }
 
-    def set_state(self, state: dict[str, dict[str, int]]) -> None:
+    def set_state(self, state: dict[str, dict[str, Any]]) -> None:
         """Go on from a state, of which only the rows of this process are used.
 
         Raises:
             UserError: the state is of another batch size.
         """
-        places = []
-        for row in self._rows:
+        places, read = [], np.zeros_like(self._read)
+        for i, row in enumerate(self._rows):
             place = state.get(str(row))
             if place is None or place["stride"] != self._batch_size:
                 saved = len(state) if place is None else place["stride"]
@@ -146,8 +163,11 @@ class TrainLoader(Iterator[Batch]):
                     f"{saved} rows: data can be resumed only with the same batch size"
                 )
             places.append((place["document"], place["offset"]))
+            # Not there in checkpoints of before they were counted; parts may have come or gone.
+            if len(place.get("read", ())) == read.shape[1]:
+                read[i] = place["read"]
         self.close()
-        self._places = places
+        self._places, self._read = places, read
 
     def close(self) -> None:
         """Stop reading ahead; the next batch starts it again."""
@@ -227,6 +247,24 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
     def set_state(self, state: dict) -> None:
         raise NotImplementedError("the state is the places that the data set is made with")
+
+
+def provenance(config: DataConfig, state: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What training has read: of each source its licence, and how many tokens.
+
+    Args:
+        state: of all rows of the global batch, see `TrainLoader.get_state`.
+    """
+    told = [part.strip() for part in config.licences.split(",")] if config.licences else []
+    parts = parse_sources(config.train)
+    return [
+        {
+            "source": part.name,
+            "licence": (told[i] if told else "") or "unknown",
+            "tokens": sum(place["read"][i] for place in state.values()),
+        }
+        for i, part in enumerate(parts)
+    ]
 
 
 def _interleave(groups: list[np.ndarray]) -> np.ndarray:

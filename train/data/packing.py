@@ -55,10 +55,12 @@ class Room:
       length: ids.
       media: name -> shape of all arrays of that name in a row: `tiles` (I, Y, X, C) of pictures,
         or `pictures` (M, I, Y, X, C) whose tiles are read together, `frames` (I, S, M) of clips.
+      sources: parts of the mixture whose ids are counted, as `read` of a row; 0 counts none.
     """
 
     length: int
     media: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    sources: int = 0
 
     def empty_row(self) -> Row:
         row: Row = {
@@ -69,6 +71,8 @@ class Room:
             row[name] = np.zeros(shape, np.float32)
             # A picture has whole tiles, a clip some of its frames; tiles together have a grid.
             row[f"num_{name}"] = np.zeros(() if name == "tiles" else shape[0], np.int32)
+        if self.sources:
+            row["read"] = np.zeros(self.sources, np.int64)
         return row
 
 
@@ -134,8 +138,9 @@ class Cursor:
             inside.append(dataclasses.replace(m, start=m.start - start, stop=m.stop - start))
         borders = example.borders if example.whole else ()
         piece = Example(
-            example.ids[start:stop], example.weights[start:stop], tuple(inside), borders=borders
-        )
+            example.ids[start:stop], example.weights[start:stop], tuple(inside), borders=borders,
+            source=example.source,
+        )  # fmt: skip
         self.offset = stop
         if self.offset == len(example.ids):
             self.document += self._stride
@@ -207,6 +212,8 @@ def pack_row(cursor: Cursor, room: Room) -> Row:
                 row[f"num_{m.name}"][begin] = m.number or m.array.shape[1]
             used[m.name] = end
         filled += len(piece.ids)
+        if room.sources:
+            row["read"][piece.source] += len(piece.ids)
     return row
 
 

@@ -11,6 +11,7 @@ import pytest
 import puna
 from puna import __main__ as cli
 from puna.configs.errors import UserError
+from puna.models.weights import run as weights_run
 from puna.train import metrics
 
 SETTINGS = (
@@ -66,6 +67,8 @@ def test_their_numbers_are_those_of_an_evaluation_and_training_is_the_same(folde
     for name in names:
         _, task, metric = name.split("_", 2)
         assert records[4][name] == pytest.approx(found[task][metric]["value"], rel=1e-5)
+    [read] = weights_run.read_meta(run / "checkpoints/4")["provenance"]
+    assert read == {"source": f"{folder}/a.txt", "licence": "unknown", "tokens": 4 * 8 * 33}
     # Without tasks: the same losses to the bit.
     config = puna.get_config("tiny", [*SETTINGS, f"data.train={folder}/a.txt"])
     puna.train(config, folder / "plain")

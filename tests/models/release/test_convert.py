@@ -215,12 +215,15 @@ def test_the_card_of_a_run_says_what_it_saw(files, model, tmp_path):
     (tmp_path / "run/results.json").write_text('{"loss": 1.25, "energy_kwh": 0.5}')
     (tmp_path / "run/eval/results.json").write_text('{"bits_per_byte": 0.75}')
     config = schema.to_dict(schema.Config(data=schema.DataConfig(train="tfds:wiki")))
-    meta = {"config": config, "data": {"0": {}}, "origin": {"init_from": {"path": "base"}}}
+    read = [{"source": "tfds:wiki", "licence": "cc-by-sa-4.0", "tokens": 1234567}]
+    meta = {"config": config, "data": {"0": {}}, "origin": {"init_from": {"path": "base"}},
+            "provenance": read}  # fmt: skip
     facts = card.facts_of_run(tmp_path / "run", meta)
     origin = {"base_model": "unknown", "licence": "unknown", "files": {}}
     card.write(tmp_path, "mine", schema.ModelConfig(), origin, facts)
     text = (tmp_path / "README.md").read_text()
     assert "Training data: tfds:wiki" in text and "Started from: base" in text
+    assert "| `tfds:wiki` | cc-by-sa-4.0 | 1,234,567 |" in text
     evaluation, energy = text.split("## Energy")
     assert "- loss: 1.25" in evaluation and "- bits_per_byte: 0.75" in evaluation
     assert "- energy_kwh: 0.5" in energy and "energy" not in evaluation.split("## Evaluation")[1]

@@ -1,5 +1,6 @@
 """The training loader: which tokens are in which row, and that nothing but the state matters."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -17,6 +18,7 @@ from puna.configs.errors import UserError
 from puna.configs.schema import DataConfig
 from puna.models.text.tokenizer import byte_tokenizer
 from puna.train.data import make_train_loader
+from puna.train.data.loader import provenance
 from puna.train.data.transforms import Text
 
 BOS, EOS = 1_000_000, 1_000_001
@@ -196,6 +198,42 @@ def test_a_loader_can_be_set_back_and_rows_can_have_any_order(tmp_path):
     expected = [{key: value[[2, 0]] for key, value in batch.items()} for batch in batches]
     assert_same(take(turned, 4), expected)
     assert turned.get_state().keys() == {"0", "2"}
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_tokens_of_each_source_are_counted_through_an_interruption(tmp_path, workers):
+    first, _ = write_numbers(tmp_path / "a.jsonl", [5, 17, 2, 9, 30])
+    second, _ = write_numbers(tmp_path / "b.jsonl", [3, 40], first=1000)
+    config = settings(f"3*{first},{second}", licences="cc0-1.0, ", workers=workers)
+
+    def begin():
+        return make_train_loader(config, Text(NumberTokenizer(None, None)), 3)
+
+    loader = begin()
+    batches = take(loader, 5)
+    state = json.loads(json.dumps(loader.get_state()))
+    loader.close()
+    resumed = begin()
+    resumed.set_state(state)
+    batches += take(resumed, 4)
+    ids = np.concatenate(
+        [np.concatenate([b["tokens_BT"], b["targets_BT"][:, -1:]], axis=1) for b in batches]
+    )
+    found = provenance(config, resumed.get_state())
+    resumed.close()
+    assert found == [
+        {"source": first, "licence": "cc0-1.0", "tokens": int((ids < 1000).sum())},
+        {"source": second, "licence": "unknown", "tokens": int((ids >= 1000).sum())},
+    ]
+    assert sum(line["tokens"] for line in found) == 9 * 3 * (config.seq_len + 1)
+    # A checkpoint of before they were counted.
+    for place in state.values():
+        del place["read"]
+    older = begin()
+    older.set_state(state)
+    assert [line["tokens"] for line in provenance(config, older.get_state())] == [0, 0]
+    with pytest.raises(UserError, match="names 1 licences and data.train=.* has 2 parts"):
+        make_train_loader(dataclasses.replace(config, licences="mit"), NUMBERS, 3)
 
 
 def test_resuming_reads_one_document_a_row(tmp_path):
