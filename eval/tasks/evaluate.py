@@ -25,7 +25,6 @@ from ...models.text.tokenizer import load_tokenizer
 from ...models.transformer import Transformer, count_params
 from ...models.weights.checksum import checksums
 from ...models.weights.load import load
-from ...models.weights.run import is_run
 from ...train.objectives import reward
 from ..answers import Answers
 from . import documents, grade, report, statistics
@@ -257,11 +256,8 @@ def _load(path, mesh, asks: str, quantize: str, adapter: str):
     """The model; with the vector of a reward model where a task, `asks`, asks for rewards."""
     if not asks:
         return load(path, mesh=mesh, quantize=quantize, adapter=adapter)
-    if quantize or adapter or not is_run(path):
-        raise UserError(
-            f"{asks} needs --checkpoint=RUN of train.objective=reward, without --quantize and "
-            f"--adapter, not {path}"
-        )
+    if quantize or adapter:
+        raise UserError(f"{asks} asks a reward model: leave --quantize and --adapter out")
     return reward.load(path, mesh=mesh)
 
 

@@ -114,8 +114,9 @@ def test_preferences_need_a_reward_model(tmp_path):
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (tmp_path / "p.toml").write_text(TASK)
     byte_tokenizer().save(tmp_path / "model")
-    with pytest.raises(UserError, match="p needs --checkpoint=RUN of train.objective=reward"):
-        cli._run(["eval", f"--checkpoint={tmp_path}/model", f"--tasks={tmp_path}/p.toml"])
+    flags = ["eval", f"--checkpoint={tmp_path}/model", f"--tasks={tmp_path}/p.toml"]
+    with pytest.raises(UserError, match="p asks a reward model: leave --quantize"):
+        cli._run([*flags, "--quantize=int8"])
     config = puna.get_config("tiny", [f"eval.tasks={tmp_path}/p.toml"])
     from puna.eval.tasks.during import During
 
