@@ -26,6 +26,7 @@ REQUIREMENTS = [
     "safetensors>=0.5.0",  # Hugging Face weight files
     "scipy>=1.14.0",  # L-BFGS with bounds, for the fit of scaling laws; jax brings it anyway
     "tensorstore>=0.1.84",  # reads arrays of checkpoints piece by piece; orbax brings it anyway
+    "tensorboardX>=2.6.2.2",  # event files without TensorFlow: 0.7 MB and nothing not here already
     "tensorflow-datasets>=4.9.9",  # dataset catalogue; reads array_record without TensorFlow
     "tokenizers>=0.21.0",  # fast BPE: trains ours, reads tokenizer.json
     "tqdm>=4.66.0",  # progress bars; tensorflow-datasets brings it anyway
@@ -94,7 +95,6 @@ EXTRAS = {
         "ruff==0.17.6",
         "starlette>=0.46.0",
         "uvicorn>=0.34.0",
-        "tensorboardX>=2.6.2.2",  # reads event files
         "setuptools>=77.0.3",  # the packaging test builds a wheel without the network
     ],
 }

@@ -17,7 +17,6 @@ from ..configs.schema import Config, ModelConfig
 from ..models import hardware
 from ..models.parallel.processes import is_first
 from ..models.transformer import abstract_params, count_params
-from .event_files import EventFile
 from .resilience.goodput import KINDS, Ledger
 
 
@@ -108,6 +107,8 @@ class RunLog:
 
     def _open(self, start: int) -> None:
         """Go on writing after a step."""
+        from tensorboardX import SummaryWriter
+
         kept = []
         if is_first():
             path = self.workdir / "metrics.jsonl"
@@ -116,7 +117,7 @@ class RunLog:
             write_text(path, "".join(lines))
             self.file = open(path, "r+b")
             self.last_at = sum(map(len, lines[:-1]))  # of ASCII
-            self.events = EventFile(self.workdir / "events", start + 1)
+            self.events = SummaryWriter(str(self.workdir / "events"), purge_step=start + 1)
         self.last: dict = kept[-1] if kept else {}
         self.pending: tuple[int, dict, dict] | None = None
         self.logged = start
