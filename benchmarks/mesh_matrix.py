@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 
-from puna.configs import schema
+from puna.configs import architecture, schema
 from puna.models.kernels import blockwise
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
@@ -58,7 +58,7 @@ MODELS = {
     "scout, capacity": dataclasses.replace(SCOUT, capacity_factor=1.0, experts_per_token=2),
     "maverick": dataclasses.replace(SCOUT, moe_interval=2, bias_update_rate=0.01, remat="full"),
     "vision": dataclasses.replace(
-        SCOUT, moe_interval=2, load_balance_weight=0.0, vision=schema.VisionConfig(
+        SCOUT, moe_interval=2, load_balance_weight=0.0, vision=architecture.VisionConfig(
             num_layers=2, embed_dim=64, num_heads=8, mlp_dim=128, image_size=8, patch_size=2,
             adapter_dim=64, max_tiles=1, token_id=V - 1,
         ),

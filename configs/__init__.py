@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _FOLDER = pathlib.Path(__file__).parent
 _NOT_EXPERIMENTS = {
     "__init__",
+    "architecture",
     "base",
     "command_line",
     "display",

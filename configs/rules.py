@@ -23,6 +23,9 @@ def at_least(low) -> Rule:
     return Rule(f"be at least {low}", lambda v: v >= low)
 
 
+POSITIVE = at_least(1)
+
+
 def more_than(low) -> Rule:
     return Rule(f"be more than {low}", lambda v: v > low)
 

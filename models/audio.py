@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ..configs.architecture import AudioConfig, ModelConfig
 from ..configs.errors import UserError
-from ..configs.schema import AudioConfig, ModelConfig
 from . import rope
 from .encoder import Encoder
 from .fusion import Features, check_count

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from ..configs.schema import AudioConfig, ModelConfig, VisionConfig
+from ..configs.architecture import AudioConfig, ModelConfig, VisionConfig
 from . import rope
 from .kernels.blockwise import attend
 from .layers import add_bias, contract, gate, normal, ones, param, zeros

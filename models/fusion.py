@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..configs.architecture import VisionConfig
 from ..configs.errors import UserError
-from ..configs.schema import VisionConfig
 
 
 class Features(flax.struct.PyTreeNode):

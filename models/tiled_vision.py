@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ..configs.architecture import ModelConfig, VisionConfig
 from ..configs.errors import UserError
-from ..configs.schema import ModelConfig, VisionConfig
 from .encoder import EncoderLayer, LayerNorm
 from .fusion import Features
 from .layers import add_bias, contract, gate, normal, param, zeros

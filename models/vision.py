@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ..configs.architecture import ModelConfig, VisionConfig
 from ..configs.errors import UserError
-from ..configs.schema import ModelConfig, VisionConfig
 from .encoder import Encoder, gelu
 from .fusion import Features, check_count
 from .layers import contract, normal, param

@@ -22,7 +22,7 @@ MAX_LINES_WITHOUT_A_TEST_FILE = 60
 # What is tested through the module that uses it, and where: parts of one thing seen from outside.
 TESTED_WITH = {
     "configs/test_published_sizes.py": ["configs/llama3.py", "configs/llama4.py"],
-    "configs/test_schema.py": ["configs/fields.py", "configs/rules.py"],
+    "configs/test_schema.py": ["configs/architecture.py", "configs/fields.py", "configs/rules.py"],
     "eval/judging/test_judge.py": ["eval/judging/sandbox.py"],
     "eval/tasks/test_definition.py": [
         "eval/tasks/documents.py", "eval/tasks/grade.py", "eval/tasks/made.py",

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...configs.architecture import ModelConfig, VisionConfig
 from ...configs.errors import UserError
-from ...configs.schema import ModelConfig, VisionConfig
 from ..fusion import Features, check_count
 from ..media.images import image_ids, image_tokens, tile_image
 from ..vision import Images, encode_images, features_per_tile

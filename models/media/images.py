@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...configs.architecture import VisionConfig
 from ...configs.errors import UserError
-from ...configs.schema import VisionConfig
 
 # Of the colours, in units of their range: those of CLIP, in the files of Llama 3.2.
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

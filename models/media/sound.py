@@ -9,8 +9,8 @@ import wave
 
 import numpy as np
 
+from ...configs.architecture import AudioConfig
 from ...configs.errors import UserError
-from ...configs.schema import AudioConfig
 
 SAMPLE_RATE = 16000  # Hz
 WINDOW = 400  # samples: 25 ms

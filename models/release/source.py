@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...configs import schema
+from ...configs import architecture, schema
 from ...configs.errors import UserError
 from ..adapters import Adapted
 from ..leaf import dense
@@ -172,7 +172,7 @@ def hf_table(config: schema.ModelConfig) -> tuple[dict[str, huggingface.Leaf], d
         config_json = tiled_vision_table.to_hf(config)
         leaves = huggingface.leaves(config, "language_model.", hf_config.LLAMA)
         return leaves | tiled_vision_table.leaves(config), config_json
-    text = dataclasses.replace(config, vision=schema.VisionConfig())
+    text = dataclasses.replace(config, vision=architecture.VisionConfig())
     if hf_config.family(text) != hf_config.LLAMA4:
         raise UserError("model.vision.num_layers must be 0: only Llama 4 and 3.2 see images")
     text_json = hf_config.to_hf(text)

@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ...configs.architecture import CrossConfig, ModelConfig, VisionConfig
 from ...configs.errors import UserError
 from ...configs.rules import MOST_TILES
-from ...configs.schema import CrossConfig, ModelConfig, VisionConfig
 from ..media.images import grids
 from . import config as hf_config
 from . import keys

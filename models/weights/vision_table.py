@@ -9,8 +9,8 @@ files lie side by side.
 from collections.abc import Mapping
 from typing import Any
 
+from ...configs.architecture import ModelConfig, VisionConfig
 from ...configs.errors import UserError
-from ...configs.schema import ModelConfig, VisionConfig
 from . import keys
 from .huggingface import Leaf, Row, Source
 

@@ -186,7 +186,10 @@ def test_every_schema_field_is_read_outside_configs():
     assert not unread, f"no module reads these keys, or the reader lacks an annotation: {unread}"
 
 
-HEAD = "from puna.configs.schema import Config, ModelConfig, AudioConfig, VisionConfig\n"
+HEAD = (
+    "from puna.configs.schema import Config\n"
+    "from puna.configs.architecture import ModelConfig, AudioConfig, VisionConfig\n"
+)
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puna.configs import schema
+from puna.configs import architecture, schema
 from puna.configs.errors import UserError
 from puna.models import audio
 from puna.models.parallel import sharding
 from puna.models.transformer import Transformer
 
-AUDIO = schema.AudioConfig(
+AUDIO = architecture.AudioConfig(
     num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, num_mels=5, frames_per_token=3,
     max_tokens=6, token_id=9,
 )  # fmt: skip
@@ -142,7 +142,7 @@ def test_user_errors(params):
 
 
 def test_parameter_count():
-    config = schema.ModelConfig(embed_dim=5120, audio=schema.AudioConfig(num_layers=12))
+    config = schema.ModelConfig(embed_dim=5120, audio=architecture.AudioConfig(num_layers=12))
     module, clips = audio.AudioEncoder(config), audio.no_audio(config.audio, 1)
     shapes = jax.eval_shape(lambda key: module.init(key, clips), jax.random.key(0))
     D, F = 512, 2048

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puna.configs import get_config, schema
+from puna.configs import architecture, get_config, schema
 from puna.configs.errors import ConfigError, UserError
 from puna.models import tiled_vision
 from puna.models.cache import init_cache
@@ -204,7 +204,10 @@ def test_without_images_it_is_the_text_model(stored, logits):
     text = stored.config.num_layers - len(stored.json["text_config"]["cross_attention_layers"])
     kept = [i for i in range(stored.config.num_layers) if not stored.config.is_cross(i)]
     config = dataclasses.replace(
-        stored.config, num_layers=text, cross=schema.CrossConfig(), vision=schema.VisionConfig()
+        stored.config,
+        num_layers=text,
+        cross=architecture.CrossConfig(),
+        vision=architecture.VisionConfig(),
     )
     params = {}
     for path, leaf in huggingface.leaves(config).items():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.configs import schema
+from puna.configs import architecture, schema
 from puna.models import audio, vision
 from puna.models.cache import init_cache
 from puna.models.fusion import Features, fuse
@@ -18,11 +18,11 @@ from puna.models.parallel import sharding
 from puna.models.transformer import Transformer, abstract_params
 
 PATCH, SOUND = 30, 31
-VISION = schema.VisionConfig(
+VISION = architecture.VisionConfig(
     num_layers=2, embed_dim=16, num_heads=2, mlp_dim=24, image_size=8, patch_size=2, adapter_dim=20,
     token_id=PATCH,
 )  # fmt: skip
-AUDIO = schema.AudioConfig(
+AUDIO = architecture.AudioConfig(
     num_layers=1, embed_dim=12, num_heads=2, mlp_dim=16, num_mels=6, frames_per_token=2,
     max_tokens=8, token_id=SOUND,
 )  # fmt: skip
@@ -87,7 +87,9 @@ def test_parameters_exist_whether_used_or_not():
     }
     assert "vision/encoder/blocks/attention/wq_DNH" in names
     assert "audio/encoder/blocks/mlp/w_down_FD" in names
-    text = dataclasses.replace(CONFIG, vision=schema.VisionConfig(), audio=schema.AudioConfig())
+    text = dataclasses.replace(
+        CONFIG, vision=architecture.VisionConfig(), audio=architecture.AudioConfig()
+    )
     assert {n for n in names if not n.startswith(("vision/", "audio/"))} == {
         sharding.path_name(path)
         for path, _ in jax.tree.leaves_with_path(sharding.unbox(abstract_params(text)))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from puna.configs import schema
+from puna.configs import architecture, schema
 from puna.configs.errors import UserError
 from puna.models import encoder, rope, vision
 from puna.models.masks import Tokens
@@ -188,7 +188,7 @@ def test_every_detail_matters(stored, monkeypatch, mistake):
 
 def test_config_round_trip(stored):
     fields = vision_table.from_hf(stored.json)
-    config = schema.from_dict(fields, schema.VisionConfig)
+    config = schema.from_dict(fields, architecture.VisionConfig)
     assert config == dataclasses.replace(stored.config.vision, max_tiles=config.max_tiles)
     assert vision_table.from_hf(vision_table.to_hf(config)) == fields
     with pytest.raises(UserError, match="model.vision.mlp_dim=8 must be 4"):
@@ -253,7 +253,7 @@ def test_bfloat16_is_close(stored):
 
 
 def test_batch_images():
-    config = schema.VisionConfig(num_layers=1, image_size=4, patch_size=2)
+    config = architecture.VisionConfig(num_layers=1, image_size=4, patch_size=2)
     one, three = np.ones((1, 4, 4, 3)), np.full((3, 4, 4, 3), 2.0)
     images = vision.batch_images(config, [[], [one, three], [one]])
     assert images.tiles_BIYXC.shape == (3, 4, 4, 4, 3)
@@ -277,14 +277,14 @@ def test_user_errors(stored):
     larger = vision.Images(np.zeros((4, 1, 14, 14, 3)), np.ones(4, np.int32))
     with pytest.raises(UserError, match=r"tiles of shape \(14, 14, 3\) must be"):
         Transformer(c).apply({"params": stored.params}, stored.tokens, images=larger)
-    text = dataclasses.replace(c, vision=schema.VisionConfig())
+    text = dataclasses.replace(c, vision=architecture.VisionConfig())
     with pytest.raises(UserError, match="a model without vision takes no images"):
         Transformer(text).apply({"params": stored.params}, stored.tokens, images=stored.images)
 
 
 def test_a_tile_of_several_blocks_of_patches():
     # 577 tokens, as in Llama 4, are more than attention holds at once.
-    sizes = schema.VisionConfig(
+    sizes = architecture.VisionConfig(
         num_layers=1, embed_dim=8, num_heads=2, mlp_dim=8, image_size=48, patch_size=2
     )
     config = schema.ModelConfig(compute_dtype="float32", vision=sizes)
@@ -308,7 +308,7 @@ def test_a_tile_of_several_blocks_of_patches():
 
 def test_parameter_count_of_scout():
     # The tower and projector of the published Llama 4 (Scout and Maverick have the same).
-    config = schema.ModelConfig(embed_dim=5120, vision=schema.VisionConfig(num_layers=34))
+    config = schema.ModelConfig(embed_dim=5120, vision=architecture.VisionConfig(num_layers=34))
     one = vision.no_images(config.vision, 1)
     boxed = jax.eval_shape(lambda key: vision.VisionEncoder(config).init(key, one),
                            jax.random.key(0))["params"]  # fmt: skip

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from puna.configs.architecture import ModelConfig, VisionConfig
 from puna.configs.errors import UserError
-from puna.configs.schema import ModelConfig, VisionConfig
 from puna.models import transformer, vision
 from puna.models.decode import chat, pictures, slots
 from puna.models.decode.slots import Engine

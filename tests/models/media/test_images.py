@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from puna.configs.architecture import VisionConfig
 from puna.configs.errors import UserError
-from puna.configs.schema import VisionConfig
 from puna.models.media import images
 
 pytest.importorskip("PIL")

@@ -9,13 +9,13 @@ import wave
 import numpy as np
 import pytest
 
-from puna.configs import schema
+from puna.configs import architecture
 from puna.configs.errors import UserError
 from puna.models.media import sound
 
 STORED = pathlib.Path(__file__).parents[2] / "reference" / "media" / "pictures.npz"
-AUDIO = schema.AudioConfig(num_layers=2, num_mels=5, frames_per_token=3, max_tokens=6)
-WHISPER = schema.AudioConfig(num_layers=1, num_mels=80)
+AUDIO = architecture.AudioConfig(num_layers=2, num_mels=5, frames_per_token=3, max_tokens=6)
+WHISPER = architecture.AudioConfig(num_layers=1, num_mels=80)
 
 
 def test_frames_are_those_of_whisper():
@@ -67,7 +67,7 @@ def slow_log_mel(samples, num_mels):
 def test_frames_by_the_definition(length, frames):
     rng = np.random.default_rng(length)
     samples = rng.uniform(-1, 1, length)
-    found = sound.log_mel(schema.AudioConfig(num_layers=1, num_mels=6), samples)
+    found = sound.log_mel(architecture.AudioConfig(num_layers=1, num_mels=6), samples)
     assert found.shape == (frames, 6)
     np.testing.assert_allclose(found, slow_log_mel(samples, 6), atol=1e-5)
 
