@@ -156,11 +156,31 @@ def _chat(args):
     # Before the weights are read: a model that cannot chat says so at once.
     tokenizer.chat([{"role": "user", "content": "?"}])
     profile = Profile(args.profile) if args.profile else None
+    tools = _tools(args)
     sampling = _sampling(args, tokenizer)
     engine = _open_engine(args, tokenizer, mesh, 1, args.max_length)
     with jax.set_mesh(mesh):
-        settings = args.system, args.max_tokens, profile, args.thinking
+        settings = args.system, args.max_tokens, profile, args.thinking, tools
         chat.run(chat.Chat(engine, sampling, *settings))
+
+
+def _tools(args):
+    """What a model may call in a chat."""
+    from .eval.judging import judge
+    from .models.decode import toolbox
+
+    found = toolbox.files(args.files) if args.files else {}
+    for name in args.tools:
+        if name == "calculator":
+            found |= toolbox.calculator()
+        elif name == "python":
+            judge.check_isolation()
+            code = toolbox.parameters(("code",), code=("string", "what it prints is the result"))
+            about = "Run a Python program, with the standard library alone, no network, no files."
+            found["python"] = toolbox.Tool(about, code, judge.printed)
+        else:
+            raise errors.UserError(f"--tools={name} must be calculator or python")
+    return found
 
 
 def _serve(args):

@@ -170,6 +170,8 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_string("system", "", "the system message", **text)
         flags.DEFINE_string("profile", "", "file of what you tell about yourself, for it", **text)
         flags.DEFINE_bool("thinking", True, "show what a reasoning model thinks", **text)
+        flags.DEFINE_list("tools", [], "that the model may call: calculator, python", **text)
+        flags.DEFINE_string("files", "", "folder whose texts the model may list and read", **text)
         flags.DEFINE_integer("max_tokens", 0, "of an answer; 0 = 1024 or what fits", **text)
     if command in ("generate", "chat"):
         flags.DEFINE_float(

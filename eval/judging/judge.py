@@ -42,10 +42,14 @@ open("a", "w").write("x")
 
 
 class Verdict(NamedTuple):
-    """Whether a program ran to its end; else why not, such as "AssertionError" or a limit."""
+    """Whether a program ran to its end; else why not, such as "AssertionError" or a limit.
+
+    `printed` is the beginning of what it wrote to standard output and error, if it came to an end.
+    """
 
     passed: bool
     why: str
+    printed: str = ""
 
 
 def run(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Verdict:
@@ -60,6 +64,19 @@ def run(program: str, seconds: float = SECONDS, memory: int = MEMORY) -> Verdict
     """
     check_isolation()
     return _run(program, seconds, memory)
+
+
+def printed(code: str) -> str:
+    """What a program prints, and why it did not run to its end where it did not.
+
+    Raises:
+      UserError: it is no text, or this machine does not isolate programs.
+    """
+    if not isinstance(code, str):
+        raise UserError("code must be text")
+    found = run(code)
+    lines = [found.printed.rstrip(), "" if found.passed else f"error: {found.why}"]
+    return "\n".join(filter(None, lines)) or "[it printed nothing]"
 
 
 @functools.cache
@@ -106,4 +123,4 @@ def _run(program: str, seconds: float, memory: int) -> Verdict:
             f"this machine isolates no programs ({found['why']}), and a model's programs are not "
             "run without: Linux with user namespaces and seccomp is needed"
         )
-    return Verdict(found["ended"] == "passed", found["why"])
+    return Verdict(found["ended"] == "passed", found["why"], found.get("printed", ""))

@@ -1,20 +1,22 @@
 """The program that runs another one in isolation: see `judge.py`. It has the standard library only.
 
-A line of JSON on standard input says what to run; a line on standard output says how it ended. The
-program runs in this interpreter, as the only process of new user, mount, PID, network, IPC and UTS
-namespaces: its root is a small file system in memory with the standard library, read-only, and an
-empty folder. It has no capability, no environment, no network device. A seccomp filter keeps it
-from making processes and threads, sockets, namespaces, mounts, and memory that no limit counts.
-Where the kernel refuses any of this, nothing is run.
+A line of JSON on standard input says what to run; a line on standard output says how it ended and
+what the program printed at first. The program runs in this interpreter, as the only process of new
+user, mount, PID, network, IPC and UTS namespaces: its root is a small file system in memory with
+the standard library, read-only, and an empty folder. It has no capability, no environment, no
+network device. A seccomp filter keeps it from making processes and threads, sockets, namespaces,
+mounts, and memory that no limit counts. Where the kernel refuses any of this, nothing is run.
 """
 
 import ctypes
+import io
 import json
 import os
 import resource
 import select
 import signal
 import sys
+import time
 import traceback
 import types
 
@@ -25,7 +27,7 @@ _NO_NEW_PRIVS, _SET_SECCOMP, _PDEATHSIG, _CAPBSET_DROP = 38, 22, 1, 24
 _INSIDE_ID = 65534
 _DISK_BYTES, _FILE_BYTES, _FILES = 64 << 20, 16 << 20, 32
 _ROOT = "/proc"  # is a folder everywhere, and nothing in it is needed
-_ANSWER_BYTES = 4096
+_ANSWER_BYTES, _PRINTED_BYTES = 1 << 16, 4096
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
@@ -169,6 +171,22 @@ def _drop() -> None:
     _call("prctl", _SET_SECCOMP, 2, ctypes.byref(program), 0, 0)
 
 
+class _Printed(io.RawIOBase):
+    """Keeps the beginning of what is written to it, whatever the length."""
+
+    kept = b""
+
+    def writable(self):
+        return True
+
+    def fileno(self):
+        return 1
+
+    def write(self, data):
+        self.kept += bytes(data[: _PRINTED_BYTES - len(self.kept)])
+        return len(data)
+
+
 def _run(request: dict, out: int) -> None:
     """Be the program; never returns."""
     try:
@@ -185,19 +203,29 @@ def _run(request: dict, out: int) -> None:
     except BaseException as error:
         os.write(out, f"refused {type(error).__name__}: {error}".encode())
         os._exit(1)
-    end = f"failed {request['token']} "
+    raw = _Printed()
+    printed = io.TextIOWrapper(
+        io.BufferedWriter(raw), "utf-8", errors="replace", write_through=True
+    )
+    sys.stdout = sys.stderr = printed
+    ended, why = "failed", ""
     try:
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
         exec(compile(request["program"], "answer.py", "exec"), vars(module))
-        end = f"passed {request['token']} "
+        ended = "passed"
     except MemoryError:
-        end += "MemoryError"
+        why = "MemoryError"
     except SystemExit:
-        end += "it ended before its tests did"
+        why = "it ended before its tests did"
     except BaseException as error:
-        end += "".join(traceback.format_exception_only(error))[-1000:].strip()
-    os.write(3, end.encode(errors="replace"))
+        why = "".join(traceback.format_exception_only(error))[-1000:].strip()
+    try:
+        printed.flush()
+    except Exception:  # it was closed
+        pass
+    said = json.dumps([why, raw.kept.decode(errors="replace")])
+    os.write(3, f"{ended} {request['token']} {said}".encode())
     os._exit(0)
 
 
@@ -216,17 +244,23 @@ def main() -> None:
     if not pid:
         _run(request, out)
     os.close(out)
-    ready, _, _ = select.select([reader], [], [], request["seconds"])
-    said = os.read(reader, _ANSWER_BYTES) if ready else b""
-    late = not ready
+    said, late, end = b"", False, time.monotonic() + request["seconds"]
+    while len(said) <= _ANSWER_BYTES:
+        left = end - time.monotonic()
+        late = left <= 0 or not select.select([reader], [], [], left)[0]
+        piece = b"" if late else os.read(reader, _ANSWER_BYTES)
+        if not piece:
+            break
+        said += piece
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     head, _, rest = said.decode(errors="replace").partition(" ")
-    token, _, why = rest.partition(" ")
+    token, _, told = rest.partition(" ")
     if head == "refused":
         found = {"ended": "refused", "why": rest}
     elif head in ("passed", "failed") and token == request["token"]:
-        found = {"ended": head, "why": why}
+        why, printed = map(str, json.loads(told))
+        found = {"ended": head, "why": why, "printed": printed}
     elif late:
         found = {"ended": "stopped", "why": f"took more than {request['seconds']:g} seconds"}
     else:

@@ -1,13 +1,15 @@
 """A conversation in the terminal: `puna chat`.
 
 Ctrl-C stops an answer, never the program. What has been said so far is read again at every turn.
+A model that is given tools may call them; each call and its result are one line of the answer.
 """
 
 import contextlib
+import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import NamedTuple
 
 from ...configs.errors import UserError
@@ -16,6 +18,8 @@ from .pictures import expand
 from .profile import Profile
 from .sampling import Sampling
 from .slots import Engine
+from .toolbox import Tool
+from .tools import MARKS, Call, Calls
 
 HELP = (
     "/reset forgets the conversation, /image FILE shows a picture with the next message, /speed "
@@ -31,6 +35,8 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 # Longest answer where nothing is told, see `room`.
 _MAX_TOKENS = 1024
+# Answers with calls in a turn, characters of a result, and of what is shown of it.
+_ROUNDS, _RESULT, _SHOWN = 8, 8000, 200
 
 
 class Speed(NamedTuple):
@@ -98,24 +104,36 @@ class Chat:
 
     def __init__(self, engine: Engine, sampling: Sampling | None = None, system: str = "",
                  max_tokens: int = 0, profile: Profile | None = None,
-                 thinking: bool = True):  # fmt: skip
+                 thinking: bool = True,
+                 tools: Mapping[str, Tool] | None = None):  # fmt: skip
         """Begin with nothing said.
 
         Args:
           sampling: with the seed of the first answer; each answer takes the next one.
           system: the system message; none where empty.
           max_tokens: longest answer; 0 for 1,024, or what there is room for.
+          tools: functions that the model may call, by name.
 
         Raises:
-          UserError: the tokenizer has no chat format, or an impossible setting.
+          UserError: the tokenizer has no chat format, or none for tools, or an impossible setting.
         """
         self.engine, self.sampling = engine, sampling or Sampling()
         self.max_tokens, self.adapter = max_tokens, ""
         self.profile, self.thinking = profile, thinking
         self.speed: Speed | None = None
-        self._system = system
+        self._system, self._tools = system, tools or {}
+        self._functions = [
+            {"name": name, "description": tool.description, "parameters": tool.parameters}
+            for name, tool in self._tools.items()
+        ]
+        special = engine.tokenizer.special
+        self._marks = {special[mark]: mark for mark in MARKS if mark in special}
         self.reset()
-        self._begin("a")
+        hello = [{"role": "user", "content": "a"}]
+        self._prompt(hello, [])
+        chat = engine.tokenizer.chat
+        if self._functions and chat(hello, self._functions) == chat(hello):
+            raise UserError("tools: this model's chat template knows none; begin without")
 
     def reset(self) -> None:
         """Forget all but the system message."""
@@ -141,45 +159,95 @@ class Chat:
         Raises:
           UserError: no room for the message, which is dropped; the chat can continue.
         """
-        message, ids, tiles, max_tokens = self._begin(text)
+        begun, pictures = len(self.messages), self._pictures
+        parts = [{"type": "image"}] * len(self._attached)
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        self.messages.append({"role": "user", "content": content})
+        self._pictures, self._attached = [*pictures, *self._attached], []
+        try:
+            for _ in range(_ROUNDS):
+                said, calls = yield from self._answer(stopped)
+                if not calls or stopped():
+                    return
+                # It comes again with its calls: one to a message, since some templates refuse more.
+                self.messages.pop()
+                for call in calls:
+                    if stopped():
+                        break
+                    line = self._call(said, call)
+                    yield line if not said or said.endswith("\n") else f"\n{line}"
+                    said = ""
+            self.messages.append({"role": "assistant", "content": ""})
+            yield f"[no answer after {_ROUNDS} rounds of calls]"
+        except UserError:
+            del self.messages[begun:]
+            self._pictures = pictures
+            raise
+
+    def _answer(self, stopped) -> Generator[str, None, tuple[str, list[Call]]]:
+        """Yield what the model says next, remember it, and give it with the calls in it."""
+        ids, tiles, max_tokens = self._prompt(self.messages, self._pictures)
         sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)
         tail = self.engine.tokenizer.decode(ids[-8:]).rstrip()
         thought = Thought(begun=tail.endswith(_OPEN))
+        found, said, calls, times = Calls(list(self._tools)), "", [], []
+
+        def shown(parts, final=False):
+            nonlocal said
+            calls.extend(part for part in parts if isinstance(part, Call))
+            text = "".join(part for part in parts if isinstance(part, str))
+            said += text
+            return text if self.thinking else thought.rest(text, final)
+
         slot = self.engine.insert(ids, sampling, max_tokens, adapter=self.adapter, tiles=tiles)
         began = time.perf_counter()
+        try:
+            while slot in self.engine.requests and not stopped():
+                for _, token in self.engine.step():
+                    times.append(time.perf_counter() - began)
+                    parts = [token.text]
+                    if self._tools:
+                        parts = found.add(token.text + self._marks.get(token.id, ""))
+                    if piece := shown(parts):
+                        yield piece
+            if piece := shown(found.add("", final=True), final=True):
+                yield piece
+        finally:
+            self.engine.evict(slot)
+            if times:
+                self.speed = Speed(len(ids), len(times), times[0], times[-1])
+            self.messages.append({"role": "assistant", "content": said})
+            self._turn += 1
+        return said, calls
 
-        def pieces():
-            answer, times = "", []
-            try:
-                while slot in self.engine.requests and not stopped():
-                    for _, token in self.engine.step():
-                        times.append(time.perf_counter() - began)
-                        answer += token.text
-                        piece = token.text if self.thinking else thought.rest(token.text)
-                        if piece:
-                            yield piece
-                if not self.thinking and (piece := thought.rest("", final=True)):
-                    yield piece
-            finally:
-                self.engine.evict(slot)
-                if times:
-                    self.speed = Speed(len(ids), len(times), times[0], times[-1])
-                self.messages += [message, {"role": "assistant", "content": answer}]
-                self._turn += 1
+    def _call(self, said, call) -> str:
+        """Run a call, remember it with what was said before it and its result; a line of both."""
+        try:
+            result = str(self._tools[call.name].run(**json.loads(call.arguments)))
+        except Exception as error:  # whatever it is, the model is told and the chat goes on
+            result = f"error: {error or type(error).__name__}"
+        if len(result) > _RESULT:
+            result = f"{result[:_RESULT]}\n[cut]"
+        # Half a surrogate pair is no text that can be read again.
+        result, arguments = (
+            text.encode(errors="replace").decode() for text in (result, call.arguments)
+        )
+        name = f"call{len(self.messages):05}"  # nine letters and digits, as Mistral's templates ask
+        function = {"name": call.name, "arguments": arguments}
+        made = [{"id": name, "type": "function", "function": function}]
+        self.messages += [
+            {"role": "assistant", "content": said, "tool_calls": made},
+            {"role": "tool", "tool_call_id": name, "name": call.name, "content": result},
+        ]
+        return f"[{call.name} {_line(arguments)} -> {_line(result)}]\n"
 
-        return pieces()
-
-    def _begin(self, text):
-        """A message, ids and tiles of the conversation with it, and the answer's most tokens."""
+    def _prompt(self, messages, pictures):
+        """Ids and tiles of a conversation, and the answer's most tokens."""
         engine, tiles = self.engine, None
-        parts = [{"type": "image"}] * len(self._attached)
-        content = [*parts, {"type": "text", "text": text}] if parts else text
-        pictures, self._attached = [*self._pictures, *self._attached], []
-        message = {"role": "user", "content": content}
         about = self.profile.text() if self.profile else ""
         system = "\n\n".join(filter(None, [self._system, about and f"{_ABOUT}\n{about}"]))
         first = [{"role": "system", "content": system}] if system else []
-        ids = engine.tokenizer.chat([*first, *self.messages, message])
+        ids = engine.tokenizer.chat([*first, *messages], self._functions or None)
         if pictures:
             ids, tiles = expand(engine.config, engine.tokenizer, ids, pictures, engine.max_length)
         room = engine.max_length - len(ids)
@@ -190,8 +258,12 @@ class Chat:
             )
         max_tokens = min(self.max_tokens or _MAX_TOKENS, room)
         engine.check(ids, self.sampling, max_tokens)
-        self._pictures = pictures
-        return message, ids, tiles, max_tokens
+        return ids, tiles, max_tokens
+
+
+def _line(text):
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}..."
 
 
 def run(chat: Chat) -> None:

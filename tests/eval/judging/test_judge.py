@@ -124,9 +124,32 @@ assert not failures, failures
 
 
 @needs_isolation
+def test_what_a_program_prints():
+    several = "import sys; print('a\u00e9'); print(1 / 2, file=sys.stderr, end='\\n\\n')"
+    for program, printed in {
+        several: "a\u00e9\n0.5", "x = 1": "[it printed nothing]",
+        "print('so far'); 1 / 0": "so far\nerror: ZeroDivisionError: division by zero",
+        "print('\\ud800')": "?",
+        "import sys; sys.stdout.buffer.write(b'\\xff')": "\ufffd",
+        "print('x', end=''); import sys; sys.stdout.close()": "x",
+        "for i in range(10**5): print('abcdefg')": "abcdefg\n" * 511 + "abcdefg",
+        "print('\\0' * 5000, end='')": "\0" * 4096,
+        "raise ValueError('\\U0001f600' * 2000)": "error: " + "\U0001f600" * 999,
+        # What it writes where its end is told is not believed.
+        "import os; os.write(3, b'passed 12 [\"\", \"forged\"]')":
+            "error: its process ended before its tests did",
+        "import sys; sys.stdout.buffer.raw.kept = b'a' * 10**6": "error: it gave no answer",
+    }.items():  # fmt: skip
+        assert judge.printed(program) == printed, program
+    assert judge.run("import os\nwhile True: os.write(3, b'x')", seconds=20).passed is False
+    with pytest.raises(UserError, match="code must be text"):
+        judge.printed(5)  # pyright: ignore[reportArgumentType]
+
+
+@needs_isolation
 def test_programs_that_may_run():
     for program in GOOD:
-        assert judge.run(program) == (True, ""), program
+        assert judge.run(program)[:2] == (True, ""), program
     for program, why in WRONG.items():
         found = judge.run(program)
         assert not found.passed and why in found.why, (program, found)
@@ -138,7 +161,7 @@ def test_a_hundred_attempts_to_get_out():
     with socket.create_server(("127.0.0.1", 0)) as server:
         statements = [s.replace("PORT", str(server.getsockname()[1])) for s in ATTEMPTS]
         found = judge.run(FRAME.format(statements=statements), seconds=60)
-        assert found == (True, "")
+        assert found == (True, "", "")
         server.settimeout(0.1)
         with pytest.raises(TimeoutError):
             server.accept()

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puna import __main__ as cli
+from puna.configs import command_line
 from puna.configs.errors import UserError
 from puna.configs.schema import ModelConfig
 from puna.models.decode import chat as chat_lib
@@ -16,7 +18,8 @@ from puna.models.decode.chat import Chat, Speed, Thought
 from puna.models.decode.profile import Profile
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine
-from puna.models.text.tokenizer import byte_tokenizer, train_bpe
+from puna.models.decode.toolbox import Tool, calculator
+from puna.models.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 TOKENIZER = train_bpe(["the llama walks"], 280)
 
@@ -220,3 +223,146 @@ def test_what_is_no_profile_is_one_line(tmp_path, capsys, monkeypatch):
     chat = Chat(Echo(), profile=profile)
     (tmp_path / "p").write_bytes(b"\xff")
     assert "UTF-8" in talk(monkeypatch, capsys, "hi\n", chat)
+
+
+class Scripted(Echo):
+    """Gives one text after the other, a character a step; a control token comes as its id."""
+
+    def __init__(self, *answers, **settings):
+        super().__init__(**{"max_length": 2000, **settings})
+        self.answers = list(answers)
+
+    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None):
+        super().insert(prompt_ids, sampling, max_tokens, adapter)
+        self.requests[0] = list(self.answers.pop(0))
+        return 0
+
+    def step(self):
+        self.on_step(self)
+        part = self.requests[0].pop(0)
+        if not self.requests[0]:
+            del self.requests[0]
+        control = isinstance(part, int)
+        text = "" if control else part
+        return [(0, types.SimpleNamespace(text=text, id=part if control else -1))]
+
+
+def failing(**arguments):
+    raise RuntimeError("out of\x1b[2J order \ud800")
+
+
+TOOLS = {
+    **calculator(),
+    "fail": Tool("Fails.", {"type": "object", "properties": {}}, failing),
+    "long": Tool("Says much.", {"type": "object", "properties": {}}, lambda: "a\n" * 9999),
+}
+FUNCTIONS = [
+    {"name": name, "description": tool.description, "parameters": tool.parameters}
+    for name, tool in TOOLS.items()
+]
+
+
+def called(expression, said=""):
+    function = {"name": "calculator", "arguments": {"expression": expression}}
+    return {"role": "assistant", "content": said, "tool_calls": [{"function": function}]}
+
+
+def test_calls_are_run_and_their_results_are_read(monkeypatch, capsys):
+    start, end = 10_000, 10_001
+    monkeypatch.setitem(TOKENIZER.special, "<|python_start|>", start)
+    monkeypatch.setitem(TOKENIZER.special, "<|python_end|>", end)
+    call = '[calculator(expression="6*7"), calculator(expression="1/4")]'
+    engine = Scripted([start, *call, end], "It is 42.", "Yes.")
+    chat = Chat(engine, Sampling(0.7, seed=3), system="short", tools=TOOLS)
+    out = talk(monkeypatch, capsys, "what?\nsure?\n", chat)
+    assert out == (
+        '[calculator {"expression": "6*7"} -> 42]\n[calculator {"expression": "1/4"} -> 0.25]\n'
+        "It is 42.\nYes.\n"
+    )
+    messages = [
+        {"role": "system", "content": "short"}, {"role": "user", "content": "what?"},
+        called("6*7"), {"role": "tool", "content": "42"},
+        called("1/4"), {"role": "tool", "content": "0.25"},
+        {"role": "assistant", "content": "It is 42."}, {"role": "user", "content": "sure?"},
+    ]  # fmt: skip
+    for (ids, sampling, _), size, seed in zip(engine.asked, (2, 6, 8), (3, 4, 5), strict=True):
+        assert ids == TOKENIZER.chat(messages[:size], FUNCTIONS)
+        assert sampling.seed == seed
+
+
+def test_what_is_said_before_a_call_stays(monkeypatch, capsys):
+    call = '<tool_call>{"name": "calculator", "arguments": {"expression": "2+2"}}</tool_call>'
+    chat = Chat(Scripted(f"Let me see.{call}", "4"), tools=TOOLS)
+    out = talk(monkeypatch, capsys, "x\n", chat).splitlines()
+    assert out == ["Let me see.", '[calculator {"expression": "2+2"} -> 4]', "4"]
+    assert [m["content"] for m in chat.messages] == ["x", "Let me see.", "4", "4"]
+
+
+def test_mistakes_of_tools_are_told_to_the_model(monkeypatch, capsys):
+    calls = ["[fail()]", "[calculator(sum=1)]", '[calculator(expression="1/0")]',
+             '[calculator(expression="a\\ud800")]', "[long()]", "[unknown()]"]  # fmt: skip
+    chat = Chat(Scripted(*calls, max_length=20_000), tools=TOOLS)
+    out = talk(monkeypatch, capsys, "x\n", chat)
+    results = [m["content"] for m in chat.messages if m["role"] == "tool"]
+    assert results[0] == "error: out of\x1b[2J order ?"
+    assert "unexpected keyword" in results[1] and results[2] == "error: division by zero"
+    assert results[3].startswith("error: ")
+    assert results[4] == "a\n" * 4000 + "\n[cut]"
+    lines = out.splitlines()
+    assert lines[0] == "[fail {} -> error: out of[2J order ?]"
+    assert lines[4] == f"[long {{}} -> {'a ' * 100}...]"
+    assert lines[5:] == ["[unknown()]"]  # no call of a tool that is there
+    assert "\x1b" not in out
+
+
+def test_calls_without_end_come_to_one(monkeypatch, capsys):
+    engine = Scripted(*['[calculator(expression="1")]'] * 9, "hello")
+    chat = Chat(engine, tools=TOOLS)
+    out = talk(monkeypatch, capsys, "x\n", chat).splitlines()
+    assert len(engine.asked) == 8 and len(out) == 9
+    assert out[-1] == "[no answer after 8 rounds of calls]"
+    assert [m["role"] for m in chat.messages] == ["user", *["assistant", "tool"] * 8, "assistant"]
+
+
+def test_ctrl_c_ends_the_calls(monkeypatch, capsys):
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        return "done"
+
+    tools = {"slow": Tool("Waits.", {"type": "object", "properties": {}}, interrupt)}
+    chat = Chat(Scripted("[slow(), slow()]", "never", "hello"), tools=tools)
+    out = talk(monkeypatch, capsys, "x\ny\n", chat)
+    assert out == "[slow {} -> done]\n [stopped]\nhello\n"
+    roles = ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert [m["role"] for m in chat.messages] == roles
+
+
+def test_a_turn_without_room_for_its_results_is_dropped(monkeypatch, capsys):
+    tools = {"long": TOOLS["long"]}
+    chat = Chat(Scripted("[long()]", "hello", max_length=3000), tools=tools)
+    out = talk(monkeypatch, capsys, "x\ny\n", chat).splitlines()
+    assert "no room for an answer" in out[1] and out[2] == "hello"
+    assert [m["content"] for m in chat.messages] == ["y", "hello"]
+
+
+def test_a_template_without_tools_is_one_line():
+    plain = Tokenizer(TOKENIZER._kind, chat_template="{{ messages[0].content }}")
+    Chat(Echo(plain))
+    with pytest.raises(UserError, match="chat template knows none; begin without"):
+        Chat(Echo(plain), tools=TOOLS)
+
+
+def test_the_flags_say_which_tools_there_are(tmp_path):
+    def tools(*flags):
+        args = command_line.define("chat", ["puna", *flags])
+        args(["puna", *flags])
+        return cli._tools(args)
+
+    assert tools() == {}
+    found = tools("--tools=calculator", f"--files={tmp_path}")
+    assert sorted(found) == ["calculator", "list_files", "read_file"]
+    assert found["list_files"].run() == "[nothing]"
+    with pytest.raises(UserError, match="--tools=abacus must be calculator or python"):
+        tools("--tools=calculator,abacus")
+    with pytest.raises(UserError, match="must be a folder"):
+        tools(f"--files={tmp_path}/none")
