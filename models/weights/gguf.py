@@ -120,7 +120,7 @@ def leaves(config: ModelConfig) -> dict[str, huggingface.Leaf]:
         root,
         lambda i: ATTENTION + biases + (EXPERTS if config.is_moe(i) else MLP),
         "",
-        "blk.",
+        "blk.{}.".format,
     )
 
 

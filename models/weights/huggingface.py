@@ -252,7 +252,7 @@ def leaves(config: ModelConfig, prefix: str = "", kind: str | None = None) -> di
         ROOT + (() if config.tie_embeddings else UNTIED),
         lambda i: layer_rows(config, i, kind),
         prefix,
-        "model.layers.",
+        "model.layers.{}.".format,
     )
 
 
@@ -261,11 +261,11 @@ def stack(
     root: tuple[Row, ...],
     layer: Callable[[int], tuple[Row, ...]],
     prefix: str,
-    layer_prefix: str,
+    layer_prefix: Callable[[int], str],
 ) -> dict[str, Leaf]:
     """Build a table from the rows outside the layers and those of layer i, for any format.
 
-    Tensors of layer i are called `{prefix}{layer_prefix}{i}.{row.hf}`, others `{prefix}{row.hf}`.
+    Tensors of layer i are called `{prefix}{layer_prefix(i)}{row.hf}`, others `{prefix}{row.hf}`.
     """
     sizes = _sizes(config)
     sources = {row.puna: [Source(prefix + row.hf, row, sizes)] for row in root}
@@ -274,7 +274,7 @@ def stack(
         block, j = divmod(i, config.period)
         where = "blocks" if block < blocks else "tail"
         for row in layer(i):
-            source = Source(f"{prefix}{layer_prefix}{i}.{row.hf}", row, sizes)
+            source = Source(f"{prefix}{layer_prefix(i)}{row.hf}", row, sizes)
             sources.setdefault(f"{where}/layer_{j}/{row.puna}", []).append(source)
     table = {}
     for path, found in sources.items():

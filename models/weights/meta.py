@@ -1,8 +1,8 @@
 """Meta's own directories: params.json and consolidated.NN.pth, one file a model-parallel rank.
 
 Names and layouts are those of `llama_models` (llama3/model.py, llama4/{model,moe,ffn}.py). RoPE
-pairs lie side by side in all of them. The image encoder of Llama 4 is read from Hugging Face's
-files only.
+pairs lie side by side in all of them. What Llama 3.2 Vision has beyond a text model is in
+`meta_cross`; the image encoder of Llama 4 is read from Hugging Face's files only.
 """
 
 import math
@@ -14,13 +14,13 @@ from typing import Any
 from ...configs import schema
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
-from . import huggingface, keys, licences, torch_files
+from . import huggingface, keys, licences, meta_cross, torch_files
 from .huggingface import Row
 from .safetensors_files import check_depth, read_json, same
 from .tensors import Joined, Part, Weights, check, warn
 
 ROOT = (
-    Row("embed/table_VD", "V D", "tok_embeddings.weight", "V D"),
+    Row("embed/table_VD", "I D", "tok_embeddings.weight", "I D"),
     Row("norm/scale_D", "D", "norm.weight", "D"),
 )
 UNTIED = (Row("unembed/table_DV", "D V", "output.weight", "V D"),)
@@ -60,7 +60,6 @@ _IGNORED = re.compile(
     r"|feed_forward\.(global_gate_stats_3E|running_gate_stats_3E|experts\.expert_activation_DE"
     r"|expert_activation_DE)|.*\._extra_state)"
 )
-_CROSS = "vision_num_cross_attention_layers"  # of Llama 3.2 Vision
 _VISION = re.compile(r"vision_(embeddings|projection)\.")
 # Width and depth of the text models of Llama 3.2.
 _LLAMA32 = {(2048, 16), (3072, 28)}
@@ -100,8 +99,10 @@ def open_directory(path: pathlib.Path) -> Weights:
     check_depth(path, config, parts)
     table = leaves(config)
     shapes = {s.name: s.hf_shape for leaf in table.values() for s in leaf.sources}
+    shapes |= meta_cross.shapes(config)
     parts = _split(path, config, parts)
     tensors = {name: _joined(path, name, p, shapes.get(name)) for name, p in parts.items()}
+    tensors = meta_cross.assemble(path, config, tensors)
     ignored = {"output.weight"} if config.tie_embeddings else set()
     check(path, table, tensors, ignored)
     return Weights(config, table, tensors, licences.origin_of(path))
@@ -110,9 +111,14 @@ def open_directory(path: pathlib.Path) -> Weights:
 def leaves(config: ModelConfig) -> dict[str, huggingface.Leaf]:
     """The table of a model in Meta's layout, the ranks joined and what they fuse taken apart."""
     root = ROOT + (() if config.tie_embeddings else UNTIED)
-    return huggingface.stack(
-        config, root, lambda i: ATTENTION + (EXPERTS if config.is_moe(i) else DENSE), "", "layers."
-    )
+
+    def layer(i):
+        if config.is_cross(i):
+            return meta_cross.LAYER + DENSE
+        return ATTENTION + (EXPERTS if config.is_moe(i) else DENSE)
+
+    table = huggingface.stack(config, root, layer, "", lambda i: meta_cross.layer_prefix(config, i))
+    return table | meta_cross.leaves(config)
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -136,6 +142,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 def _rename(tensors):
     renamed = {}
     for name, tensor in tensors.items():
+        name = name.removeprefix("text_model.")  # of Llama 3.2 Vision
         if _IGNORED.fullmatch(name):
             continue
         if match := re.fullmatch(r"(layers\.\d+\.)(.*)", name):
@@ -149,13 +156,10 @@ def _rename(tensors):
 def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
     """Map params.json, whose unknown keys are refused; a few facts stand in the tensors only."""
     where = path / "params.json"
-    if layers := params.get(_CROSS):
-        raise UserError(
-            f"{where}: {_CROSS}={str(layers)[:60]}: Llama 3.2 Vision is read from its Hugging Face "
-            "files alone"
-        )
+    cross = bool(params.get(meta_cross.LAYERS))
+    known = _KEYS | _HARMLESS | (meta_cross.KEYS if cross else set())
     for key, value in params.items():
-        if key not in _KEYS | _HARMLESS and not keys.says_nothing(key, value):
+        if key not in known and not keys.says_nothing(key, value):
             raise UserError(f"{where}: {key}={str(value)[:60]} is not a key that puna knows")
 
     def get(key, kind, default: Any = None) -> Any:
@@ -190,7 +194,7 @@ def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
     if moe is not None:
         fields |= _llama4(where, get, moe, width, multiple, fields["num_layers"])
     tied = "output.weight" not in parts
-    if not tied and ranks == 1:  # Llama 3.2 writes the one table twice
+    if not tied and ranks == 1 and not cross:  # Llama 3.2 writes the one table twice
         tied = same(parts["output.weight"][0], parts["tok_embeddings.weight"][0])
     if scaled:
         # Of the dense ones only Llama 3.2's text models scale by 32; their params.json does not say
@@ -207,6 +211,8 @@ def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
         262144 if moe is not None else 131072 if scaled
         else 8192 if fields["rope_theta"] > 10000 else 4096
     )  # fmt: skip
+    if cross:
+        fields |= meta_cross.fields(where, get, fields, parts)
     return schema.from_dict(fields, ModelConfig, "model.")
 
 
@@ -256,7 +262,7 @@ def _split(path, config: ModelConfig, parts):
     """Take fused tensors apart, rank by rank, and give those of the experts their third axis."""
     out = {}
     for name, ranks in parts.items():
-        n = len(ranks)
+        n, ranks = len(ranks), meta_cross.one_gate(name, ranks)
         if name.endswith("attention.wqkv.weight"):
             heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
             rows = [math.ceil(h / n) * config.head_dim for h in heads]

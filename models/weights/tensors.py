@@ -89,21 +89,24 @@ class Part:
 
 
 class Joined:
-    """Equal tensors side by side along an axis, as tensor parallelism splits them."""
+    """Tensors side by side along an axis, as tensor parallelism splits them."""
 
     def __init__(self, parts: list[Tensor], axis: int):
-        self.parts, self.axis, self.dtype = parts, axis, parts[0].dtype
+        self.parts, self.axis = parts, axis
+        self.dtype = np.result_type(*{part.dtype for part in parts})
         shape = list(parts[0].shape)
-        shape[axis] *= len(parts)
+        shape[axis] = sum(part.shape[axis] for part in parts)
         self.shape = tuple(shape)
 
     def __getitem__(self, index):
-        each = self.parts[0].shape[self.axis]
         start, stop, _ = index[self.axis].indices(self.shape[self.axis])
-        found = []
-        for i in range(start // each, -(-stop // each)):
-            part = slice(max(start - i * each, 0), min(stop - i * each, each))
-            found.append(self.parts[i][(*index[: self.axis], part, *index[self.axis + 1 :])])
+        found, offset = [], 0
+        for part in self.parts:
+            size = part.shape[self.axis]
+            low, high = max(start - offset, 0), min(stop - offset, size)
+            if low < high:
+                found.append(part[(*index[: self.axis], slice(low, high), *index[self.axis + 1 :])])
+            offset += size
         return np.concatenate(found, self.axis)
 
 

@@ -8,7 +8,7 @@ of the text model.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...configs.architecture import CrossConfig, ModelConfig, VisionConfig
 from ...configs.errors import UserError
@@ -67,11 +67,37 @@ GATES = (
 )
 
 
+class Stack(NamedTuple):
+    """Layers of the tower: where their leaves stand, what tensors begin with, the rows of each."""
+
+    puna: str
+    hf: str
+    rows: tuple[Row, ...]
+
+
+STACKS = (
+    Stack("blocks/layer", "vision_model.transformer.layers", LAYER),
+    Stack("global_blocks", "vision_model.global_transformer.layers", LAYER + GATES),
+)
+
+
 def leaves(config: ModelConfig) -> dict[str, Leaf]:
     """Return the table of the tower: every leaf under `vision/` by its path.
 
     Together with `huggingface.leaves(config, "language_model.", LLAMA)` it is that of
     `MllamaForConditionalGeneration`. Empty for a model without layers that attend to images.
+    """
+    return tower(config, TOWER, STACKS)
+
+
+def tower(
+    config: ModelConfig, root: tuple[Row, ...], stacks: tuple[Stack, Stack]
+) -> dict[str, Leaf]:
+    """Build the table of the tower from rows of any format.
+
+    Args:
+      root: the rows outside the layers.
+      stacks: the layers, and the gated ones after them.
     """
     v = config.vision
     if not config.cross.interval:
@@ -92,18 +118,15 @@ def leaves(config: ModelConfig) -> dict[str, Leaf]:
         "Y": v.patch_size,
     }
     table = {}
-    for row in TOWER:
+    for row in root:
         source = Source(row.hf, row, sizes)
         table[f"vision/{row.puna}"] = Leaf(source.shape, (source,), stacked=False)
-    for path, name, rows, depth in (
-        ("blocks/layer", "transformer", LAYER, v.num_layers),
-        ("global_blocks", "global_transformer", LAYER + GATES, v.global_layers),
-    ):
-        for row in rows:
-            names = [f"vision_model.{name}.layers.{i}.{row.hf}" for i in range(depth)]
+    for stack, depth in zip(stacks, (v.num_layers, v.global_layers), strict=True):
+        for row in stack.rows:
+            names = [f"{stack.hf}.{i}.{row.hf}" for i in range(depth)]
             sources = tuple(Source(name, row, sizes) for name in names)
             shape = (depth, *sources[0].shape)
-            table[f"vision/{path}/{row.puna}"] = Leaf(shape, sources, stacked=True)
+            table[f"vision/{stack.puna}/{row.puna}"] = Leaf(shape, sources, stacked=True)
     return table
 
 

@@ -307,7 +307,6 @@ def test_damaged_files_are_one_line(files, tiny, tmp_path, what, words):
     ("change", "words"),
     [
         ({"quantization_args": {"scheme": "int4"}}, "quantization_args"),
-        ({"vision_num_cross_attention_layers": 8}, "vision_num_cross_attention_layers"),
         ({"dim": "32"}, "dim='32' must be of type int"), ({"n_layers": -3}, "must be at least 1"),
         ({"n_layers": 10**8}, "layers cannot be made of"), ({"n_heads": None}, "n_heads=None"),
         ({"moe_args": {"experts": 3}}, "moe_args must be an object"),
