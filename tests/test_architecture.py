@@ -34,8 +34,7 @@ TESTED_WITH = {
     "train/objectives/test_multi_token.py": ["models/multi_token.py"],
     "models/decode/server/test_app.py": [
         "models/decode/server/answer.py", "models/decode/server/openapi.py",
-        "models/decode/server/page.py", "models/decode/server/prepare.py",
-        "models/decode/server/worker.py",
+        "models/decode/server/prepare.py", "models/decode/server/worker.py",
     ],
     "models/decode/test_chat.py": ["models/decode/profile.py"],
     "models/decode/test_slots.py": ["models/decode/cached_model.py"],

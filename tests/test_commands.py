@@ -306,6 +306,7 @@ NOT_RUN = {
     "python benchmarks/teach": ("trains for minutes", "tests/train/objectives"),
     "python benchmarks/serving.py --rounds": ("minutes", "tests/models/decode/server/test_app.py"),
     "python benchmarks/decode.py --rounds": ("minutes", "tests/models/decode/test_generate.py"),
+    "python benchmarks/page": ("needs Chromium", "tests/models/decode/server/test_page.py"),
     "python benchmarks/speculation": ("minutes", "tests/models/decode/test_speculation.py"),
     "python benchmarks/gguf_in": ("needs llama.cpp", "tests/models/release/test_gguf_release.py"),
     ".*/kill_anywhere.* --bucket": ("is run there", "tests/train/test_object_storage.py"),

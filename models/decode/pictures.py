@@ -42,6 +42,11 @@ def with_places(tokenizer, text: str, count: int) -> list[int]:
     return ids
 
 
+def reads(config: ModelConfig) -> bool:
+    """Whether `expand` takes pictures for this model."""
+    return config.vision.num_layers > 0 and not config.cross.interval
+
+
 def longest(config: VisionConfig) -> int:
     """More tokens than a picture has: of its tiles, a separator each, and three around them."""
     return (config.max_tiles + 1) * (features_per_tile(config) + 2) + 3

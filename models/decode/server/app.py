@@ -26,11 +26,12 @@ from starlette.routing import Route
 
 from ....configs.errors import UserError
 from ..generate import sampling_for
+from ..pictures import reads
 from .answer import Answer, event
 from .metrics import Metrics
 from .mistakes import ApiError
 from .openapi import document
-from .page import PAGE
+from .page import page
 from .prepare import prepare
 from .protocol import parse
 from .worker import Busy, Worker
@@ -265,14 +266,17 @@ class Server:
 
     async def _openapi(self, request: Request) -> Response:
         names = (self.name, *self.engine.adapters)
-        return Json(document(names, self.engine.max_length))
+        engine, size = self.engine, self.engine.tokenizer.vocab_size
+        return Json(document(names, engine.max_length, size, reads(engine.config)))
 
     async def _page(self, request: Request) -> Response:
         policy = (
             "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
         )
-        return HTMLResponse(PAGE, headers={"content-security-policy": policy})
+        html = page(pictures=reads(self.engine.config))
+        return HTMLResponse(html, headers={"content-security-policy": policy})
 
 
 def listen(host: str, port: int) -> socket.socket:

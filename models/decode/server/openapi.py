@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..slots import TOP
-from .protocol import FIELDS, NUMBERS
+from .protocol import FIELDS, IGNORED, LONGEST_STOP, MOST_STOPS, NUMBERS, ONLY
 
 _TEXT, _FLAG, _OBJECT = {"type": "string"}, {"type": "boolean"}, {"type": "object"}
 
@@ -20,33 +20,23 @@ def _fields(required, **properties) -> dict:
     return {"type": "object", "required": required, "properties": properties}
 
 
-_IDS = _list({"type": "integer", "minimum": 0}, minItems=1)
-_PART = {
-    "anyOf": [
-        _fields(["type", "text"], type={"const": "text"}, text=_TEXT),
-        _fields(
-            ["type", "image_url"], type={"const": "image_url"},
-            image_url=_fields(["url"], url={"type": "string", "pattern": "^data:.*;base64,"}),
-        ),
-    ],
-}  # fmt: skip
+_PICTURE = _fields(
+    ["type", "image_url"], type={"const": "image_url"},
+    image_url=_fields(["url"], url={"type": "string", "pattern": "^data:.*;base64,"}),
+)  # fmt: skip
 _FUNCTION = _fields(
     ["name"], name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}, description=_TEXT,
     parameters=_OBJECT, strict=_FLAG,
 )  # fmt: skip
 _CALL = _fields(
     ["id", "type", "function"], id=_TEXT, type={"const": "function"},
-    function=_fields(["name", "arguments"], name=_TEXT, arguments=_TEXT),
+    function=_fields(
+        ["name", "arguments"], name={**_TEXT, "minLength": 1}, arguments=_TEXT
+    ),
 )  # fmt: skip
-_MESSAGE = _fields(
-    ["role"], role={"enum": ["system", "developer", "user", "assistant", "tool"]},
-    content=_nullable({"anyOf": [_TEXT, _list(_PART)]}), tool_calls=_list(_CALL),
-    tool_call_id=_TEXT, name=_TEXT,
-)  # fmt: skip
+_STOP = {**_TEXT, "minLength": 1, "maxLength": LONGEST_STOP}
 _TYPES = {
-    "messages": _list(_MESSAGE, minItems=1),
-    "prompt": {"anyOf": [_TEXT, _IDS, _list({"anyOf": [_TEXT, _IDS]}, minItems=1)]},
-    "stop": {"anyOf": [_TEXT, _list(_TEXT, maxItems=16)]},
+    "stop": {"anyOf": [_STOP, _list(_STOP, maxItems=MOST_STOPS)]},
     "stream": _FLAG,
     "stream_options": {"type": "object", "properties": {"include_usage": _FLAG}},
     "top_logprobs": {"type": "integer", "minimum": 0, "maximum": TOP},
@@ -61,7 +51,10 @@ _TYPES = {
     },
     "structured_outputs": {
         "type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": False,
-        "properties": {"regex": _TEXT, "json": _OBJECT, "choice": _list(_TEXT, minItems=1)},
+        "properties": {
+            "regex": _TEXT, "json": _OBJECT,
+            "choice": _list({**_TEXT, "minLength": 1}, minItems=1),
+        },
     },
     "tools": _list(_fields(["type", "function"], type={"const": "function"}, function=_FUNCTION),
                    maxItems=128),
@@ -91,8 +84,16 @@ _MODEL = _fields(
 )  # fmt: skip
 
 
-def document(models: Sequence[str], max_length: int) -> dict:
-    """The document, version 3.1, of a server of these models, with texts of `max_length` tokens."""
+def document(models: Sequence[str], max_length: int, vocab_size: int, pictures: bool) -> dict:
+    """The document, version 3.1, of a server.
+
+    Args:
+      models: their names. max_length: most tokens of a text with its prompt.
+      vocab_size: ids are below it. pictures: whether messages may have some.
+    """
+    ids = _list({"type": "integer", "minimum": 0, "maximum": vocab_size - 1}, minItems=1)
+    prompt = {"anyOf": [_TEXT, ids, _list({"anyOf": [_TEXT, ids]}, minItems=1)]}
+    messages = {"messages": _messages(pictures)}
     path = {"name": "model", "in": "path", "required": True, "schema": {**_TEXT, "minLength": 1}}
     listed = _fields(["object", "data"], object={"const": "list"}, data=_list(_MODEL))
     health = _fields(["status"], status=_TEXT)
@@ -100,8 +101,8 @@ def document(models: Sequence[str], max_length: int) -> dict:
         "openapi": "3.1.0",
         "info": {"title": "puna serve", "version": "1"},
         "paths": {
-            "/v1/completions": {"post": _post(False, models, max_length)},
-            "/v1/chat/completions": {"post": _post(True, models, max_length)},
+            "/v1/completions": {"post": _post(False, {"prompt": prompt}, models, max_length)},
+            "/v1/chat/completions": {"post": _post(True, messages, models, max_length)},
             "/v1/models": {"get": _get(listed, "401", "403")},
             "/v1/models/{model}": {
                 "parameters": [{**path, "example": models[0]}],
@@ -133,7 +134,25 @@ def _get(schema: dict, *statuses: str) -> dict:
     return {"security": [{"key": []}, {}], "responses": responses}
 
 
-def _post(chat: bool, models: Sequence[str], max_length: int) -> dict:
+def _messages(pictures: bool) -> dict:
+    part = _fields(["type", "text"], type={"const": "text"}, text=_TEXT)
+    parts = _list({"anyOf": [part, _PICTURE]} if pictures else part)
+    content = {"anyOf": [_TEXT, parts]}
+    said = _fields(
+        ["role", "content"], role={"enum": ["system", "developer", "user", "assistant"]},
+        content=content, name=_TEXT,
+    )  # fmt: skip
+    called = _fields(
+        ["role", "tool_calls"], role={"const": "assistant"}, content=_nullable(content),
+        tool_calls=_list(_CALL, minItems=1), name=_TEXT,
+    )  # fmt: skip
+    given = _fields(
+        ["role", "content"], role={"const": "tool"}, content=content, tool_call_id=_TEXT
+    )
+    return _list({"anyOf": [said, called, given]}, minItems=1)
+
+
+def _post(chat: bool, needed: dict, models: Sequence[str], max_length: int) -> dict:
     fields = {name: _TYPES.get(name, {}) for name in sorted(FIELDS[chat])}
     fields["logprobs"] = _FLAG if chat else {"type": "integer", "minimum": 0, "maximum": TOP}
     for name, (kind, least, most, doc) in NUMBERS.items():
@@ -141,13 +160,21 @@ def _post(chat: bool, models: Sequence[str], max_length: int) -> dict:
             "type": "integer" if kind is int else "number",
             "minimum": least, "maximum": most, "description": doc,
         }  # fmt: skip
+    fields["top_p"] |= {"exclusiveMinimum": fields["top_p"].pop("minimum")}
     fields["model"] = {"enum": list(models)}
     for name in {"max_tokens", "max_completion_tokens"} & fields.keys():
         fields[name] = {**fields["max_tokens"], "maximum": max_length}
+    fields |= {name: {"enum": list(values)} for name, values in ONLY.items()}
     fields = {name: _nullable(schema) for name, schema in fields.items()}
-    needed = "messages" if chat else "prompt"
-    fields[needed] = _TYPES[needed]
-    body = {"application/json": {"schema": _fields([needed], **fields)}}
+    fields |= {name: {} for name in sorted(IGNORED)} | needed
+    # Which fields go together, the schema does not say: these values go with any of the others.
+    examples = {"response_format": {"type": "text"}, "structured_outputs": None}
+    if chat:
+        examples |= {"logprobs": True, "tool_choice": "auto"}
+    for name, value in examples.items():
+        fields[name] |= {"examples": [value]}
+    whole = {**_fields(list(needed), **fields), "additionalProperties": False}
+    body = {"application/json": {"schema": whole}}
     answer = _json("the answer, or its events where stream is true", _answer(chat))
     answer["content"]["text/event-stream"] = {}
     return {

@@ -1,6 +1,6 @@
 """The page at `/`: a chat that streams, without anything from elsewhere."""
 
-PAGE = """<!doctype html>
+_PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
@@ -13,6 +13,8 @@ PAGE = """<!doctype html>
   .user { background: color-mix(in srgb, CanvasText 10%, Canvas); }
   .error { color: #c33; }
   textarea { width: 100%; box-sizing: border-box; font: inherit; }
+  form { position: sticky; bottom: 0; background: Canvas; padding-bottom: .5rem; }
+  img { display: block; max-width: 100%; max-height: 16rem; }
   details { margin: .5rem 0; }
   input { font: inherit; width: 100%; box-sizing: border-box; }
 </style>
@@ -28,13 +30,14 @@ PAGE = """<!doctype html>
 <form id="form">
   <label for="text">Message</label>
   <textarea id="text" rows="3" autofocus></textarea>
+  <label PICTURES>Pictures <input id="pictures" type="file" accept="image/*" multiple></label>
   <button id="send">Send</button>
   <button id="stop" type="button" disabled>Stop</button>
   <button id="reset" type="button">New chat</button>
 </form>
 <script>
 "use strict";
-const at = id => document.getElementById(id);
+const at = id => document.getElementById(id), view = document.documentElement;
 let messages = [], running = null;
 
 function show(kind, text) {
@@ -42,13 +45,29 @@ function show(kind, text) {
   box.className = "message " + kind;
   box.textContent = text;
   at("log").append(box);
-  box.scrollIntoView();
+  view.scrollTop = view.scrollHeight;
   return box;
 }
 
-async function answer(text) {
-  messages.push({role: "user", content: text});
-  show("user", text);
+// Keeps the end in view, unless the reader has scrolled up.
+function add(box, text) {
+  const follow = view.scrollHeight - view.scrollTop - view.clientHeight < 40;
+  box.textContent += text;
+  if (follow) view.scrollTop = view.scrollHeight;
+}
+
+function read(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
+async function send(text, files) {
+  const asked = {role: "user", content: text}, shown = show("user", text);
+  messages.push(asked);
   const mine = messages, box = show("assistant", "");
   const first = at("system").value ? [{role: "system", content: at("system").value}] : [];
   const body = {messages: [...first, ...mine], stream: true};
@@ -58,6 +77,10 @@ async function answer(text) {
   running = new AbortController();
   at("send").disabled = true; at("stop").disabled = false;
   try {
+    const urls = await Promise.all(files.map(read));
+    for (const url of urls) shown.append(Object.assign(new Image(), {src: url}));
+    if (urls.length) asked.content = [
+      ...urls.map(url => ({type: "image_url", image_url: {url}})), {type: "text", text}];
     const response = await fetch("v1/chat/completions",
       {method: "POST", headers, body: JSON.stringify(body), signal: running.signal});
     if (!response.ok) throw new Error((await response.json()).error.message);
@@ -72,7 +95,7 @@ async function answer(text) {
         if (!event.startsWith("data: ") || event === "data: [DONE]") continue;
         const data = JSON.parse(event.slice(6));
         if (data.error) throw new Error(data.error.message);
-        box.textContent += data.choices[0]?.delta?.content ?? "";
+        add(box, data.choices[0]?.delta?.content ?? "");
       }
     }
   } catch (error) {
@@ -88,8 +111,9 @@ at("form").addEventListener("submit", event => {
   event.preventDefault();
   const text = at("text").value.trim();
   if (!text || running) return;
-  at("text").value = "";
-  answer(text);
+  const files = [...at("pictures").files];
+  at("text").value = at("pictures").value = "";
+  send(text, files);
 });
 at("text").addEventListener("keydown", event => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -106,3 +130,8 @@ at("reset").addEventListener("click", () => {
 </script>
 </html>
 """
+
+
+def page(pictures: bool) -> str:
+    """Its HTML; `pictures`: whether messages may have some."""
+    return _PAGE.replace("PICTURES", "" if pictures else "hidden")

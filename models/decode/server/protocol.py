@@ -15,12 +15,12 @@ from . import formats
 from .mistakes import ApiError, of
 
 # Accepted, and without effect here.
-_IGNORED = {
+IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     "prediction",
 }
 # Not supported: only the value that asks for nothing.
-_ONLY = {
+ONLY = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "echo": (False,),
     "suffix": ("",), "best_of": (1,),
@@ -45,7 +45,7 @@ FIELDS = {
     True: {*_COMMON, *_TOOLS, "messages", "max_completion_tokens", "top_logprobs"},
     False: {*_COMMON, "prompt"},
 }
-_MOST_STOPS, _LONGEST_STOP = 16, 1000
+MOST_STOPS, LONGEST_STOP = 16, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,10 @@ def parse(data: bytes, chat: bool, model: str, adapters: Sequence[str] = ()) -> 
     body = _object(data)
     body = {key: value for key, value in body.items() if value is not None}
     for key, value in body.items():
-        if key in _ONLY:
-            if value not in _ONLY[key]:
+        if key in ONLY:
+            if value not in ONLY[key]:
                 raise ApiError(400, f"{key} is not supported here", key, "unsupported_parameter")
-        elif key not in FIELDS[chat] and key not in _IGNORED:
+        elif key not in FIELDS[chat] and key not in IGNORED:
             raise ApiError(400, f"unknown field {key!r:.60}", None, "unknown_parameter")
     wanted = of(body, "model", str, model)
     if wanted not in (model, *adapters):
@@ -235,10 +235,10 @@ def _stop(body) -> tuple[str, ...]:
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) for s in stop):
         raise ApiError(400, "stop must be a text or a list of texts", "stop")
-    if len(stop) > _MOST_STOPS or not all(0 < len(s) <= _LONGEST_STOP for s in stop):
+    if len(stop) > MOST_STOPS or not all(0 < len(s) <= LONGEST_STOP for s in stop):
         raise ApiError(
             400,
-            f"stop takes at most {_MOST_STOPS} texts of 1 to {_LONGEST_STOP} characters",
+            f"stop takes at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters",
             "stop",
         )
     return tuple(stop)

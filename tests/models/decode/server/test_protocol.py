@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from puna.configs.errors import UserError
 from puna.models.decode.server.mistakes import ApiError
-from puna.models.decode.server.protocol import _IGNORED, _ONLY, FIELDS, parse
+from puna.models.decode.server.protocol import FIELDS, IGNORED, ONLY, parse
 from puna.models.text.tokenizer import train_bpe
 
 TOKENIZER = train_bpe(["the llama walks"], 280)
@@ -38,7 +38,7 @@ MESSAGES = st.lists(
 
 def bodies(chat):
     good = {"messages": MESSAGES, "prompt": TEXTS | st.lists(TEXTS | st.lists(st.integers(0, 9)))}
-    names = sorted(FIELDS[chat] | set(_ONLY) | _IGNORED)
+    names = sorted(FIELDS[chat] | set(ONLY) | IGNORED)
     return st.fixed_dictionaries(
         {"messages" if chat else "prompt": good["messages" if chat else "prompt"] | VALUES},
         optional={name: VALUES for name in names if name not in good and name != "model"},
@@ -71,14 +71,14 @@ def test_any_json_is_a_request_or_a_mistake(chat, data):
 
 
 def test_null_asks_for_nothing():
-    names = sorted(FIELDS[False] - {"prompt"} | set(_ONLY))
+    names = sorted(FIELDS[False] - {"prompt"} | set(ONLY))
     body = {"prompt": "a", **dict.fromkeys(names)}
     assert parse(json.dumps(body).encode(), False, "m") == parse(b'{"prompt": "a"}', False, "m")
 
 
-@pytest.mark.parametrize("name", sorted(_ONLY))
+@pytest.mark.parametrize("name", sorted(ONLY))
 def test_what_is_not_supported_is_never_ignored(name):
-    for value in _ONLY[name]:
+    for value in ONLY[name]:
         parse(json.dumps({"prompt": "a", name: value}).encode(), False, "m")
     with pytest.raises(ApiError, match=f"{name} is not supported") as error:
         parse(json.dumps({"prompt": "a", name: [1]}).encode(), False, "m")
