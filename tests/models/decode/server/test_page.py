@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from puna.configs.schema import ModelConfig, VisionConfig
+from puna.configs.architecture import ModelConfig, VisionConfig
 from puna.models import transformer
 from puna.models.decode.generate import complete
 from puna.models.decode.slots import Engine
