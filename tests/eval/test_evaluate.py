@@ -26,7 +26,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_tokenizer", lambda path: byte_tokenizer())
 
     def run(vocab_size, change):
-        def load(path, mesh, quantize, adapter):
+        def load(path, mesh, quantize, adapter, rewards):
             c = schema.ModelConfig(
                 vocab_size=vocab_size, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2,
                 head_dim=8, mlp_dim=16,

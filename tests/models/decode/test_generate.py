@@ -266,7 +266,7 @@ class Script:
 
     config: ModelConfig = CONFIG
 
-    def apply(self, variables, x, segment_ids_BT=None, cache=None, method=None):
+    def apply(self, variables, x, segment_ids_BT=None, images=None, cache=None, method=None):
         assert not self.config.capacity_factor
         if method == "logits":
             return x
