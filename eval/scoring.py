@@ -11,7 +11,7 @@ import collections
 import functools
 import math
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ import numpy as np
 from ..configs.errors import UserError
 from ..models.cache import init_cache
 from ..models.decode.engine import constrain_cache
+from ..models.fusion import Features
 from ..models.parallel import sharding
 from ..train.objectives import reward
 
@@ -88,7 +89,9 @@ def padded(length: int, shortest: int = _SHORTEST) -> int:
 
 
 def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
-          batch_size: int, known: Container[int] = ()) -> Iterator[tuple[int, Score]]:  # fmt: skip
+          batch_size: int, known: Container[int] = (),
+          features: Callable[[Ids], np.ndarray] | None = None,
+          ) -> Iterator[tuple[int, Score]]:  # fmt: skip
     """Score continuations, yielding the number of each and its score; of each kind of batch the
     longest texts first.
 
@@ -98,14 +101,16 @@ def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
       batch_size: rows of a forward pass; rounded up to what the mesh splits them into.
       known: numbers of texts whose scores are there already. A batch of such texts alone is passed
         over; the others are as they would be otherwise, so that each score is the same to the bit.
+      features: of ids below 0, which may stand in contexts for patches of pictures, the same id for
+        the same patch: their features [number of ids, D].
 
     Raises:
       UserError: an id outside the vocabulary, or a model that gives NaN.
     """
-    groups = _groups(texts, model.config.vocab_size)
+    groups = _groups(texts, model.config.vocab_size, features is not None)
     parts = sharding.parts("batch")
     batch_size += -batch_size % parts
-    run = functools.partial(_pass, model, params)
+    run = functools.partial(_pass, model, params, features)
     by_stem: dict[Ids, list[_Group]] = collections.defaultdict(list)
     for group in groups:
         by_stem[group.prefix[: group.stem]].append(group)
@@ -119,12 +124,12 @@ def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
             yield from _scored(run, batch, cache, room, batch_size)
 
 
-def _groups(texts, vocab_size: int) -> list[_Group]:
+def _groups(texts, vocab_size: int, patches: bool = False) -> list[_Group]:
     """The texts by what they share."""
     found: dict[Ids, dict[Ids, dict[int, list[int]]]] = collections.defaultdict(dict)
     for number, (context, continuation) in enumerate(texts):
         ids = (*context, *continuation)
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
+        if max(ids) >= vocab_size or min(continuation if patches else ids) < 0:
             raise UserError(
                 f"the tokenizer gives id {max(ids)} and the model has ids 0..{vocab_size - 1}: it "
                 "is that of another model"
@@ -216,10 +221,12 @@ def _read(found, rows: list[_Row]) -> Iterator[tuple[int, Score]]:
             yield from ((number, Score(logprob, greedy)) for number in numbers)
 
 
-def _pass(model, params, room: int, cache, places, ids: list[Ids], rows: list[_Row] | None):
+def _pass(model, params, features, room: int, cache, places, ids: list[Ids],
+          rows: list[_Row] | None):  # fmt: skip
     """Rows of ids through the model, each after a row of the cache if there is one.
 
     Args:
+      features: see `score`.
       room: tokens that a cache has room for.
       places: of each row, the row of the cache.
       rows: what is predicted at the end of each row; None to make a cache instead.
@@ -234,8 +241,9 @@ def _pass(model, params, room: int, cache, places, ids: list[Ids], rows: list[_R
     for r, row in enumerate(ids):
         tokens_RT[r, : len(row)] = row
     places_R = np.array(places, np.int32)
+    images = _patches(model.config.vision.token_id, features, tokens_RT)
     if rows is None:
-        return _extend(model, room, params, cache, places_R, tokens_RT, lengths_R), None
+        return _extend(model, room, params, cache, places_R, tokens_RT, lengths_R, images), None
     t = min(padded(max(len(row.tail) for row in rows), _SHORTEST_TAIL), T)
     nexts_Rt = np.zeros((R, t), np.int32)
     tails_R = np.ones(R, np.int32)
@@ -245,35 +253,55 @@ def _pass(model, params, room: int, cache, places, ids: list[Ids], rows: list[_R
         tails_R[r] = len(row.tail)
         lasts_RK[r, : len(row.ends)] = list(row.ends)
     return None, _predict(
-        model, params, cache, places_R, tokens_RT, lengths_R, tails_R, nexts_Rt, lasts_RK
+        model, params, cache, places_R, tokens_RT, lengths_R, images, tails_R, nexts_Rt, lasts_RK
     )
 
 
-def _states(model, params, cache, tokens_RT, lengths_R):
+def _patches(token_id: int, features, tokens_RT) -> Features | None:
+    """The features of ids below 0, which become `token_id`; None for text alone."""
+    here_RT = tokens_RT < 0
+    if not here_RT.any():
+        return None
+    found = [features(tuple(row[here].tolist())) if here.any() else None
+             for row, here in zip(tokens_RT, here_RT, strict=True)]  # fmt: skip
+    D = next(values_UD.shape[-1] for values_UD in found if values_UD is not None)
+    counts_R = here_RT.sum(axis=1)
+    U = padded(int(counts_R.max()))
+    values_RUD = np.zeros((len(found), U, D), np.float32)
+    for r, values_UD in enumerate(found):
+        if values_UD is not None:
+            values_RUD[r, : len(values_UD)] = values_UD
+    tokens_RT[here_RT] = token_id
+    return Features(values_RUD, np.arange(U) < counts_R[:, None])
+
+
+def _states(model, params, cache, tokens_RT, lengths_R, images):
     segments_RT = (jnp.arange(tokens_RT.shape[1]) < lengths_R[:, None]).astype(jnp.int32)
     return model.apply(
-        {"params": params}, tokens_RT, segment_ids_BT=segments_RT, cache=cache, method="states"
-    )
+        {"params": params}, tokens_RT, segment_ids_BT=segments_RT, cache=cache, images=images,
+        method="states",
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
-def _extend(model, room: int, params, cache, places_R, tokens_RT, lengths_R):
+def _extend(model, room: int, params, cache, places_R, tokens_RT, lengths_R, images):
     """The cache of rows that go on from rows of a cache, or from nothing."""
     if cache is None:
         cache = init_cache(model.config, len(tokens_RT), room)
     else:
         cache = cache.take(places_R)
-    return _states(model, params, constrain_cache(cache), tokens_RT, lengths_R).cache
+    return _states(model, params, constrain_cache(cache), tokens_RT, lengths_R, images).cache
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _predict(model, params, cache, places_R, tokens_RT, lengths_R, tails_R, nexts_Rt, lasts_RK):
+def _predict(model, params, cache, places_R, tokens_RT, lengths_R, images, tails_R, nexts_Rt,
+             lasts_RK):  # fmt: skip
     """Log-probability of, and whether the largest logit is at, each token inside the continuations,
     [R, t], and each candidate for the token at their ends, [R, K]."""
     R, t = nexts_Rt.shape
     if cache is not None:
         cache = constrain_cache(cache.take(places_R))
-    hidden_RTD = _states(model, params, cache, tokens_RT, lengths_R).hidden_BTD
+    hidden_RTD = _states(model, params, cache, tokens_RT, lengths_R, images).hidden_BTD
     # The last `tails_R` tokens of each row, from index 0 on.
     at_Rt = jnp.clip((lengths_R - tails_R)[:, None] + jnp.arange(t), 0, tokens_RT.shape[1] - 1)
     hidden_RtD = jnp.take_along_axis(hidden_RTD, at_Rt[..., None], axis=1)

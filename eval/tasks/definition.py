@@ -43,6 +43,9 @@ class Task:
       of a choice its number from 0. before, after: of code, what stands around the answer.
     choices: templates, or one expression whose value is a list.
     tools: a template of the functions in JSON; target is then the calls, see `calls.py`.
+    images: fields of a record that hold pictures, one or a list each; each picture takes the next
+      `<|image|>` of the prompt, those without a place come first. In templates such a field is the
+      number of its pictures.
     chosen, rejected: the better and the worse answer of a preference.
     metric: of `METRICS`; the others of the kind are reported too, where they cost nothing.
     shots, shots_data: examples in a prompt, and where they come from.
@@ -66,6 +69,7 @@ class Task:
     after: str = ""
     choices: tuple[str, ...] | str = ()
     tools: str = ""
+    images: tuple[str, ...] = ()
     chosen: str = ""
     rejected: str = ""
     metric: str = ""
@@ -174,7 +178,7 @@ def _checked(path: pathlib.Path, told: dict, folder: pathlib.Path) -> Task:
             raise wrong(f"{key} is not a key of a task; they are {', '.join(fields)}")
         if key == "choices":
             good = isinstance(value, str) or _is_texts(value)
-        elif key == "stop":
+        elif key in ("stop", "images"):
             good = _is_texts(value) and all(value)
         elif key == "made":
             good = isinstance(value, dict)
@@ -209,18 +213,22 @@ def _checked(path: pathlib.Path, told: dict, folder: pathlib.Path) -> Task:
         raise wrong("shots needs shots_data: the examples must not be the questions")
     if told.get("shots") and kind not in ("choice", "generate"):
         raise wrong(f"shots must be 0 with kind={kind}")
+    if told.get("images") and (kind not in ("choice", "generate") or made):
+        raise wrong(f"images={told['images']} needs data, and kind=choice or kind=generate")
     samples, at = told.get("samples", 1), told.get("at", [])
     if samples > 1 and (kind in ("choice", "text", "preference") or not told.get("temperature")):
         raise wrong(f"samples={samples} needs written answers and a temperature above 0")
     if at and (kind != "code" or max(at) > samples):
         raise wrong(f"at={at} needs kind=code and numbers of at most samples={samples}")
-    lists = {k: tuple(told[k]) for k in ("choices", "stop", "at") if isinstance(told.get(k), list)}
+    keys = ("choices", "stop", "at", "images")
+    lists = {k: tuple(told[k]) for k in keys if isinstance(told.get(k), list)}
     return Task(name=path.stem, folder=folder, **{**told, **lists})
 
 
 _RULES = {
     "choices": "a list of templates, or an expression that gives a list",
     "stop": "a list of texts that are not empty",
+    "images": "a list of names of fields",
     "made": "a table",
     "shots": "a number of 0 or more",
     "stride": "a number of 0 or more",

@@ -13,9 +13,12 @@ import jinja2.meta
 import numpy as np
 
 from ...configs.errors import UserError
+from ...models.decode.pictures import PLACE
 from ...models.text import template
 from ...train.data import files, remote, tfds_documents
-from . import made
+from ...train.data.examples import RecordError
+from ...train.data.transforms import readable
+from . import made, pictures
 from .definition import Task
 
 _MAX_BYTES = 64 << 20  # of a record
@@ -32,6 +35,7 @@ class Document(NamedTuple):
     of the right one as text. choices: of a preference, the better answer and the worse one. shots:
     (prompt, answer) of each example before it. before, after: of code. facts: what the record says
     besides: a needle's depth, the instructions to check, the functions that can be called.
+    pictures: paths or bytes of files, one for each `<|image|>` of the shots and of the prompt.
     """
 
     number: int
@@ -42,6 +46,7 @@ class Document(NamedTuple):
     before: str
     after: str
     facts: dict[str, Any]
+    pictures: tuple[str | bytes, ...] = ()
 
 
 def documents(task: Task, tokenizer, limit: int | None = None,
@@ -62,16 +67,17 @@ def documents(task: Task, tokenizer, limit: int | None = None,
         return [_made(task, records, i) for i in _chosen(len(records), limit)[part[0] :: part[1]]]
     records = _open(task, task.data)
     chosen = _chosen(len(records), limit)[part[0] :: part[1]]
-    found = [_rendered(task, _plain(records[i]), i) for i in chosen]
+    found = [_rendered(task, records, i) for i in chosen]
     if task.shots:
         others = _open(task, task.shots_data)
         if len(others) < task.shots:
             raise UserError(
                 f"{task.name}: shots={task.shots} and {task.shots_data} holds {len(others)} records"
             )
-        examples = [_rendered(task, _plain(others[i]), i) for i in range(task.shots)]
+        examples = [_rendered(task, others, i) for i in range(task.shots)]
         shots = tuple((e.prompt, right(task, e)) for e in examples)
-        found = [document._replace(shots=shots) for document in found]
+        seen = tuple(picture for e in examples for picture in e.pictures)
+        found = [d._replace(shots=shots, pictures=seen + d.pictures) for d in found]
     return found
 
 
@@ -119,9 +125,30 @@ def _plain(value):
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _rendered(task: Task, record, number: int) -> Document:
+def _pictures(task: Task, record: dict, folder: str, where: str) -> tuple[str | bytes, ...]:
+    """Take the pictures out of a record, which keeps how many there were in each field."""
+    if not set(task.images) & set(record):
+        raise UserError(f"{where} has none of the fields of images={', '.join(task.images)}")
+    found: list = []
+    for key in task.images:
+        value, before = record.get(key), len(found)
+        for picture in value if isinstance(value, list | tuple) else [value]:
+            if picture is not None:
+                try:
+                    found.append(pictures.file_of(readable(picture, key, folder)))
+                except (RecordError, UserError) as error:
+                    raise UserError(f"{where}: {key}: {error}") from None
+        record[key] = len(found) - before
+    return tuple(found)
+
+
+def _rendered(task: Task, records, number: int) -> Document:
     where = f"{task.name}: record {number}"
-    record = {"text": record} if isinstance(record, str) else record
+    record, seen = records[number], ()
+    record = {"text": record} if isinstance(record, str) else dict(record)
+    if task.images:
+        seen = _pictures(task, record, records.folder(number), where)
+    record = _plain(record)
     missing = _fields(task) - set(record)
     if missing:
         raise UserError(
@@ -142,6 +169,10 @@ def _rendered(task: Task, record, number: int) -> Document:
                 f"{where}: target={target!r} must be the number of the right choice, 0 to "
                 f"{len(choices) - 1}"
             )
+    if task.images:
+        prompt = _placed(prompt, len(seen), where)
+        if any(PLACE in text for text in (target, *choices)):
+            raise UserError(f"{where} has {PLACE} in an answer: pictures stand in prompts only")
     if not prompt and task.kind != "text":
         raise UserError(f"{where} has an empty prompt")
     facts: dict = {}
@@ -153,7 +184,17 @@ def _rendered(task: Task, record, number: int) -> Document:
         target = "0"
         if not all(choices):
             raise UserError(f"{where} has an empty answer")
-    return Document(number, prompt, target, choices, (), before, after, facts)
+    return Document(number, prompt, target, choices, (), before, after, facts, seen)
+
+
+def _placed(prompt: str, count: int, where: str) -> str:
+    """The prompt with a place for each picture: those that it has none for come first."""
+    missing = count - prompt.count(PLACE)
+    if missing < 0:
+        raise UserError(
+            f"{where}: the prompt has {prompt.count(PLACE)} {PLACE} and there are {count} pictures"
+        )
+    return PLACE * missing + prompt
 
 
 def _json(where: str, text: str):
@@ -165,13 +206,16 @@ def _json(where: str, text: str):
 
 def _made(task: Task, records: Sequence[Mapping], number: int) -> Document:
     record = dict(records[number])
+    examples = record.pop("shots", ())
     shots = tuple(
         (r["prompt"], r["choices"][int(r["target"])] if "choices" in r else r["target"])
-        for r in record.pop("shots", ())
+        for r in examples
     )
+    seen = tuple(x for r in (*examples, record) for x in r.get("images", ()))
+    record.pop("images", None)
     prompt, target = record.pop("prompt"), record.pop("target")
     return Document(
-        number, prompt, target, tuple(record.pop("choices", ())), shots, "", "", record
+        number, prompt, target, tuple(record.pop("choices", ())), shots, "", "", record, seen
     )  # fmt: skip
 
 
@@ -205,5 +249,6 @@ def fingerprint(found: Sequence[Document]) -> str:
     """A hash of what documents ask."""
     digest = hashlib.sha256()
     for document in found:
+        document = document._replace(pictures=tuple(map(pictures.name, document.pictures)))
         digest.update(json.dumps(document, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()[:32]

@@ -47,6 +47,11 @@ class During:
                 )
             found = documents.documents(task, tokenizer, c.tasks_limit or None, part)
             grade.prepare(task, found)
+            if any(document.pictures for document in found):
+                raise ConfigError(
+                    f"eval.tasks={c.tasks}: {task.name} has pictures, which are asked about after "
+                    "the training only: puna eval --tasks"
+                )
             self.own += [(task, d, asking.requests(task, d)) for d in found]
         told = processes.gather([r._asdict() for _, _, made in self.own for r in made])
         self.requests = [

@@ -2,7 +2,7 @@
 
 The workdir gets `record.json` (what was asked of what: versions, hashes, BOS, template, settings),
 `requests.jsonl` (ids and answer of every request), `samples.jsonl` (a line a document),
-`results.json` and `report.html`.
+`results.json`, `report.html` and, of questions about pictures, the files in `pictures`.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from ...train.objectives import reward
 from ..answers import Answers
 from . import documents, grade, report, statistics
 from .definition import Task, load_tasks
+from .pictures import Pictures
 from .requests import Asker, Asking, Request
 
 _PACKAGES = ("puna", "jax", "jaxlib", "flax", "numpy", "tokenizers", "jinja2", "math-verify",
@@ -91,7 +92,8 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
             f"--max_length={max_length} must be 2 to the model's max_positions="
             f"{config.max_positions}"
         )
-    asking = Asking(tokenizer, longest, apply_chat_template)
+    pictures = Pictures(config, tokenizer)
+    asking = Asking(tokenizer, longest, apply_chat_template, pictures)
     requests = {
         task: [asking.requests(task, document) for document in asked]
         for task, asked in found.items()
@@ -110,11 +112,12 @@ def evaluate_tasks(path, names: Sequence[str], workdir, *, mesh_config=None,
     }  # fmt: skip
     identity = _hash([weights, record["config"], tokenizer.fingerprint])
     answers = Answers(workdir / "requests.jsonl")
-    asker = Asker(model, params, tokenizer, mesh, batch_size, answers, identity)
+    asker = Asker(model, params, tokenizer, mesh, batch_size, answers, identity, pictures)
     lines = asker.ask([r for asked in requests.values() for one in asked for r in one])
     if not processes.is_first():
         return TaskResults(tasks={})
     answers.finish(lines)
+    pictures.save(workdir / "pictures")
     samples = list(_samples(asking, found, requests, lines))
     results = TaskResults(checkpoint=str(path), tasks=summarise(tasks, samples))
     files.write_json(workdir / "record.json", record)
@@ -154,7 +157,7 @@ def replay(folder, path, **options) -> Results:
     ]  # fmt: skip
     asker = Asker(
         for_decoding(Transformer(config)), params, tokenizer, mesh, record["batch_size"],
-        Answers(None), "",
+        Answers(None), "", Pictures(config, tokenizer, folder / "pictures"),
     )  # fmt: skip
     again = asker.ask(requests)
     pairs = [(a["answer"], b["answer"]) for a, b in zip(lines, again, strict=True)]
@@ -199,7 +202,7 @@ def compare(first, second, workdir=None) -> Results:
                 "give both the same --limit"
             )
         for x, y in shared:
-            if (x["prompt"], x["target"]) != (y["prompt"], y["target"]):
+            if any(x.get(key) != y.get(key) for key in ("prompt", "target", "pictures")):
                 raise UserError(
                     f"--compare: document {x['document']} of {task} is not the same in {first} and "
                     f"{second}: other data, template or number of examples"
@@ -273,6 +276,7 @@ def _samples(asking: Asking, found, requests, lines) -> Iterator[dict]:
                 given = grade.grade(task, document, of_it, got)
                 bar.update()
                 facts = {k: document.facts[k] for k in ("length", "depth") if k in document.facts}
+                facts |= {"pictures": of_it[0].pictures} if document.pictures else {}
                 yield {
                     "task": task.name, "document": document.number, "scores": given.scores,
                     "weight": given.weight, "prompt": asking.prompt(task, document),

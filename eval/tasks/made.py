@@ -1,5 +1,5 @@
 """Documents that are made, not downloaded: needles in a haystack, variables that are passed on,
-sums, lookups, calls of functions, reasoning-gym.
+sums, lookups, calls of functions, drawn pictures, reasoning-gym.
 
 A seed gives the same documents everywhere. What has a length is made for the tokenizer at hand.
 """
@@ -9,18 +9,25 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from ...configs.errors import UserError
+from ...models.decode.pictures import PLACE
 from .definition import Task
 
 _PEOPLE = "Ana Bruno Carla Diego Elena Felipe Gloria Hugo Ines Jorge Katia Luis Marta Nico".split()
 _THINGS = "blanket lantern saddle basket rope kettle hammer ladder bucket candle mirror".split()
 _PLACES = "barn market bridge harbour mill station school garden tower library chapel inn".split()
 _VERBS = "carried left found repaired sold painted borrowed washed lost bought".split()
+_PAINTS = {
+    "red": (200, 30, 30), "green": (30, 150, 50), "blue": (30, 60, 200), "yellow": (240, 210, 40),
+    "black": (0, 0, 0), "brown": (120, 70, 30),
+}  # fmt: skip
 _COLOURS = "red blue green grey white black brown yellow".split()
 
 
 def records(task: Task, tokenizer) -> list[dict]:
-    """The records of a made task: "prompt", "target", "choices" and what else is to be known.
+    """The records of a made task: "prompt", "target", "choices", "images" and what else there is.
 
     Raises:
       UserError: there is no such maker, or it has no such key.
@@ -31,7 +38,7 @@ def records(task: Task, tokenizer) -> list[dict]:
         "needle": functools.partial(_needles, tokenizer=tokenizer),
         "variables": functools.partial(_variables, tokenizer=tokenizer),
         "sums": _sums, "lookup": _lookup, "instructions": _instructions, "tools": _tools,
-        "reasoning_gym": _reasoning_gym,
+        "colours": _colours, "squares": _squares, "reasoning_gym": _reasoning_gym,
     }  # fmt: skip
     if maker not in known:
         raise UserError(f"{task.name}: made.maker={maker!r} must be one of {', '.join(known)}")
@@ -159,6 +166,43 @@ def _lookup(rng, count: int = 100, people: int = 4) -> Iterator[dict]:
             "prompt": f"{' '.join(told)}\nQuestion: what does {who[asked]} have?\nAnswer: the",
             "choices": [what[i] for i in order], "target": str(order.index(asked)),
         }  # fmt: skip
+
+
+def _colours(rng, count: int = 100, choices: int = 4) -> Iterator[dict]:
+    """What colour the squares of a picture have."""
+    if not 2 <= choices <= len(_PAINTS):
+        raise UserError(f"made: choices={choices} must be 2 to {len(_PAINTS)}")
+    for _ in range(count):
+        offered = rng.sample(list(_PAINTS), choices)
+        right = rng.randrange(choices)
+        yield {
+            "prompt": f"{PLACE}\nQuestion: what colour are the squares?\nAnswer: they are",
+            "choices": offered, "target": str(right),
+            "images": [_drawn(rng, rng.randrange(1, 6), offered[right])],
+        }  # fmt: skip
+
+
+def _squares(rng, count: int = 100, most: int = 5) -> Iterator[dict]:
+    """How many squares a picture has."""
+    if not 1 <= most <= 16:
+        raise UserError(f"made: most={most} must be 1 to 16")
+    for _ in range(count):
+        number = rng.randrange(1, most + 1)
+        yield {
+            "prompt": f"{PLACE}\nQuestion: how many squares are there, as a number?\nAnswer:",
+            "target": str(number), "images": [_drawn(rng, number, rng.choice(list(_PAINTS)))],
+        }  # fmt: skip
+
+
+def _drawn(rng, number: int, colour: str) -> bytes:
+    """A picture of `number` squares that do not touch, on white, as a PPM file."""
+    side, cell = 128, 32
+    pixels_YXC = np.full((side, side, 3), 255, np.uint8)
+    for place in rng.sample(range((side // cell) ** 2), number):
+        size = rng.randrange(cell // 2, cell - 3)
+        y, x = (cell * n + rng.randrange(1, cell - size) for n in divmod(place, side // cell))
+        pixels_YXC[y : y + size, x : x + size] = _PAINTS[colour]
+    return b"P6 %d %d 255\n" % (side, side) + pixels_YXC.tobytes()
 
 
 def _instructions(rng, count: int = 60) -> Iterator[dict]:

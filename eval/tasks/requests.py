@@ -19,15 +19,20 @@ from tqdm import tqdm
 
 from ...configs.errors import UserError
 from ...models.decode.generate import complete
+from ...models.decode.pictures import PLACE
+from ...models.decode.sampling import Sampling
+from ...models.decode.slots import Engine
+from ...models.media.images import image_ids
 from ...models.parallel import processes
 from ...models.text import chat
 from ...train.data.examples import RecordError
 from ...train.data.pairs import PairTransform
 from ..answers import Answers
-from ..scoring import rewards, score
+from ..scoring import padded, rewards, score
 from . import calls
 from .definition import Task
 from .documents import Document
+from .pictures import Pictures
 
 # How functions are told of without a chat template.
 _TOOLS = (
@@ -45,6 +50,7 @@ class Request(NamedTuple):
     continuation: ids; none of the others. size: bytes that the continuation stands for.
     max_tokens, stop, temperature: of a text; one at a temperature above 0 is drawn by its index.
     cut: tokens of the prompt that had no room, from its beginning.
+    pictures: names of those whose patches are in the context, see `pictures.py`.
     """
 
     task: str
@@ -58,13 +64,15 @@ class Request(NamedTuple):
     stop: tuple[str, ...] = ()
     cut: int = 0
     temperature: float = 0.0
+    pictures: tuple[str, ...] = ()
 
     @property
     def asked(self) -> str:
         """All that its answer depends on but the model."""
         drawn = [self.temperature, self.index] if self.temperature else []
+        seen = [self.pictures] if self.pictures else []
         return json.dumps(
-            [self.kind, self.context, self.continuation, self.max_tokens, self.stop, *drawn]
+            [self.kind, self.context, self.continuation, self.max_tokens, self.stop, *drawn, *seen]
         )
 
 
@@ -75,10 +83,13 @@ class Asking:
       tokenizer: of the model.
       max_length: tokens that the model reads at most.
       as_chat: by the tokenizer's chat template; a shot is then a turn of the conversation.
+      pictures: gets those of the documents; without it no document may have any.
     """
 
-    def __init__(self, tokenizer, max_length: int, as_chat: bool):
+    def __init__(self, tokenizer, max_length: int, as_chat: bool,
+                 pictures: Pictures | None = None):  # fmt: skip
         self.tokenizer, self.max_length, self.as_chat = tokenizer, max_length, as_chat
+        self.pictures = pictures
         begin = tokenizer.begin_ids
         # What a text without a context is predicted from.
         first = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), None)
@@ -98,7 +109,11 @@ class Asking:
         Raises:
           UserError: the tokenizer or its template cannot express it, or it has no room.
         """
-        make = functools.partial(Request, task.name, document.number)
+        seen: tuple[str, ...] = ()
+        if document.pictures:
+            assert self.pictures is not None
+            seen = self.pictures.add(document.pictures)
+        make = functools.partial(Request, task.name, document.number, pictures=seen)
         if task.kind == "text":
             return list(self._windows(task, document, make))
         if task.kind == "preference":
@@ -110,7 +125,7 @@ class Asking:
                     f"{self.max_length} tokens that the model reads"
                 )
             ids = self._ids(task, document)
-            context, cut = self._fit(ids, self.max_length - task.max_tokens)
+            context, cut = self._shown(task, document, ids, seen, self.max_length - task.max_tokens)
             kind = "call" if task.kind == "tools" else "text"
             most, drawn = task.max_tokens, float(task.temperature)
             return [
@@ -124,20 +139,20 @@ class Asking:
                     f"{task.name}: choice {index} of document {document.number} is "
                     f"{len(continuation)} tokens: it must be 1 to {self.max_length - 1}"
                 )
-            context, cut = self._fit(ids, self.max_length + 1 - len(continuation))
+            room = self.max_length + 1 - len(continuation)
+            context, cut = self._shown(task, document, ids, seen, room)
             size = len(document.choices[index].encode())
             found.append(make(index, "logprob", context, continuation, size, cut=cut))
         return found
 
     def _ids(self, task: Task, document: Document) -> tuple[int, ...]:
         if not self.as_chat:
-            text = self.prompt(task, document)
-            return (*self._first, *self.tokenizer.encode(text))
+            return (*self._first, *self._encode(document, self.prompt(task, document)))
         messages = [{"role": "system", "content": task.system}] if task.system else []
         for prompt, answer in document.shots:
-            messages += [{"role": "user", "content": prompt},
+            messages += [{"role": "user", "content": _content(document, prompt)},
                          {"role": "assistant", "content": answer}]  # fmt: skip
-        messages.append({"role": "user", "content": document.prompt})
+        messages.append({"role": "user", "content": _content(document, document.prompt)})
         tools = calls.functions(document.facts["tools"]) if task.kind == "tools" else None
         variables = {"date_string": _DATE}
         return tuple(chat.encode_messages(self.tokenizer, messages, tools, variables=variables))
@@ -173,12 +188,32 @@ class Asking:
             return
         text = self.prompt(task, document) + task.delimiter
         wholes = [
-            (*self._first, *self.tokenizer.encode(text + choice)) for choice in document.choices
+            (*self._first, *self._encode(document, text + choice)) for choice in document.choices
         ]
         border = min(len(os.path.commonprefix([context, whole])) for whole in wholes)
         border = max(border, 1)
         for whole in wholes:
             yield whole[:border], whole[border:]
+
+    def _encode(self, document: Document, text: str) -> list[int]:
+        if not document.pictures:
+            return self.tokenizer.encode(text)
+        place = image_ids(self.tokenizer).image
+        first, *rest = text.split(PLACE)
+        ids = self.tokenizer.encode(first) if first else []
+        for part in rest:
+            ids += [place, *(self.tokenizer.encode(part, continuation=True) if part else [])]
+        return ids
+
+    def _shown(self, task: Task, document: Document, ids: tuple[int, ...], seen: tuple[str, ...],
+               room: int) -> tuple[tuple[int, ...], int]:  # fmt: skip
+        """The ids with those of pictures, which are never cut, or `_fit` without any."""
+        if self.pictures is None or not seen:
+            return self._fit(ids, room)
+        try:
+            return self.pictures.expand(ids, seen, room), 0
+        except UserError as error:
+            raise UserError(f"{task.name}: record {document.number}: {error}") from None
 
     def _fit(self, ids: tuple[int, ...], room: int) -> tuple[tuple[int, ...], int]:
         """The ids without what has no room, taken out behind what begins every text."""
@@ -210,6 +245,17 @@ class Asking:
             start, stop, index = stop, stop + stride, index + 1
 
 
+def _content(document: Document, text: str):
+    """The content of a message: a text, or its parts around the places of pictures."""
+    if not document.pictures:
+        return text
+    first, *rest = text.split(PLACE)
+    parts = [{"type": "text", "text": first}]
+    for part in rest:
+        parts += [{"type": "image"}, {"type": "text", "text": part}]
+    return [part for part in parts if part.get("text") != ""]
+
+
 class Asker:
     """Asks a model; what is answered already is not asked again.
 
@@ -218,12 +264,14 @@ class Asker:
       batch_size: rows at a time.
       answers: where answers are kept.
       identity: what answers depend on besides a request: weights, config, tokenizer.
+      pictures: those that requests name.
     """
 
     def __init__(self, model, params, tokenizer, mesh, batch_size: int, answers: Answers,
-                 identity: str):  # fmt: skip
+                 identity: str, pictures: Pictures | None = None):  # fmt: skip
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.batch_size, self.answers, self.identity = batch_size, answers, identity
+        self.pictures = pictures
 
     def ask(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         """Answer requests, a line of `requests.jsonl` for each.
@@ -252,9 +300,10 @@ class Asker:
 
     def _answered(self, unique: dict[str, Request]) -> Iterator[tuple[str, Any]]:
         scored = [key for key, r in unique.items() if r.kind == "logprob"]
-        pairs = [(unique[key].context, unique[key].continuation) for key in scored]
+        pairs = [(self._context(unique[key]), unique[key].continuation) for key in scored]
         known = {n for n, key in enumerate(scored) if key in self.answers}
-        for n, found in score(self.model, self.params, pairs, self.batch_size, known):
+        features = self.pictures.features(self.params) if self.pictures else None
+        for n, found in score(self.model, self.params, pairs, self.batch_size, known, features):
             yield scored[n], list(found)
         valued = [key for key, r in unique.items() if r.kind == "reward"]
         texts = [unique[key].context for key in valued]
@@ -264,15 +313,17 @@ class Asker:
         groups: dict[tuple, list[str]] = collections.defaultdict(list)
         for key, r in unique.items():
             if r.kind in ("text", "call"):
-                groups[r.kind, r.max_tokens, r.stop, r.temperature].append(key)
-        for kind, written in groups.items():
+                how = (r.kind, r.max_tokens, r.stop, r.temperature, bool(r.pictures))
+                groups[how].append(key)
+        for (*kind, sees), written in groups.items():
+            write = self._write_of_pictures if sees else self._write
             # The longest first: what memory is needed shows at once.
             written.sort(key=lambda key: (-len(unique[key].context), key))
             for first in range(0, len(written), self.batch_size):
                 batch = written[first : first + self.batch_size]
                 if not all(key in self.answers for key in batch):
                     asked = [unique[key] for key in batch]
-                    yield from zip(batch, self._write(asked, *kind), strict=True)
+                    yield from zip(batch, write(asked, *kind), strict=True)
 
     def _write(self, asked: Sequence[Request], kind: str, max_tokens: int, stop,
                temperature: float) -> list[dict]:  # fmt: skip
@@ -290,6 +341,37 @@ class Asker:
             {"text": text, "ids": m.ids, "finish": m.finish_reason}
             for text, m in zip(texts, made[: len(prompts)], strict=False)
         ]
+
+    def _context(self, request: Request) -> tuple[int, ...]:
+        """The ids that `score` takes: patches are told apart."""
+        if any(i < 0 for i in request.context):
+            raise UserError(f"{request.task}: a request has an id below 0: its record is damaged")
+        if not request.pictures:
+            return request.context
+        assert self.pictures is not None
+        return self.pictures.keyed(request.context, request.pictures)
+
+    def _write_of_pictures(self, asked: Sequence[Request], kind: str, max_tokens: int, stop,
+                           temperature: float) -> list[dict]:  # fmt: skip
+        """As `_write`, by an engine of its own: no batch depends on what was asked before it."""
+        assert kind == "text" and self.pictures is not None
+        # The first is the longest; few lengths compile little.
+        room = padded(len(asked[0].context) + max_tokens)
+        engine = Engine(self.model, self.params, self.tokenizer, self.batch_size, room)
+        slots = []
+        for r in asked:
+            sampling = Sampling(temperature, seed=(r.document * 1000 + r.index) % 2**31)
+            tiles = self.pictures.tiles(r.pictures)
+            slots.append(engine.insert(r.context, sampling, max_tokens, stop, tiles=tiles))
+        made: dict[int, list] = {slot: [] for slot in slots}
+        while engine.requests:
+            for slot, token in engine.step():
+                made[slot].append(token)
+        return [
+            {"text": "".join(t.text for t in made[slot]), "ids": [t.id for t in made[slot]],
+             "finish": made[slot][-1].finish_reason}
+            for slot in slots
+        ]  # fmt: skip
 
     def _marked(self, ids) -> str:
         """The text with its control tokens, which tell of calls, but without what ends it."""

@@ -134,9 +134,14 @@ class Reader:
         return Features(values_BUD, valid_BU)
 
     def _encoded(self, number: int) -> np.ndarray:
-        tiles_BIYXC = np.zeros((self._rows, 1, *self._tiles.shape[1:]), np.float32)
-        tiles_BIYXC[0, 0] = self._tiles[number]
-        return np.asarray(_encode(self._config, self._params, tiles_BIYXC))
+        return encode_tile(self._config, self._params, self._tiles[number], self._rows)
+
+
+def encode_tile(config: ModelConfig, params, tile_YXC, rows: int) -> np.ndarray:
+    """Features [U, D] of one tile, encoded among `rows` rows, which the mesh splits."""
+    tiles_BIYXC = np.zeros((rows, 1, *tile_YXC.shape), np.float32)
+    tiles_BIYXC[0, 0] = tile_YXC
+    return np.asarray(_encode(config, params, tiles_BIYXC))
 
 
 @functools.partial(jax.jit, static_argnames="config")

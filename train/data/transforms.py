@@ -66,7 +66,7 @@ class MediaReader:
                 for key in (name, f"{name}s"):
                     value = record.get(key)
                     listed = value if isinstance(value, list | tuple) else [value]
-                    values += [_readable(v, key, folder) for v in listed if v is not None]
+                    values += [readable(v, key, folder) for v in listed if v is not None]
         for name in found:
             encoder = self.model.vision if name == "image" else self.model.audio
             if found[name] and not encoder.num_layers:
@@ -167,8 +167,16 @@ class TextWithMedia:
         return Example(np.asarray(ids, np.int32), weights, tuple(media))
 
 
-def _readable(value, key: str, folder: str):
-    """A picture or a clip as its reader takes it: a path, bytes, or an array."""
+def readable(value, key: str, folder: str):
+    """A picture or a clip of a record as its reader takes it: a path, bytes, or an array.
+
+    Args:
+      value: a path, `data:...;base64,...`, {"bytes": ..., "path": ...}, bytes or an array.
+      key: where it stands. folder: what a path is relative to.
+
+    Raises:
+      RecordError: a value that is none of these.
+    """
     if isinstance(value, dict):  # as the datasets library writes it
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str) and value.startswith("data:"):

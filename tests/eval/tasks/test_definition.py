@@ -40,6 +40,10 @@ PUBLIC = {
         "canonical_solution": "    return a + b\n"}),
     "ruler": ("ruler/4096/niah.jsonl", {
         "index": 0, "input": "One of the numbers is 1234567. What is it?", "outputs": ["1234567"]}),
+    "mmmu": ("mmmu/validation.jsonl", {
+        "question": "What does the llama in <image 2> eat?", "answer": "B",
+        "image_1": "data:image/png;base64,AAAA", "image_2": "data:image/png;base64,AAAB",
+        "image_3": None, "options": ["a stone", "<image 1>", "a cloud"]}),
 }  # fmt: skip
 SHOTS = {"mmlu": "mmlu/all/dev-0.parquet", "gsm8k": "gsm8k/main/train-0.parquet"}
 PERFECT = {
@@ -134,7 +138,9 @@ def isolated():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("name", ["lookup", "mmlu", "arc_easy", "arc_challenge", "hellaswag"])
+@pytest.mark.parametrize("name", [
+    "lookup", "colours", "mmlu", "mmmu", "arc_easy", "arc_challenge", "hellaswag",
+])  # fmt: skip
 def test_guesses_score_what_guessing_scores(name, folder):
     task, found = opened(name, folder)
     choices, rng, n = len(found[0].choices), random.Random(0), 400
@@ -169,6 +175,12 @@ def test_prompts_as_they_are_asked(folder):
     _, [document] = opened("hellaswag", folder)
     assert document.prompt == "Walking: A llama. It walks. Then it"
     assert document.choices[3] == "eats. grass."
+    _, [document] = opened("mmmu", folder)
+    assert document.prompt == (
+        "<image 1>: <|image|>\n<image 2>: <|image|>\nWhat does the llama in <image 2> eat?\n"
+        "A. a stone\nB. <image 1>\nC. a cloud\nAnswer:"
+    )
+    assert document.pictures == (b"\0\0\0", b"\0\0\1") and document.choices == ("A", "B", "C")
     _, [document] = opened("humaneval", folder)
     program = grade.program(document, "Here:\n```python\ndef add(a, b):\n    return 3\n```\nDone.")
     assert "Here" not in program and program.endswith("check(add)\n")
@@ -195,6 +207,10 @@ GOOD = {"kind": "choice", "data": "a.jsonl", "prompt": "{{ q }}", "choices": ["a
         ({"choices": ["a"]}, "has 1 choices"),
         ({"data": "b.jsonl"}, "b.jsonl: no such file.*--data_dir"),
         ({"made": {"maker": "x"}, "data": ""}, "made.maker='x' must be one of needle"),
+        ({"images": []}, "images=.. must be a list of names of fields"),
+        ({"images": ["image"]}, "record 0 has none of the fields of images=image"),
+        ({"images": ["q"]}, "record 0: q: .*what: there is no such file"),
+        ({"images": ["image"], "kind": "text", "metric": ""}, "needs data, and kind=choice"),
         ({"samples": 2, "temperature": 1.0}, "samples=2 needs written answers"),
         ({"at": [2]}, r"at=\[2\] needs kind=code"),
         ({"kind": "tools", "tools": "{{ q }}", "metric": ""}, "tools='what' must be JSON"),

@@ -1,0 +1,154 @@
+"""Pictures in questions, for models with Llama 4's tower.
+
+A request names its pictures by a hash of their files, which the workdir keeps: a record replays
+without the data it was made from. For log-likelihoods each patch becomes an id below 0 that only
+the same patch has, so that texts share what they begin with, pictures included.
+"""
+
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ...configs import files
+from ...configs.errors import UserError
+from ...configs.schema import ModelConfig
+from ...models.decode.pictures import encode_tile, expand
+from ...models.fusion import check_count
+from ...models.media.images import tile_image
+from ...models.parallel import sharding
+from ...models.vision import features_per_tile
+
+
+def file_of(picture) -> str | bytes:
+    """A picture of a record as the path or the bytes of a file.
+
+    Raises:
+      UserError: there is no such file, or it is an array that is no picture.
+    """
+    if isinstance(picture, np.ndarray):  # of TFDS
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (1, 3):
+            raise UserError(
+                f"must be uint8 pixels of 1 or 3 colours, not {picture.dtype} of {picture.shape}"
+            )
+        height, width, colours = picture.shape
+        kind = b"P6" if colours == 3 else b"P5"
+        return kind + b" %d %d 255\n" % (width, height) + picture.tobytes()
+    if isinstance(picture, str) and not os.path.isfile(picture):
+        raise UserError(f"{picture}: there is no such file")
+    return picture
+
+
+def name(file: str | bytes) -> str:
+    """A hash of what the file holds.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return hashlib.sha256(_data(file)).hexdigest()[:32]
+
+
+def _data(file: str | bytes) -> bytes:
+    try:
+        return file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+class Pictures:
+    """The pictures of an evaluation by name.
+
+    Args:
+      config, tokenizer: of the model.
+      folder: where those of a finished evaluation lie.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer, folder: pathlib.Path | None = None):
+        self.config, self.tokenizer, self._folder = config, tokenizer, folder
+        self._files: dict[str, str | bytes] = {}
+        # The numbers of a picture's tiles, equal ones having one, and where each was found first.
+        self._numbers: dict[str, list[int]] = {}
+        self._places: dict[bytes, int] = {}
+        self._found: list[tuple[str, int]] = []
+        self._cut = functools.lru_cache(2)(self._tiles_of)
+        # The choices of a question have one context.
+        self.expand = functools.lru_cache(1)(self._expand)
+
+    def add(self, found: Sequence[str | bytes]) -> tuple[str, ...]:
+        """Note pictures and return their names."""
+        names = tuple(map(name, found))
+        self._files.update(zip(names, found, strict=True))
+        return names
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Write the files of all pictures, each under its name."""
+        for one, file in self._files.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / one).exists():
+                files.write_bytes(folder / one, _data(file))
+
+    def _expand(self, ids: tuple[int, ...], names: tuple[str, ...], most: int) -> tuple[int, ...]:
+        """Ids with those of each picture in its place, see `decode.pictures.expand`."""
+        found = [self._file(one) for one in names]
+        return tuple(expand(self.config, self.tokenizer, ids, found, most)[0])
+
+    def tiles(self, names: Sequence[str]) -> np.ndarray:
+        """Tiles [n, Y, X, 3] of pictures in order."""
+        return np.concatenate([self._cut(one) for one in names])
+
+    def keyed(self, ids: Sequence[int], names: Sequence[str]) -> tuple[int, ...]:
+        """Ids with one below 0 for each patch, which `features` takes.
+
+        Raises:
+          UserError: not as many patches as the pictures have.
+        """
+        size = features_per_tile(self.config.vision)
+        numbers = [number for one in names for number in self._numbered(one)]
+        token_id = self.config.vision.token_id
+        check_count(
+            "pictures", "model.vision.token_id", token_id, [list(ids)], [len(numbers) * size]
+        )
+        patches = iter(-1 - number * size - patch for number in numbers for patch in range(size))
+        return tuple(next(patches) if i == token_id else i for i in ids)
+
+    def features(self, params) -> Callable[[Sequence[int]], np.ndarray]:
+        """What gives the features [number of keys, D] of patches; works under `jax.set_mesh`."""
+        size = features_per_tile(self.config.vision)
+
+        @functools.lru_cache(64)
+        def encoded(number: int) -> np.ndarray:
+            one, index = self._found[number]
+            tile_YXC = self._cut(one)[index]
+            return encode_tile(self.config, params, tile_YXC, sharding.parts("batch"))
+
+        def of(keys):
+            where = [divmod(-1 - key, size) for key in keys]
+            return np.stack([encoded(number)[patch] for number, patch in where])
+
+        return of
+
+    def _numbered(self, one: str) -> list[int]:
+        if one not in self._numbers:
+            found = []
+            for index, tile_YXC in enumerate(self._cut(one)):
+                digest = hashlib.sha256(np.ascontiguousarray(tile_YXC).tobytes()).digest()
+                found.append(self._places.setdefault(digest, len(self._found)))
+                if found[-1] == len(self._found):
+                    self._found.append((one, index))
+            self._numbers[one] = found
+        return self._numbers[one]
+
+    def _tiles_of(self, one: str) -> np.ndarray:
+        return tile_image(self.config.vision, self._file(one))[0]
+
+    def _file(self, one: str) -> str | bytes:
+        if one not in self._files:
+            assert self._folder is not None, one
+            path = str(self._folder / one)
+            if not os.path.isfile(path) or name(path) != one:
+                raise UserError(f"{path} is missing or not the picture that was asked about")
+            self._files[one] = path
+        return self._files[one]
