@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from puna import __main__ as cli
-from puna.configs import schema
+from puna.configs import architecture, schema
 from puna.configs.errors import ConfigError, UserError
 from puna.eval.tasks import during, evaluate
 from puna.eval.tasks.definition import load_task
@@ -27,7 +27,7 @@ CONFIG = schema.ModelConfig(
     vocab_size=288, embed_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
     mlp_dim=48, max_positions=192, rope_theta=100.0, nope_interval=2, chunk_size=16,
     compute_dtype="float32",
-    vision=schema.VisionConfig(
+    vision=architecture.VisionConfig(
         num_layers=1, embed_dim=16, num_heads=2, mlp_dim=24, image_size=8, patch_size=2,
         adapter_dim=20, max_tiles=4, token_id=TOKENIZER.special["<|patch|>"],
     ),

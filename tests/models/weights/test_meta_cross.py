@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from puna.configs import get_config, schema
+from puna.configs import architecture, get_config, schema
 from puna.configs.errors import UserError
 from puna.models.weights import meta, meta_cross, tiled_vision_table
 from puna.models.weights.load import open_weights
@@ -199,7 +199,7 @@ def test_layers_are_where_metas_code_has_them():
             )  # fmt: skip
             config = dataclasses.replace(
                 schema.ModelConfig(), num_layers=made["num_layers"],
-                cross=schema.CrossConfig(**made["cross"]),
+                cross=architecture.CrossConfig(**made["cross"]),
             )  # fmt: skip
             names = []
             for i in range(num_layers):
