@@ -78,6 +78,7 @@ SETTINGS = (
     "model.vocab_size=264 model.embed_dim=16 model.num_layers=1 model.num_heads=2 "
     "model.num_kv_heads=2 model.head_dim=8 model.mlp_dim=16 model.compute_dtype=float32 "
     "data.tokenizer=bytes data.seq_len=64 train.steps=4 train.batch_size=8 "
+    "train.microbatches=1 "
     "optimizer.warmup_steps=1 optimizer.learning_rate=0.01 train.init_from="
 ).split()  # fmt: skip
 
