@@ -362,7 +362,7 @@ def test_the_commands_ask_for_it(monkeypatch, tmp_path, command):
     class Loaded(Exception):
         pass
 
-    def load(path, dtype="float32", mesh=None, quantize="", adapter=""):
+    def load(path, dtype="float32", mesh=None, quantize="", adapter="", rewards=False):
         raise Loaded(f"{quantize} {adapter}")
 
     monkeypatch.setattr("puna.models.weights.load.load", load)

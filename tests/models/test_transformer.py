@@ -74,7 +74,7 @@ def test_training_and_prefill_ask_for_no_logits(tied):
     batch = objective.abstract_batch(c, mesh)
     assert not logits_in(jax.make_jaxpr(step)(state, batch).jaxpr, 32)
     prefill = jax.make_jaxpr(engine._prefill, static_argnums=(0, 1))(
-        model, 32, abstract(c), None, tokens_BT, tokens_BT
+        model, 32, abstract(c), None, tokens_BT, tokens_BT, None
     )
     assert not logits_in(prefill.jaxpr, 32)
     batch = {name: jax.ShapeDtypeStruct((128, 16), x.dtype) for name, x in batch.items()}
