@@ -1,5 +1,6 @@
 """Programs that others have written for OpenAI's API, against the server as it runs."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -39,13 +40,19 @@ def params(drawn):
     return drawn(CONFIG, 0.4)
 
 
-@pytest.fixture(scope="module")
-def worker(params):
-    worker = Worker(Engine(MODEL, params, TOKENIZER, 4, 2048), max_waiting=200)
+@contextlib.contextmanager
+def running(params, max_length, max_waiting):
+    worker = Worker(Engine(MODEL, params, TOKENIZER, 4, max_length), max_waiting=max_waiting)
     worker.start()
     yield worker
     worker.stop()
     worker.join()
+
+
+@pytest.fixture(scope="module")
+def worker(params):
+    with running(params, 2048, 200) as worker:
+        yield worker
 
 
 @pytest.fixture(scope="module")
@@ -177,17 +184,26 @@ def test_errors_are_the_exceptions_of_the_client(client, openai, url):
         openai.OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
 
 
-def test_schemathesis_finds_nothing(url, worker, tmp_path):
+@pytest.fixture
+def brief(params, listening):
+    """A server whose longest request, of as many texts as may wait, takes seconds."""
+    with running(params, 256, 16) as worker:
+        with listening(app.Server(worker, "org/tiny", "key")) as url:
+            yield url, worker
+
+
+def test_schemathesis_finds_nothing(brief, tmp_path):
     """Bodies that the OpenAPI document allows and such that it does not: no 500, no hang.
 
     Some 1,400 requests, a third of which are answered; PUNA_CASES=300 for more than 2,000.
     """
+    url, worker = brief
     httpx = pytest.importorskip("httpx", reason="a client")
     pytest.importorskip("schemathesis", reason="needs the extra clients")
     cases = int(os.environ.get("PUNA_CASES", "100"))  # of each route
     command = [
         sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json",
-        "--header=Authorization: Bearer key", f"--max-examples={cases}", "--request-timeout=60",
+        "--header=Authorization: Bearer key", f"--max-examples={cases}", "--request-timeout=120",
         "--checks=not_a_server_error,status_code_conformance,content_type_conformance,"
         "response_schema_conformance", "--phases=examples,coverage,fuzzing", "--seed=1",
         # Of a path's name, where most of what is drawn is no path.
