@@ -37,7 +37,8 @@ ROWS = {
     "--config.mesh.fsdp=512 --config.train.batch_size=512 "
     "--config.train.compiler_options=",
     "behemoth-v5p": "--config=llama4:behemoth --topology=2xv5p-2048 --config.mesh.slices=2 "
-    "--config.mesh.data=1 --config.mesh.fsdp=1024 --config.train.batch_size=2048 "
+    "--config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.expert=16 "
+    "--config.train.batch_size=2048 "
     "--config.train.compiler_options=",
 }
 COLUMNS = (
