@@ -17,10 +17,10 @@ FAILURES = {
     "none": "",
     "save": """
 save = checkpoint.Checkpoints.save
-def failing(self, state, step, position):
+def failing(self, state, step, position, provenance):
     if step == 4:
         failing_disk.fail("write")
-    save(self, state, step, position)
+    save(self, state, step, position, provenance)
 checkpoint.Checkpoints.save = failing
 """,
     "restore": """
