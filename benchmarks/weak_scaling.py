@@ -26,7 +26,7 @@ def scaled(config: schema.Config, **axes) -> schema.Config:
     """The configuration on these mesh axes, one row a device."""
     mesh = dataclasses.replace(schema.MeshConfig(), **axes)
     rows = mesh.data * mesh.fsdp
-    train = dataclasses.replace(config.train, batch_size=rows, microbatches=1)
+    train = dataclasses.replace(config.train, batch_size=rows, microbatches=1, compiler_options="")
     return dataclasses.replace(config, mesh=mesh, train=train)
 
 
