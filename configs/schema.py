@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from . import paths
-from .architecture import ModelConfig
+from .architecture import ModelConfig as ModelConfig  # offered here, too
 from .errors import ConfigError
 from .fields import Only, checked, key, section, shown
 from .patterns import are_names, are_options

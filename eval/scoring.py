@@ -285,7 +285,7 @@ def _states(model, params, cache, tokens_RT, lengths_R, images):
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
 def _extend(model, room: int, params, cache, places_R, tokens_RT, lengths_R, images):
-    """The cache of rows that go on from rows of a cache, or from nothing."""
+    """The cache of rows that continue rows of another cache, or of empty ones."""
     if cache is None:
         cache = init_cache(model.config, len(tokens_RT), room)
     else:

@@ -70,7 +70,7 @@ def printed(code: str) -> str:
     """What a program prints, and why it did not run to its end where it did not.
 
     Raises:
-      UserError: it is no text, or this machine does not isolate programs.
+      UserError: it is not text, or this machine does not isolate programs.
     """
     if not isinstance(code, str):
         raise UserError("code must be text")

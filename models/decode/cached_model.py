@@ -1,6 +1,6 @@
 """A model with a cache of all slots: what devices do for `slots.Engine`, compiled once a shape.
 
-Nothing here is decided: which slot, which tokens, and what becomes of them, the engine says.
+It decides nothing: the engine says which slot and which tokens, and what to do with the results.
 """
 
 import functools

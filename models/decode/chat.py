@@ -224,7 +224,7 @@ class Chat:
         """Run a call, remember it with what was said before it and its result; a line of both."""
         try:
             result = str(self._tools[call.name].run(**json.loads(call.arguments)))
-        except Exception as error:  # whatever it is, the model is told and the chat goes on
+        except Exception as error:  # any error is given to the model; it does not end the chat
             result = f"error: {error or type(error).__name__}"
         if len(result) > _RESULT:
             result = f"{result[:_RESULT]}\n[cut]"

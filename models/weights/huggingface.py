@@ -336,9 +336,16 @@ def to_puna(
     Raises:
       UserError: a tensor is missing or has another shape than the architecture says.
     """
+    return from_tensors(leaves(config, prefix, kind), get)
+
+
+def from_tensors(
+    table: Mapping[str, Leaf], get: Callable[[str], np.ndarray] | Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """`to_puna` by a table, of any format."""
     read = get.__getitem__ if isinstance(get, Mapping) else get
     params: dict[str, Any] = {}
-    for path, leaf in leaves(config, prefix, kind).items():
+    for path, leaf in table.items():
         whole = None
         for i, source in enumerate(leaf.sources):
             part = source.load(_checked(read, source))
@@ -362,8 +369,12 @@ def from_puna(
     Raises:
       UserError: the tree is not that of `config`.
     """
+    return to_tensors(leaves(config, prefix, kind), params)
+
+
+def to_tensors(table: Mapping[str, Leaf], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """`from_puna` by a table, of any format."""
     flat = dict(_flatten(params))
-    table = leaves(config, prefix, kind)
     if flat.keys() != table.keys():
         odd = sorted(flat.keys() ^ table.keys())[0]
         state = "is not one of" if odd in flat else "is missing from"

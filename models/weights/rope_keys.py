@@ -2,8 +2,8 @@
 
 Types are those of transformers 5.23. Linear scaling (arXiv 2306.15595) is that of Llama 3.1 where
 each wavelength counts as long; dynamic scaling changes no text up to the model's longest context,
-beyond which puna goes nowhere; YaRN (arXiv 2309.00071) has a ramp and a factor of its own. longrope
-is left out: its frequencies depend on the length of the text.
+the longest that puna takes; YaRN (arXiv 2309.00071) has a ramp and a factor of its own. longrope is
+left out: its frequencies depend on the length of the text.
 """
 
 import math
@@ -117,7 +117,7 @@ def notes(values: Mapping[str, Any]) -> list[str]:
     if "dynamic" not in (rope.get("type"), rope.get("rope_type")):
         return []
     return ["config.json: dynamic scaling of RoPE begins beyond max_position_embeddings; "
-            "puna has none, and its models end there"]  # fmt: skip
+            "puna has none, and takes no longer text"]  # fmt: skip
 
 
 def _yarn(read, rope, name, max_positions):

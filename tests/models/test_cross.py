@@ -58,7 +58,7 @@ class Fixture:
         fields = tiled_vision_table.from_hf(self.json) | {"compute_dtype": "float32"}
         self.config = schema.from_dict(fields, schema.ModelConfig)
         self.table = table_of(self.config)
-        self.params = to_puna(self.table, self.weights)
+        self.params = huggingface.from_tensors(self.table, self.weights)
         self.pixels, self.grids = arrays["tiles"], arrays["grids"]
         self.images = tiled_vision.TiledImages(self.pixels.transpose(0, 1, 2, 4, 5, 3), self.grids)
 
@@ -69,30 +69,6 @@ class Fixture:
 
 def table_of(config):
     return huggingface.leaves(config, "language_model.") | tiled_vision_table.leaves(config)
-
-
-def to_puna(table, weights):
-    params = {}
-    for path, leaf in table.items():
-        parts = [source.load(weights[source.name]) for source in leaf.sources]
-        *parents, last = path.split("/")
-        tree = params
-        for name in parents:
-            tree = tree.setdefault(name, {})
-        tree[last] = np.stack(parts) if leaf.stacked else parts[0]
-    return params
-
-
-def from_puna(table, params):
-    out = {}
-    for path, leaf in table.items():
-        value = params
-        for name in path.split("/"):
-            value = value[name]
-        for i, source in enumerate(leaf.sources):
-            out.setdefault(source.name, np.empty(source.hf_shape, np.float32))
-            source.store(np.asarray(value[i] if leaf.stacked else value), out[source.name])
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +109,7 @@ def logits(stored):
 def test_table_round_trip_is_exact(stored):
     wanted = sharding.unbox(abstract_params(stored.config))
     assert jax.tree.map(np.shape, stored.params) == jax.tree.map(np.shape, wanted)
-    back = from_puna(stored.table, stored.params)
+    back = huggingface.to_tensors(stored.table, stored.params)
     assert back.keys() == stored.weights.keys()
     for name, weight in stored.weights.items():
         assert back[name].shape == weight.shape and back[name].tobytes() == weight.tobytes(), name
@@ -167,7 +143,7 @@ def test_model_equals_hugging_face(stored, rule):
     (value, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(stored.params)
     assert error(found, stored.arrays[f"{rule}logits"]) < OUTPUT
     assert error(value, stored.arrays[f"{rule}loss"]) < OUTPUT
-    gradient = from_puna(stored.table, gradient)
+    gradient = huggingface.to_tensors(stored.table, gradient)
     errors = {
         name: error(gradient[name], stored.arrays[f"{rule}gradient/{name}"]) for name in gradient
     }

@@ -43,32 +43,10 @@ class Fixture:
         self.config = schema.from_dict(fields | {"compute_dtype": "float32"}, schema.ModelConfig)
         self.table = huggingface.leaves(self.config, "language_model.", hf_config.LLAMA4)
         self.table |= vision_table.leaves(self.config)
-        self.params = self.to_puna(self.weights)
+        self.params = huggingface.from_tensors(self.table, self.weights)
         self.images = vision.batch_images(
             self.config.vision, [[t] for t in np.split(self.tiles, self.ends[:-1])]
         )
-
-    def to_puna(self, weights):
-        params = {}
-        for path, leaf in self.table.items():
-            parts = [source.load(weights[source.name]) for source in leaf.sources]
-            *parents, last = path.split("/")
-            tree = params
-            for name in parents:
-                tree = tree.setdefault(name, {})
-            tree[last] = np.stack(parts) if leaf.stacked else parts[0]
-        return params
-
-    def from_puna(self, params):
-        out = {}
-        for path, leaf in self.table.items():
-            value = params
-            for name in path.split("/"):
-                value = value[name]
-            for i, source in enumerate(leaf.sources):
-                out.setdefault(source.name, np.empty(source.hf_shape, np.float32))
-                source.store(np.asarray(value[i] if leaf.stacked else value), out[source.name])
-        return out
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +95,7 @@ def run(stored):
 def test_table_round_trip_is_exact(stored):
     wanted = sharding.unbox(abstract_params(stored.config))
     assert jax.tree.map(np.shape, stored.params) == jax.tree.map(np.shape, wanted)
-    back = stored.from_puna(stored.params)
+    back = huggingface.to_tensors(stored.table, stored.params)
     assert back.keys() == stored.weights.keys()
     for name, weight in stored.weights.items():
         assert back[name].tobytes() == weight.tobytes(), name
@@ -141,7 +119,7 @@ def test_model_equals_hugging_face(stored, run):
     logits, loss, gradient = run(stored.images)
     assert error(logits, stored.logits) < OUTPUT
     assert error(loss, stored.loss) < OUTPUT
-    found = stored.from_puna(gradient)
+    found = huggingface.to_tensors(stored.table, gradient)
     errors = {name: error(found[name], wanted) for name, wanted in stored.gradients.items()}
     worst = max(errors, key=errors.get)
     assert errors[worst] < GRADIENT, f"{worst}: {errors[worst]:.1e}"

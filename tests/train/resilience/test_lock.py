@@ -149,6 +149,29 @@ def digest(path):
     return hashlib.sha256(path.name.encode() + path.read_bytes()).hexdigest()[:16]
 
 
+def holders(lock):
+    """How many of eight threads that come at the same moment hold a lock."""
+    start, results = threading.Barrier(8), []
+
+    def come():
+        start.wait()
+        try:
+            with lock() as mine:
+                results.append(True)
+                while len(results) < 8:
+                    time.sleep(0.001)
+                mine.check()
+        except UserError:
+            results.append(False)
+
+    threads = [threading.Thread(target=come) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(results)
+
+
 @pytest.mark.parametrize("killed", [0, 1, 2])
 def test_of_many_newcomers_one_takes_over(tmp_path, killed):
     """Also where some before them were killed while they took over."""
@@ -160,25 +183,7 @@ def test_of_many_newcomers_one_takes_over(tmp_path, killed):
             name.write_text(json.dumps(content))
             left.append(name)
             name = name.with_name(f".{FILE}.{digest(name)}")
-        start, results = threading.Barrier(8), []
-
-        def come(start=start, results=results):
-            start.wait()
-            try:
-                with Lock(tmp_path / FILE, patience=60) as mine:
-                    results.append(True)
-                    while len(results) < 8:
-                        time.sleep(0.001)
-                    mine.check()
-            except UserError:
-                results.append(False)
-
-        threads = [threading.Thread(target=come) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(results) == 1
+        assert holders(lambda: Lock(tmp_path / FILE, patience=60)) == 1
         assert not list(tmp_path.iterdir())
 
 
@@ -252,22 +257,5 @@ def test_in_a_bucket_one_of_many_newcomers_takes_over(bucket):
         with BucketLock(path):
             content = json.loads(store[FILE])
         store[FILE] = json.dumps(content | {"token": "other", "started": "1"})
-        start, results = threading.Barrier(8), []
-
-        def come(start=start, results=results):
-            start.wait()
-            try:
-                with BucketLock(path, patience=60) as mine:
-                    results.append(True)
-                    while len(results) < 8:
-                        time.sleep(0.001)
-                    mine.check()
-            except UserError:
-                results.append(False)
-
-        threads = [threading.Thread(target=come) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sum(results) == 1 and store.list().result() == []
+        assert holders(lambda: BucketLock(path, patience=60)) == 1
+        assert store.list().result() == []
