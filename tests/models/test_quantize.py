@@ -365,7 +365,7 @@ def test_the_commands_ask_for_it(monkeypatch, tmp_path, command):
     def load(path, dtype="float32", mesh=None, quantize="", adapter="", rewards=False):
         raise Loaded(f"{quantize} {adapter}")
 
-    monkeypatch.setattr("puna.models.weights.load.load", load)
+    monkeypatch.setattr("puna.models.decode.load_engine.load", load)
     monkeypatch.setattr("puna.eval.evaluate.load", load)
     monkeypatch.setattr("puna.models.text.tokenizer.load_tokenizer", lambda path: byte_tokenizer())
     monkeypatch.setattr("puna.eval.evaluate.load_tokenizer", lambda path: byte_tokenizer())
