@@ -10,8 +10,15 @@ from .rules import POSITIVE, Rule, at_least, more_than, one_of
 EVEN = Rule("be an even number of at least 2", lambda v: v >= 2 and v % 2 == 0)
 RISING = Rule("be rising numbers, comma separated", are_rising)
 DTYPE = one_of("float32", "bfloat16")
+EIGHT_BITS = ("float8", "int8")
+COMPUTE = one_of("float32", "bfloat16", *EIGHT_BITS)
 MOE = Only("model.moe_interval")
 CROSS = Only("model.cross.interval")
+
+
+def activation_dtype(compute_dtype: str) -> str:
+    """What activations are in where products are in `compute_dtype`."""
+    return "bfloat16" if compute_dtype in EIGHT_BITS else compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +117,9 @@ class ModelConfig:
         0.0, "step of loss-free bias balancing; 0 = off", at_least(0), MOE
     )
 
-    compute_dtype: str = key("bfloat16", "matmul operands and activations", DTYPE)
+    compute_dtype: str = key(
+        "bfloat16", "matmul operands and activations; 8 bits: layers' matmuls alone", COMPUTE
+    )
     param_dtype: str = key(
         "float32", "stored parameters; beside bfloat16 the optimizer keeps float32 ones", DTYPE
     )
@@ -128,6 +137,11 @@ class ModelConfig:
         return math.lcm(
             self.nope_interval or 1, self.moe_interval or 1, self.cross.interval or 1
         )  # fmt: skip
+
+    @property
+    def activation_dtype(self) -> str:
+        """Of activations, and of all products but the large ones of the layers."""
+        return activation_dtype(self.compute_dtype)
 
     @property
     def embedding_rows(self) -> int:

@@ -127,14 +127,14 @@ class AudioEncoder(nn.Module):
 
         frames_WD = param(self, "frames_WD", (W, D), ("patches", "embed"), normal(W**-0.5),
                           c.param_dtype)  # fmt: skip
-        x_RTD = contract("RTW,WD->RTD", stacked_RTW, frames_WD, c.compute_dtype)
+        x_RTD = contract("RTW,WD->RTD", stacked_RTW, frames_WD, c.activation_dtype)
         x_RTD = constrain(x_RTD, "batch", None, "act_embed")
         x_RTD = Encoder(c, a, name="encoder")(x_RTD, rope_angles(a, T), valid_RT)
         # Features start out as large as the embeddings they stand among.
         std = (D * c.embed_dim) ** -0.5
         projector_AD = param(self, "projector_AD", (D, c.embed_dim), ("mlp", "embed"), normal(std),
                              c.param_dtype)  # fmt: skip
-        y_RTD = contract("RTA,AD->RTD", x_RTD, projector_AD, c.compute_dtype)
+        y_RTD = contract("RTA,AD->RTD", x_RTD, projector_AD, c.activation_dtype)
         y_RTD = constrain(y_RTD, "batch", None, "act_embed")
         values_BUD = constrain(y_RTD.reshape(B, -1, c.embed_dim), "batch", None, "act_embed")
         return Features(values_BUD, valid_RT.reshape(B, -1))

@@ -253,10 +253,10 @@ def init_cache(
     """An empty cache for `batch_size` rows of at most `max_length` tokens.
 
     Args:
-      dtype: one of `DTYPES`; the model's compute_dtype when left out.
+      dtype: one of `DTYPES`; the model's activations' when left out.
       images: most images of a row, where layers attend to those; 0 for a text alone.
     """
-    dtype = jnp.dtype(dtype or config.compute_dtype).name
+    dtype = jnp.dtype(dtype or config.activation_dtype).name
     num_features = images * features_per_image(config.vision)
 
     def kept(shape):

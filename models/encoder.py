@@ -62,7 +62,7 @@ class SelfAttention(nn.Module):
         def project(name):
             w_DNH = param(self, f"w{name}_DNH", (D, N, H), ("embed", "heads", "head_dim"), read,
                           c.param_dtype)  # fmt: skip
-            x_BTNH = contract("BTD,DNH->BTNH", x_BTD, w_DNH, c.compute_dtype)
+            x_BTNH = contract("BTD,DNH->BTNH", x_BTD, w_DNH, c.activation_dtype)
             x_BTNH = constrain(x_BTNH, "batch", None, "act_heads", None)
             if angles_1TJ is None:
                 return x_BTNH
@@ -76,7 +76,7 @@ class SelfAttention(nn.Module):
         a_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, queries, keys)
         wo_NHD = param(self, "wo_NHD", (N, H, D), ("heads", "head_dim", "embed"), write,
                        c.param_dtype)  # fmt: skip
-        y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.compute_dtype)
+        y_BTD = contract("BTNH,NHD->BTD", a_BTNH, wo_NHD, c.activation_dtype)
         y_BTD = constrain(y_BTD, "batch", None, "act_embed")
         if angles_1TJ is None:
             return y_BTD
@@ -103,9 +103,9 @@ class MLP(nn.Module):
         b_up_F = param(self, "b_up_F", (F,), ("mlp",), zeros, c.param_dtype)
         w_down_FD = param(self, "w_down_FD", (F, D), ("mlp", "embed"), write, c.param_dtype)
         b_down_D = param(self, "b_down_D", (D,), ("norm",), zeros, c.param_dtype)
-        h_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.compute_dtype)
+        h_BTF = contract("BTD,DF->BTF", x_BTD, w_up_DF, c.activation_dtype)
         h_BTF = gelu(add_bias(constrain(h_BTF, "batch", None, "act_mlp"), b_up_F))
-        y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.compute_dtype)
+        y_BTD = contract("BTF,FD->BTD", h_BTF, w_down_FD, c.activation_dtype)
         return add_bias(constrain(y_BTD, "batch", None, "act_embed"), b_down_D)
 
 

@@ -1,7 +1,8 @@
 """The parameter helper, the matmul and the small layers: RMSNorm, Embed, SwiGLU.
 
 Parameters are stored in `param_dtype`, or as another kind of `leaf`; every contraction rounds its
-operands to `compute_dtype` and accumulates in float32, forward and backward.
+operands to a dtype, `compute_dtype` in the layers and `activation_dtype` elsewhere, and accumulates
+in float32, forward and backward. What 8 bits are is in `eight_bits`.
 """
 
 import functools
@@ -12,8 +13,9 @@ import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from ..configs.architecture import EIGHT_BITS, activation_dtype
 from ..configs.schema import ModelConfig
-from . import bits
+from . import bits, eight_bits
 from .adapters import Adapted, factor_names, is_adapted
 from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
@@ -61,7 +63,10 @@ def add_bias(x, bias):
     return (x.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
-def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
+def contract(
+    spec: str, x, w, dtype: str, out_dtype: str | None = None,
+    split: tuple[str | None, str | None] = (None, None),
+):  # fmt: skip
     """Einsum of an activation with a weight, accumulated in float32.
 
     Args:
@@ -69,8 +74,10 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
         other operand, in the result, or in both.
       x: activation.
       w: weight: an array in any float dtype, or another kind of leaf.
-      dtype: what both are rounded to.
-      out_dtype: of the result; `dtype` where left out.
+      dtype: what both are rounded to: "float32", "bfloat16", or a kind of `eight_bits`.
+      out_dtype: of the result; `dtype` where left out, but bfloat16 for 8 bits.
+      split: in a `shard_map`, the mesh axes over which the dim lies that is summed over, and the
+        dim of w that is not; scales of 8 bits are of whole dims.
 
     Split the result (`constrain`) before anything else is done with it: where the compiler had to
     choose how, it has been seen to lose partial sums.
@@ -81,8 +88,10 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
     """
     weight = resolve(w)
     if weight.scale is None and weight.a is None:
-        return checkpoint_name(_contract(spec, x, weight.values, dtype, out_dtype), PRODUCT)
-    y = _contract(spec, x, weight.values, dtype, "float32")
+        y = _contract(spec, x, weight.values, dtype, out_dtype, split)
+        return checkpoint_name(y, PRODUCT)
+    y = _contract(spec, x, weight.values, dtype, "float32", split)
+    rest = activation_dtype(dtype)  # of adapters, which are narrow
     if weight.scale is not None:
         y *= _beside(spec, weight.scale)
     if weight.a is not None and weight.b is not None:
@@ -91,29 +100,29 @@ def contract(spec: str, x, w, dtype: str, out_dtype: str | None = None):
         a, b = factor_names(letters, weight.a.ndim, weight.b.ndim)
         low = "".join(letter for letter in left if letter in out) + "r"
         assert weight.counts_Br is None or left[0] == "B", "rows of x have an adapter each"
-        x_low = weight.low(_contract(f"{left},{a}->{low}", x, weight.a, dtype, None))
-        y += _contract(f"{low},{b}->{out}", x_low, weight.b, dtype, "float32")
+        x_low = weight.low(_contract(f"{left},{a}->{low}", x, weight.a, rest, None))
+        y += _contract(f"{low},{b}->{out}", x_low, weight.b, rest, "float32")
     if weight.gain is not None:
         y *= _beside(spec, weight.gain)
-    return checkpoint_name(y.astype(out_dtype or dtype), PRODUCT)
+    return checkpoint_name(y.astype(out_dtype or rest), PRODUCT)
 
 
 def _beside(spec, scale):
     """The scale of a weight in the dims of the product that `spec` says."""
     terms, out = spec.split("->")
-    letters = terms.split(",")[1]
-    kept = [letter for letter in out if letter in letters]
-    scale = jnp.einsum(f"{letters}->{''.join(kept)}", scale)
-    return scale.reshape([scale.shape[kept.index(a)] if a in kept else 1 for a in out])
+    return eight_bits.beside(terms.split(",")[1], out, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
-def _contract(spec, x, w, dtype, out_dtype):
-    if isinstance(w, Turned) and w.is_for(x):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _contract(spec, x, w, dtype, out_dtype, split=(None, None)):
+    if dtype in EIGHT_BITS:
+        kind = eight_bits.FORMATS[dtype].forward
+        y = eight_bits.einsum(spec, x, numbers(w), kind, kind, split[0])
+    elif isinstance(w, Turned) and w.is_for(x):
         y = w.times(x, dtype)
     else:
         y = _dot(spec, x, w, dtype)
-    return y.astype(out_dtype or dtype)
+    return y.astype(out_dtype or activation_dtype(dtype))
 
 
 def _dot(spec, a, b, dtype):
@@ -125,18 +134,24 @@ def _dot(spec, a, b, dtype):
     )  # fmt: skip
 
 
-def _contract_fwd(spec, x, w, dtype, out_dtype):
-    return _contract(spec, x, w, dtype, out_dtype), (x, w)
+def _contract_fwd(spec, x, w, dtype, out_dtype, split):
+    return _contract(spec, x, w, dtype, out_dtype, split), (x, w)
 
 
-def _contract_bwd(spec, dtype, out_dtype, saved, g):
+def _contract_bwd(spec, dtype, out_dtype, split, saved, g):
     x, w = saved
     terms, out = spec.split("->")
     a, b = terms.split(",")
-    dx = _dot(f"{out},{b}->{a}", g, w, dtype).astype(x.dtype)
+    back = f"{out},{b}->{a}"
+    if dtype in EIGHT_BITS:
+        kinds = eight_bits.FORMATS[dtype]
+        dx = eight_bits.einsum(back, g, numbers(w), kinds.backward, kinds.forward, split[1])
+    else:
+        dx = _dot(back, g, w, dtype)
+    dx = dx.astype(x.dtype)
     if isinstance(w, Grouped | Turned) or not jnp.issubdtype(w.dtype, jnp.floating):
         return dx, None
-    dw = _dot(f"{a},{out}->{b}", x, g, dtype).astype(w.dtype)
+    dw = _dot(f"{a},{out}->{b}", x, g, activation_dtype(dtype)).astype(w.dtype)
     return dx, dw
 
 
@@ -181,7 +196,7 @@ class Embed(nn.Module):
         c = self.config
         shape, std = (c.embedding_rows, c.embed_dim), c.embed_dim**-0.5
         table_VD = param(self, "table_VD", shape, ("vocab", "embed"), normal(std), c.param_dtype)
-        x_BTD = look_up(table_VD, jnp.asarray(tokens_BT), c.compute_dtype)
+        x_BTD = look_up(table_VD, jnp.asarray(tokens_BT), c.activation_dtype)
         return constrain(x_BTD, "batch", "length", "act_embed")
 
 

@@ -9,6 +9,7 @@ the batch), so they do not depend on how the batch is spread over devices or mic
 - `expert_choice`: arXiv 2202.09368. Each expert takes its top tokens of the row; not causal.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -247,10 +248,13 @@ def apply_experts(x_BTD, choice: Choice, weights, limit, pairs, dtype):
         routing = Routing(*jax.tree.map(lambda a: a.reshape(-1), choice))
         x_TD = x_BTD.reshape(B * T, D)
         bound = None if limit is None else B * limit
+        experts = functools.partial(
+            swiglu_experts, dtype=dtype, hidden_axis="tensor" if "tensor" in split else None
+        )
         if "expert" in split:
-            y_TD = _exchanged(x_TD, routing, weights, num_experts, bound, dtype)
+            y_TD = _exchanged(x_TD, routing, weights, num_experts, bound, experts)
         else:
-            y_TD, _ = swiglu_experts(x_TD, routing, *weights, capacity=bound, dtype=dtype)
+            y_TD, _ = experts(x_TD, routing, *weights, capacity=bound)
         y_BTD = y_TD.reshape(B, T, D)
         if "tensor" in split and out[1] != rows[1]:
             return jax.lax.psum_scatter(y_BTD, "tensor", scatter_dimension=1, tiled=True)
@@ -281,8 +285,8 @@ def _save_all_but_gathered(primitive, *_, **__) -> bool:
     return primitive.name != "all_gather"
 
 
-def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):
-    """`swiglu_experts` where each device of the group has some of the experts."""
+def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, experts):
+    """`experts`, a `swiglu_experts`, where each device of the group has some of the experts."""
     here, num_pairs = weights[0].shape[0], len(routing.token_M)
     devices = num_experts // here
     # An unused pair has expert `num_experts`, so its device is none of the group.
@@ -304,11 +308,11 @@ def _exchanged(x_TD, routing: Routing, weights, num_experts, bound, dtype):
         expert_R = sent(routing.expert_M.at[pair_P].get(mode="clip") % here)
         expert_R = jnp.where(expert_R >= 0, expert_R, here)
         token_P = routing.token_M.at[pair_P].get(mode="clip")
-        y_RD, _ = swiglu_experts(
+        y_RD, _ = experts(
             rows_RD, Routing(jnp.arange(len(rows_RD)), expert_R),
             *of_rows(weights, lambda chosen_T: sent(chosen_T[token_P])),
             capacity=None if bound is None else devices * bound,
-            expected_pairs=min(num_pairs, len(rows_RD)), dtype=dtype,
+            expected_pairs=min(num_pairs, len(rows_RD)),
         )  # fmt: skip
         y_PD = exchange.bring_back(y_RD, plan, len(pair_P))
         return write_pairs(y_PD, routing, pair_P, x_TD)

@@ -44,8 +44,8 @@ class MultiToken(nn.Module):
         for name, y_BTD in (("hidden", hidden_BTD), ("next", next_BTD)):
             w_DE = param(self, f"w_{name}_DE", shape, names, init, c.param_dtype)
             y_BTD = RMSNorm(c, name=f"{name}_norm")(y_BTD)
-            x_BTD += contract("BTD,DE->BTE", y_BTD, w_DE, c.compute_dtype, "float32")
-        x_BTD = constrain(jnp.asarray(x_BTD, c.compute_dtype), "batch", "length", "act_embed")
+            x_BTD += contract("BTD,DE->BTE", y_BTD, w_DE, c.activation_dtype, "float32")
+        x_BTD = constrain(jnp.asarray(x_BTD, c.activation_dtype), "batch", "length", "act_embed")
         tokens = Tokens(positions_BT, segment_ids_BT)
         zigzag = context.devices(x_BTD.shape[1]) > 1
         if zigzag:

@@ -102,7 +102,7 @@ class TileEncoder(nn.Module):
             self, "patch_WD", (W, D), ("patches", "embed"), normal(W**-0.5), c.param_dtype
         )
         patches_RTW = cut_patches(tiles, v.patch_size).reshape(R, -1, W)
-        x_RTD = contract("RTW,WD->RTD", patches_RTW, patch_WD, c.compute_dtype)
+        x_RTD = contract("RTW,WD->RTD", patches_RTW, patch_WD, c.activation_dtype)
         x_RTD = constrain(x_RTD, "batch", None, "act_embed")
         x_RIPD = self._add_to_tiles("pre_tile", x_RTD.reshape(R, num_tiles, P - 1, D), grids_R)
         class_D = param(self, "class_D", (D,), ("norm",), normal(D**-0.5), c.param_dtype)
@@ -136,7 +136,7 @@ class TileEncoder(nn.Module):
         projector_FD = param(self, "projector_FD", (F, c.embed_dim), ("mlp", "embed"),
                              normal(F**-0.5), c.param_dtype)  # fmt: skip
         bias_D = param(self, "projector_bias_D", (c.embed_dim,), ("norm",), zeros, c.param_dtype)
-        y_RTD = contract("RTF,FD->RTD", x_RTF, projector_FD, c.compute_dtype)
+        y_RTD = contract("RTF,FD->RTD", x_RTF, projector_FD, c.activation_dtype)
         y_RTD = add_bias(constrain(y_RTD, "batch", None, "act_embed"), bias_D)
         values_BUD = constrain(y_RTD.reshape(B, -1, c.embed_dim), "batch", None, "act_embed")
         return Features(values_BUD, jnp.repeat(valid_RI, P, axis=1).reshape(B, -1))

@@ -141,9 +141,9 @@ class Adapter(nn.Module):
         w_in_FA = param(self, "w_in_FA", (F, A), ("embed", "mlp"), normal(F**-0.5), c.param_dtype)
         w_out_AA = param(self, "w_out_AA", (A, A), ("mlp", "embed"), normal(A**-0.5),
                          c.param_dtype)  # fmt: skip
-        h_RPA = contract("RPF,FA->RPA", x_RPF, w_in_FA, c.compute_dtype)
+        h_RPA = contract("RPF,FA->RPA", x_RPF, w_in_FA, c.activation_dtype)
         h_RPA = gelu(constrain(h_RPA, "batch", None, "act_mlp"))
-        y_RPA = contract("RPA,AZ->RPZ", h_RPA, w_out_AA, c.compute_dtype)
+        y_RPA = contract("RPA,AZ->RPZ", h_RPA, w_out_AA, c.activation_dtype)
         return gelu(constrain(y_RPA, "batch", None, "act_embed"))
 
 
@@ -178,7 +178,7 @@ class VisionEncoder(nn.Module):
             self, "positions_PD", (P + 1, D), names, normal(D**-0.5), c.param_dtype
         )
         patches_RPW = cut_patches(tiles_RYXC, v.patch_size)
-        x_RPD = contract("RPW,WD->RPD", patches_RPW, patch_WD, c.compute_dtype)
+        x_RPD = contract("RPW,WD->RPD", patches_RPW, patch_WD, c.activation_dtype)
         x_RPD = constrain(x_RPD, "batch", None, "act_embed")
         class_R1D = jnp.broadcast_to(class_D.astype(x_RPD.dtype), (len(x_RPD), 1, D))
         x_RPD = jnp.concatenate([x_RPD, class_R1D], axis=1) + positions_PD.astype(x_RPD.dtype)
@@ -191,7 +191,7 @@ class VisionEncoder(nn.Module):
         std = (v.adapter_dim * c.embed_dim) ** -0.5
         projector_AD = param(self, "projector_AD", (v.adapter_dim, c.embed_dim), ("mlp", "embed"),
                              normal(std), c.param_dtype)  # fmt: skip
-        y_RPD = contract("RPA,AD->RPD", x_RPA, projector_AD, c.compute_dtype)
+        y_RPD = contract("RPA,AD->RPD", x_RPA, projector_AD, c.activation_dtype)
         y_RPD = constrain(y_RPD, "batch", None, "act_embed")
         values_BUD = constrain(y_RPD.reshape(B, -1, c.embed_dim), "batch", None, "act_embed")
         return Features(values_BUD, jnp.repeat(valid_BI, features_per_tile(v), axis=1))

@@ -64,7 +64,7 @@ def peak_flops(config: ModelConfig) -> float | None:
     """FLOP/s of all devices together, None where the peak is not known."""
     devices = jax.devices()
     peak = hardware.peak_flops(devices[0].device_kind)
-    return peak * len(devices) if peak and config.compute_dtype == "bfloat16" else None
+    return peak * len(devices) if peak and config.activation_dtype == "bfloat16" else None
 
 
 class RunLog:

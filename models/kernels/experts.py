@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import bits
+from ...configs.architecture import EIGHT_BITS, activation_dtype
+from .. import bits, eight_bits
 from ..layers import contract, swiglu
 from ..leaf import numbers, of_rows, resolve
 from ..quantize import is_quantized
@@ -67,7 +68,7 @@ def sort_by_expert(expert_M, num_experts):
 
 def swiglu_experts(
     x_TD, routing, w_gate_EDF, w_up_EDF, w_down_EFD, *,
-    capacity: int | None = None, expected_pairs: int | None = None, dtype,
+    capacity: int | None = None, expected_pairs: int | None = None, dtype, hidden_axis=None,
 ):  # fmt: skip
     """Sum over each token's experts of `output_scale * E(input_scale * x)`, E a SwiGLU.
 
@@ -77,7 +78,9 @@ def swiglu_experts(
         order; later pairs add nothing.
       expected_pairs: how many of the M pairs are in use as a rule, if not all: where experts
         are split over devices, an even share. It sets block sizes, never results.
-      dtype: of the matmul operands, bfloat16 or float32; sums are in float32.
+      dtype: of the matmul operands: bfloat16, float32 or a kind of `eight_bits`; sums are in
+        float32.
+      hidden_axis: the mesh axis that F is split over, if any, and y_TD to be summed over.
 
     Returns:
       (y_TD in the dtype of x_TD, ExpertStats). Gradients reach x, both scales and the weights.
@@ -89,8 +92,10 @@ def swiglu_experts(
         pair_R = jnp.where(jnp.arange(num_pairs) < load_E.sum(), order_M, num_pairs)
         dropped = jnp.zeros((), jnp.int32)
 
-        def grouped(rows, w):
-            return grouped_matmul(rows, w, load_E, expected_rows=expected_pairs, dtype=dtype)
+        def grouped(rows, w, split):
+            return grouped_matmul(
+                rows, w, load_E, expected_rows=expected_pairs, dtype=dtype, split=split
+            )
 
         matmul = grouped
     else:
@@ -99,9 +104,9 @@ def swiglu_experts(
         pair_R = jnp.where(filled_EC, order_M[slot_EC], num_pairs).reshape(-1)
         dropped = jnp.maximum(load_E - capacity, 0).sum()
 
-        def batched(rows, w):
-            x_ECD = rows.astype(dtype).reshape(num_experts, capacity, -1)
-            y_ECF = contract("ECD,EDF->ECF", x_ECD, w, dtype)
+        def batched(rows, w, split):
+            x_ECD = rows.astype(activation_dtype(dtype)).reshape(num_experts, capacity, -1)
+            y_ECF = contract("ECD,EDF->ECF", x_ECD, w, dtype, split=split)
             return y_ECF.reshape(num_experts * capacity, -1)
 
         matmul = batched
@@ -111,8 +116,8 @@ def swiglu_experts(
     gate, up, down = of_rows(
         weights, lambda chosen_T: chosen_T.at[token_R].get(mode="fill", fill_value=-1)
     )
-    gate_RF, up_RF = matmul(rows_RD, gate), matmul(rows_RD, up)
-    out_RD = matmul(swiglu(gate_RF, up_RF), down)
+    gate_RF, up_RF = (matmul(rows_RD, w, (None, hidden_axis)) for w in (gate, up))
+    out_RD = matmul(swiglu(gate_RF, up_RF), down, (hidden_axis, None))
     return write_pairs(out_RD, routing, pair_R, x_TD), ExpertStats(load_E, dropped)
 
 
@@ -144,7 +149,9 @@ def _scale(rows, scale_M, pair_R):
     return rows * scale_M.at[pair_R].get(mode="fill", fill_value=0)[:, None]
 
 
-def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = None, dtype):
+def grouped_matmul(
+    x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = None, dtype, split=(None, None)
+):
     """Multiply rows sorted by expert by their expert's weights, without padding to a capacity.
 
     Args:
@@ -152,43 +159,62 @@ def grouped_matmul(x_MD, w_EDF, group_sizes_E, *, expected_rows: int | None = No
       x_MD: the first group_sizes_E[0] rows belong to expert 0, the next to expert 1, ...
       group_sizes_E: int32; the sum is at most M.
       expected_rows: the sum to choose block sizes for; None means M.
-      dtype: operands are rounded to it, bfloat16 or float32; sums are in float32.
+      dtype: operands are rounded to it: bfloat16, float32 or a kind of `eight_bits`; sums are in
+        float32.
+      split: the mesh axes that D and F are split over; scales of 8 bits are of whole dims.
 
     Returns:
-      y_MF in `dtype`; rows past the last group are zero, whatever x holds there. In the
-      backward pass an expert without rows gets a gradient of exactly zero.
+      y_MF in `dtype`, or in bfloat16; rows past the last group are zero, whatever x holds there.
+      In the backward pass an expert without rows gets a gradient of exactly zero.
     """
     # An expert's rows under a balanced router: what every block size is chosen from.
     mean = max(1, expected_rows or x_MD.shape[0]) / w_EDF.shape[0]
     weight = resolve(w_EDF)
-    y_MF = _grouped_matmul(x_MD.astype(dtype), weight.values, group_sizes_E, mean)
+    rest = activation_dtype(dtype)
+    x_MD = x_MD.astype(rest)
+    y_MF = _grouped_matmul(x_MD, weight.values, group_sizes_E, mean, dtype, split)
 
     def of_experts(x_E1F):
-        expert_M = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(len(x_MD)), side="right")
-        return x_E1F[:, 0].at[expert_M].get(mode="clip")
+        return _of_experts(x_E1F, group_sizes_E, len(x_MD))
 
     if weight.scale is not None:
-        y_MF = (y_MF * of_experts(weight.scale)).astype(dtype)
+        y_MF = (y_MF * of_experts(weight.scale)).astype(rest)
     if weight.a is not None:
-        low_Mr = weight.low(_grouped_matmul(x_MD.astype(dtype), weight.a, group_sizes_E, mean))
-        y_MF += _grouped_matmul(low_Mr, weight.b, group_sizes_E, mean)
+        low_Mr = weight.low(_grouped_matmul(x_MD, weight.a, group_sizes_E, mean, rest))
+        y_MF += _grouped_matmul(low_Mr, weight.b, group_sizes_E, mean, rest)
     if weight.gain is not None:
-        y_MF = (y_MF * of_experts(weight.gain)).astype(dtype)
+        y_MF = (y_MF * of_experts(weight.gain)).astype(rest)
     return y_MF
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x_MD, w_EDF, group_sizes_E, mean):
-    return _times_weights(x_MD, w_EDF, group_sizes_E, mean, transpose_w=False)
+def _of_experts(x_E1F, group_sizes_E, num_rows):
+    """Of each row that of its expert [M, F]."""
+    ends_E = jnp.cumsum(group_sizes_E)
+    expert_M = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
+    return x_E1F[:, 0].at[expert_M].get(mode="clip")
 
 
-def _grouped_forward(x_MD, w_EDF, group_sizes_E, mean):
-    return _grouped_matmul(x_MD, w_EDF, group_sizes_E, mean), (x_MD, w_EDF, group_sizes_E)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _grouped_matmul(x_MD, w_EDF, group_sizes_E, mean, dtype, split=(None, None)):
+    if dtype not in EIGHT_BITS:
+        return _times_weights(x_MD, w_EDF, group_sizes_E, mean, transpose_w=False)
+    kind = eight_bits.FORMATS[dtype].forward
+    return _times_scaled(x_MD, w_EDF, group_sizes_E, mean, (kind, kind), split[0], False)
 
 
-def _grouped_backward(mean, saved, dy_MF):
+def _grouped_forward(x_MD, w_EDF, group_sizes_E, mean, dtype, split):
+    y_MF = _grouped_matmul(x_MD, w_EDF, group_sizes_E, mean, dtype, split)
+    return y_MF, (x_MD, w_EDF, group_sizes_E)
+
+
+def _grouped_backward(mean, dtype, split, saved, dy_MF):
     x_MD, w_EDF, group_sizes_E = saved
-    dx_MD = _times_weights(dy_MF, w_EDF, group_sizes_E, mean, transpose_w=True)
+    if dtype in EIGHT_BITS:
+        kinds = eight_bits.FORMATS[dtype]
+        kinds = kinds.backward, kinds.forward
+        dx_MD = _times_scaled(dy_MF, w_EDF, group_sizes_E, mean, kinds, split[1], True)
+    else:
+        dx_MD = _times_weights(dy_MF, w_EDF, group_sizes_E, mean, transpose_w=True)
     if is_quantized(w_EDF) or not jnp.issubdtype(w_EDF.dtype, jnp.floating):
         return dx_MD, None, None
     dw_EDF = _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, w_EDF.dtype)
@@ -198,16 +224,33 @@ def _grouped_backward(mean, saved, dy_MF):
 _grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
 
 
+def _times_scaled(x, w_EDF, group_sizes_E, mean, dtypes, axis, transpose_w):
+    """`_times_weights` of x and w quantised to `dtypes`, in x's dtype."""
+    values, scale_M1 = eight_bits.quantize(x, (1,), dtypes[0], axis)
+    summed = 2 if transpose_w else 1
+    w_EDF, w_scale = eight_bits.quantize(numbers(w_EDF), (summed,), dtypes[1], axis)
+    y = _times_weights(values, w_EDF, group_sizes_E, mean, transpose_w=transpose_w)
+    w_scale_E1F = jnp.swapaxes(w_scale, 1, 2) if transpose_w else w_scale
+    y = y * scale_M1 * _of_experts(w_scale_E1F, group_sizes_E, len(x))
+    return jnp.where(_used(x, group_sizes_E), y, 0).astype(x.dtype)
+
+
+def _used(x, group_sizes_E):
+    return (jnp.arange(len(x)) < group_sizes_E.sum())[:, None]
+
+
 def _times_weights(x, w_EDF, group_sizes_E, mean, *, transpose_w):
-    """Rows of x times their expert's w, or its transpose, as the platform does it best."""
+    """Rows of x times their expert's w, or its transpose, as the platform does it best.
+
+    The result is in x's dtype; of 8 bits in float32.
+    """
     y = _on_platform(
         functools.partial(_times_weights_tpu, mean=mean, transpose_w=transpose_w),
         functools.partial(_times_weights_loop, mean=mean, transpose_w=transpose_w),
         w_EDF.shape[1:],
         (x, w_EDF, group_sizes_E),
     )
-    used_M = jnp.arange(x.shape[0]) < group_sizes_E.sum()
-    return jnp.where(used_M[:, None], y, 0)
+    return jnp.where(_used(x, group_sizes_E), y, 0)
 
 
 def _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, dtype):
@@ -222,7 +265,7 @@ def _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, dtype):
 
 def _on_platform(on_tpu, anywhere, widths, operands):
     """Trace both forms and let lowering pick, so one program also compiles ahead for a TPU."""
-    if operands[0].dtype == jnp.bfloat16 and all(width % _LANE == 0 for width in widths):
+    if operands[0].dtype != jnp.float32 and all(width % _LANE == 0 for width in widths):
         return lax.platform_dependent(*operands, tpu=on_tpu, default=anywhere)
     return anywhere(*operands)
 
@@ -235,6 +278,7 @@ def _times_weights_loop(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     x = jnp.pad(x, ((0, block), (0, 0)))
     spec = "BF,DF->BD" if transpose_w else "BD,DF->BF"
     width = w_EDF.shape[1 if transpose_w else 2]
+    is_scaled = _result(x.dtype) != x.dtype
     w_EDF = bits.pack(w_EDF)
 
     def multiply(n, y):
@@ -242,10 +286,10 @@ def _times_weights_loop(x, w_EDF, group_sizes_E, *, mean, transpose_w):
             lambda x: lax.dynamic_index_in_dim(x, expert_N[n], keepdims=False), w_EDF
         )))  # fmt: skip
         x_block = lax.dynamic_slice_in_dim(x, row_N[n], block)
-        y_block = _einsum(spec, x_block, w_DF.astype(x.dtype)).astype(x.dtype)
-        return lax.dynamic_update_slice_in_dim(y, y_block, row_N[n], axis=0)
+        y_block = _einsum(spec, x_block, w_DF if is_scaled else w_DF.astype(x.dtype))
+        return lax.dynamic_update_slice_in_dim(y, y_block.astype(y.dtype), row_N[n], axis=0)
 
-    y = jnp.zeros((num_rows + block, width), x.dtype)
+    y = jnp.zeros((num_rows + block, width), _result(x.dtype))
     return lax.fori_loop(0, num_blocks, multiply, y)[:num_rows]
 
 
@@ -315,10 +359,16 @@ def _blocks(group_sizes_E, num_rows, block, skip=0):
     return expert_N, row_N, ends_E[-1]
 
 
+def _result(dtype):
+    """The dtype of a product of operands in `dtype`: that, but float32 for 8 bits."""
+    return dtype if jnp.dtype(dtype).itemsize > 1 else jnp.dtype(jnp.float32)
+
+
 def _einsum(spec, a, b):
     """Contract in float32; float32 operands are not rounded, as TPUs would by default."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+    sums = eight_bits.accumulator(a.dtype)
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=sums)
 
 
 def _times_weights_tpu(x, w_EDF, group_sizes_E, *, mean, transpose_w):
@@ -328,9 +378,12 @@ def _times_weights_tpu(x, w_EDF, group_sizes_E, *, mean, transpose_w):
     depth, width = (width, depth) if transpose_w else (depth, width)
     tile_m = _row_tile(mean)
     tiling = (tile_m, _tile(depth, 1024), _tile(width, 1024))
+    out = _result(x.dtype)
+    if out != x.dtype:  # megablox takes no 8 bits; bfloat16 holds them exactly
+        x = x.astype(jnp.bfloat16)
     x = jnp.pad(x, ((0, -num_rows % tile_m), (0, 0)))
     w_EDF = numbers(w_EDF).astype(x.dtype)
-    y = gmm(x, w_EDF, group_sizes_E, x.dtype, tiling, transpose_rhs=transpose_w)
+    y = gmm(x, w_EDF, group_sizes_E, out, tiling, transpose_rhs=transpose_w)
     return y[:num_rows]
 
 

@@ -91,7 +91,7 @@ class Distill(NextToken):
 
         out = states(model, params)
         teacher = states(Transformer(self.teacher), frozen["teacher"])
-        dtype = model.config.compute_dtype
+        dtype = model.config.activation_dtype
         table_DV = unembed_table(model.config, params)
         hidden_BTD, table_DV = widen(out.hidden_BTD, table_DV, dtype)
         weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
@@ -158,7 +158,7 @@ def make(config: Config, token_bytes_V) -> Distill:
             f"model.vocab_size={model.vocab_size} of the student: divergences compare id with id"
         )
     teacher = dataclasses.replace(
-        teacher, compute_dtype=model.compute_dtype, param_dtype=model.compute_dtype,
+        teacher, compute_dtype=model.activation_dtype, param_dtype=model.activation_dtype,
         remat="none", capacity_factor=0.0,
     )  # fmt: skip
     t = config.train

@@ -51,14 +51,14 @@ class MultiToken(NextToken):
             return found
         c = model.config
         targets_BT = batch["targets_BT"]
-        next_BTD = look_up(params["embed"]["table_VD"], targets_BT, c.compute_dtype)
+        next_BTD = look_up(params["embed"]["table_VD"], targets_BT, c.activation_dtype)
         hidden_BTD, router = Module(c).apply(
             {"params": params["mtp"]}, out.hidden_BTD, next_BTD, batch["positions_BT"],
             batch["segment_ids_BT"],
         )  # fmt: skip
         seconds_BT, weights_BT = second_targets(batch)
         total, nll_BT = cross_entropy(
-            hidden_BTD, unembed_table(c, params), seconds_BT, weights_BT, c.compute_dtype,
+            hidden_BTD, unembed_table(c, params), seconds_BT, weights_BT, c.activation_dtype,
             self.z_loss, self.loss_chunk,
         )  # fmt: skip
         rows_B = found.rows_B | {

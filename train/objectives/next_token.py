@@ -80,7 +80,7 @@ class NextToken(Objective):
         weights_BT, targets_BT = batch["weights_BT"], batch["targets_BT"]
         total, nll_BT = cross_entropy(
             out.hidden_BTD, unembed_table(model.config, params), targets_BT, weights_BT,
-            model.config.compute_dtype, self.z_loss, self.loss_chunk,
+            model.config.activation_dtype, self.z_loss, self.loss_chunk,
         )  # fmt: skip
         bytes_BT = jnp.asarray(self.token_bytes_V)[targets_BT] * weights_BT
         rows_B = {

@@ -127,7 +127,7 @@ class Preference(Objective):
             batch["segment_ids_BT"], method="states",
         )  # fmt: skip
         table_DV = unembed_table(model.config, params)
-        dtype = model.config.compute_dtype
+        dtype = model.config.activation_dtype
         logps_BT = log_probs(out.hidden_BTD, table_DV, batch["targets_BT"], dtype, self.loss_chunk)
         return logps_BT, out.router
 

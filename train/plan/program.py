@@ -43,7 +43,8 @@ class Cost(NamedTuple):
     """What one execution of an operation takes.
 
     Attributes:
-      flops: of matrix products, 2 a multiply-add.
+      flops: of matrix products, 2 a multiply-add; 1 of two operands of 8 bits, which no published
+        device multiplies at more than twice its rate.
       bytes: read from and written to the device's main memory.
       transcendental: elements of exp, log, sqrt and the like.
       strided: bytes read across the rows of what they lie in, to transpose it.
@@ -177,10 +178,10 @@ class Program:
 
     def _inner(self, op):
         """FLOPs and transcendental elements of an operation, inside a fusion or not."""
-        if op.code == "dot":
-            return Cost(_dot_flops(self, op))
-        if op.code == "convolution":
-            return Cost(_convolution_flops(self, op))
+        if op.code in ("dot", "convolution"):
+            flops = (_dot_flops if op.code == "dot" else _convolution_flops)(self, op)
+            narrow = all(re.match("f8|s8|u8", self.types.get(x, "")) for x in op.operands[:2])
+            return Cost(flops / 2 if narrow else flops)
         if op.code in _TRANSCENDENTAL:
             return Cost(transcendental=_elements(op.type))
         if op.code in ("copy", "transpose") and _turns(self, op):

@@ -258,7 +258,7 @@ def _activations(config, mesh, remat, rows):
     products = heads + m.num_heads * m.head_dim + hidden + m.embed_dim
     widths = {"full": m.embed_dim, "dots": 2 * m.embed_dim + products,
               "none": 6 * m.embed_dim + 2 * products}  # fmt: skip
-    size = 2 if m.compute_dtype == "bfloat16" else 4
+    size = 2 if m.activation_dtype == "bfloat16" else 4
     tensor = mesh.shape["tensor"]
     layers = m.num_layers // mesh.shape["pipeline"]
     saved = (layers * widths[remat] + 2 * widths["none"]) * tokens * size // tensor

@@ -136,6 +136,23 @@ def test_flops_of_a_batched_product_and_of_a_padded_convolution():
     assert flops(Program(text, 1)) == 2 * 2 * 5 * 7 * 22
 
 
+def test_a_product_of_8_bits_counts_half():
+    text = """ENTRY %m (a: KIND[4,8], b: OTHER[8,16]) -> f32[4,16] {
+  %a = KIND[4,8]{1,0} parameter(0)
+  %b = OTHER[8,16]{1,0} parameter(1)
+  ROOT %y = f32[4,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    whole = 2 * 4 * 8 * 16
+    for kinds, wanted in (
+        (("f8e5m2", "f8e4m3fn"), whole / 2),
+        (("s8", "s8"), whole / 2),
+        (("bf16", "s8"), whole),
+    ):
+        program = Program(text.replace("KIND", kinds[0]).replace("OTHER", kinds[1]), 1)
+        assert flops(program) == wanted
+
+
 def test_flops_of_attention_kernels():
     text = """ENTRY %m (x: f32[2]) -> f32[2] {
   %t = s8[1,8,8]{2,1,0} parameter(0)
