@@ -7,6 +7,7 @@ cache is a quarter of what full layers would need. Keys and values can be kept i
 import flax
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from ..configs.schema import ModelConfig
@@ -157,7 +158,12 @@ def _taker(k, v, *layer):
             zero = jnp.zeros((), jnp.int32)
             start_at = (*layer, zero, start, zero, zero)
             part = jax.lax.dynamic_slice(x, start_at, (1,) * len(layer) + (B, size, K, H))
-            return part.reshape(B, size, K, H)
+            part = part.reshape(B, size, K, H)
+            if sharding.platform() == "gpu":
+                # XLA would turn the cache, all of it, into the order that the product with a block
+                # likes, and back, at each token.
+                part = with_layout_constraint(part, Layout(tuple(range(part.ndim))))
+            return part
 
         return _unpack(jax.tree.map(of, k)), _unpack(jax.tree.map(of, v))
 

@@ -20,6 +20,7 @@ class TpuCompiler(NamedTuple):
     torus_dims: int
     most_chips: int
     flops_per_cycle: int  # bfloat16, of the matrix units of a chip; the clock is peak / this
+    sends_ragged: bool = True  # whether `lax.ragged_all_to_all` compiles for more than one host
 
 
 class GpuCompiler(NamedTuple):
@@ -91,7 +92,7 @@ CHIPS = {
     "v4": Chip(("TPU v4",), 275e12, 32 * _GIB, 1.228e12),
     "v5e": Chip(
         ("TPU v5 lite",), 197e12, int(15.75 * _GIB), 0.819e12, 50e9, 3.125e9,
-        TpuCompiler("v5e", 1, 2, 256, 131_072), _TPU,
+        TpuCompiler("v5e", 1, 2, 256, 131_072, sends_ragged=False), _TPU,
     ),
     "v5p": Chip(
         ("TPU v5", "TPU v5p"), 459e12, int(95.74 * _GIB), 2.765e12, 100e9, 6.25e9,
@@ -127,6 +128,12 @@ def compilable() -> dict[str, Chip]:
 def options(device_kind: str) -> tuple[Option, ...]:
     """What the compiler of a device is told; nothing where the device is not known."""
     return next((c.options for c in CHIPS.values() if device_kind in c.device_kinds), ())
+
+
+def sends_ragged(device_kind: str) -> bool:
+    """Whether `lax.ragged_all_to_all` can be compiled for slices of a kind of TPU."""
+    chip = next((c for c in CHIPS.values() if device_kind in c.device_kinds), None)
+    return not (chip and isinstance(chip.compiler, TpuCompiler)) or chip.compiler.sends_ragged
 
 
 def peak_flops(device_kind: str) -> float | None:

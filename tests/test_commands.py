@@ -297,6 +297,7 @@ NOT_RUN = {
     "puna eval .*--harness": ("downloads data sets", "tests/eval/test_harness.py"),
     "puna launch --restarts=N$": ("a flag's name", "tests/train/resilience/test_launch.py"),
     "python benchmarks/compile_ahead": ("compiles for minutes", "tests/train/test_ahead.py"),
+    "python benchmarks/decode_ahead": ("compiles for minutes", "tests/models/decode/test_ahead.py"),
     "python benchmarks/compile_depth": ("compiles for minutes", "tests/train/test_ahead.py"),
     "python benchmarks/fine_tune_memory": ("compiles for minutes", "tests/train/test_ahead.py"),
     "python benchmarks/plan_table": ("compiles for minutes", "tests/train/plan/test_plan.py"),

@@ -69,7 +69,7 @@ class CachedModel:
         Args:
           images: features of the patch tokens in the piece.
         """
-        self._cache = _read(
+        self._cache = read_piece(
             self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
             np.int32(source), np.int32(keep), np.int32(adapter), images,
         )  # fmt: skip
@@ -85,7 +85,7 @@ class CachedModel:
           On the host: ids_BT, see `engine.check_ids`; logprobs_BT, see `engine.Block`; and, if
           any row wants them, the `TOP` likeliest ids and their log-probabilities [B, T, TOP].
         """
-        self._cache, found = _write(
+        self._cache, found = write_tokens(
             self.model, self.params, self._kept, self._cache, inputs_BT, counts_B, place, tops_B,
             masks_BTW, self.vocab_size,
         )  # fmt: skip
@@ -121,7 +121,9 @@ def _of_row(layers, change):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _read(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images):
+def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images):
+    """The program of `CachedModel.read`: the new cache."""
+
     def take(axis, x):
         row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
         return jnp.repeat(row, len(tokens_BT), axis)
@@ -161,7 +163,10 @@ def _states(model, kept, cache, tokens_BT, segments_BT, place, step=0):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def _write(model, params, kept, cache, inputs_BT, counts_B, place, tops_B, masks_BTW, vocab_size):
+def write_tokens(
+    model, params, kept, cache, inputs_BT, counts_B, place, tops_B, masks_BTW, vocab_size
+):  # fmt: skip
+    """The program of `CachedModel.write`: the new cache, and what that returns."""
     B, T = inputs_BT.shape
     segments_BT = jnp.arange(T) < counts_B[:, None]
     states = _states(model, kept, cache, inputs_BT, segments_BT, place)

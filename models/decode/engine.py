@@ -44,21 +44,23 @@ class Block(NamedTuple):
     drawn_logprobs_BT: np.ndarray
 
 
+def cache_specs(cache):
+    """The cache with the `PartitionSpec` of each array on the current mesh in its place."""
+
+    def of_rows(x):
+        return sharding.activation(x.shape, ("batch",) + (None,) * (x.ndim - 1))
+
+    kinds = LayerCache | ImageCache
+    layers = jax.tree.map(lambda x: x.specs(), cache.layers, is_leaf=lambda x: isinstance(x, kinds))
+    lengths_B, seen = jax.tree.map(of_rows, (cache.lengths_B, cache.seen))
+    return cache.replace(layers=layers, lengths_B=lengths_B, seen=seen)
+
+
 def constrain_cache(cache):
     """The cache, lying on the current mesh as keys and values do."""
     if not sharding.split_axes():
         return cache
-
-    def split(layer):
-        return jax.tree.map(jax.lax.with_sharding_constraint, layer, layer.specs())
-
-    kinds = LayerCache | ImageCache
-    layers = jax.tree.map(split, cache.layers, is_leaf=lambda x: isinstance(x, kinds))
-    lengths_B, seen = jax.tree.map(
-        lambda x: sharding.constrain(x, "batch", *[None] * (x.ndim - 1)),
-        (cache.lengths_B, cache.seen),
-    )
-    return cache.replace(layers=layers, lengths_B=lengths_B, seen=seen)
+    return jax.tree.map(jax.lax.with_sharding_constraint, cache, cache_specs(cache))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_length"), donate_argnames="cache")
@@ -87,6 +89,9 @@ def next_ids(model, params, hidden_BTD, keys_B, sampling, vocab_size, masks_BW=N
       ids_B, logprobs_B and drawn_logprobs_B as in `Block`, with ids of _NAN where the model has
       failed, and logits_BV.
     """
+    # What the layers read they have elsewhere: here it would be another argument of the program.
+    table = "embed" if model.config.tie_embeddings else "unembed"
+    params = {table: params[table]}
     # XLA for CPUs would convert the table to float32, whole, before a loop over tokens: now the
     # table may be another one at each of them.
     params, hidden_BTD = jax.lax.optimization_barrier((params, hidden_BTD))

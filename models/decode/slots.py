@@ -31,7 +31,7 @@ from .sampling import Sampling, check, per_row
 from .speculation import look_up
 
 # Sizes of the pieces of a prompt: each is compiled once, when first needed.
-_PIECES = (16, 128, 1024)
+PIECES = (16, 128, 1024)
 
 
 class Full(UserError):
@@ -242,7 +242,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compile all that requests will need; call it before them."""
         # One token at a time, then several.
-        for size, most in [*((size, 1) for size in _PIECES), (1, min(2, self.max_length - 2))]:
+        for size, most in [*((size, 1) for size in PIECES), (1, min(2, self.max_length - 2))]:
             length = min(size + 1, self.max_length - most)
             for _ in self.stream([0] * length, max_tokens=most):
                 pass
@@ -379,7 +379,7 @@ class Engine:
             self._held.copy(source, slot, request.read, chosen)
             self.reused += request.read
         ids = request.prompt[request.read : request.to_read]
-        size = next((size for size in _PIECES if len(ids) <= size), _PIECES[-1])
+        size = next((size for size in PIECES if len(ids) <= size), PIECES[-1])
         ids = ids[:size]
         stop = request.read + len(ids)
         tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)

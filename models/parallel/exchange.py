@@ -3,8 +3,9 @@
 For use inside `sharding.per_device`. A device has room for `ROOM` times the even share of the rows
 of each other; what is beyond goes in further rounds, as many as it takes, so nothing is dropped and
 memory does not grow with the worst case. TPUs and GPUs send just the rows there are
-(`ragged_all_to_all`); other backends, which lack it, send the room as well. Letters: M rows of this
-device in the order of their destination, n devices, S slots for the rows of one device, R = n S.
+(`ragged_all_to_all`); other backends and v5e, which lack it, send the room as well. Letters: M rows
+of this device in the order of their destination, n devices, S slots for the rows of one device,
+R = n S.
 """
 
 import functools
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from .. import hardware
 
 AXIS = "expert"
 # Of M / n rows that a device sends another on average. A second round computes only what is left,
@@ -117,23 +120,24 @@ def send(rows_MD, plan: Plan, slots: int):
       rows_MD: first the plan.send_n[0] rows for device 0, then those for device 1, ...
       slots: S, at least what any device sends to another.
     """
+    ragged, padded = (functools.partial(f, slots=slots) for f in (_send_ragged, _send_padded))
     return lax.platform_dependent(
-        rows_MD, plan,
-        tpu=functools.partial(_send_ragged, slots=slots),
-        cuda=functools.partial(_send_ragged, slots=slots),
-        default=functools.partial(_send_padded, slots=slots),
-    )  # fmt: skip
+        rows_MD, plan, tpu=ragged if _tpu_sends_ragged() else padded, cuda=ragged, default=padded
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def bring_back(rows_RD, plan: Plan, num_rows: int):
     """The opposite of `send`: [M, D] in the order in which rows were sent; M = num_rows."""
+    ragged, padded = (functools.partial(f, num_rows=num_rows) for f in (_back_ragged, _back_padded))
     return lax.platform_dependent(
-        rows_RD, plan,
-        tpu=functools.partial(_back_ragged, num_rows=num_rows),
-        cuda=functools.partial(_back_ragged, num_rows=num_rows),
-        default=functools.partial(_back_padded, num_rows=num_rows),
-    )  # fmt: skip
+        rows_RD, plan, tpu=ragged if _tpu_sends_ragged() else padded, cuda=ragged, default=padded
+    )
+
+
+def _tpu_sends_ragged() -> bool:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is None or hardware.sends_ragged(device.device_kind)
 
 
 # Each is a partial permutation of rows and the other its inverse, hence also its transpose.

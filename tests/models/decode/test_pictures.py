@@ -45,7 +45,7 @@ def params(drawn):
 @pytest.fixture(scope="module")
 def engine(params):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots, "_PIECES", (16,))
+        patch.setattr(slots, "PIECES", (16,))
         yield Engine(MODEL, params, TOKENIZER, 2, 256)
 
 

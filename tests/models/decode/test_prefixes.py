@@ -100,7 +100,7 @@ def some_prompts(rng, count):
 @pytest.mark.slow  # test_slots.py has fewer of them
 def test_requests_that_begin_alike_get_what_they_get_alone(params, monkeypatch):
     count = 200
-    monkeypatch.setattr(slots, "_PIECES", (4, 16))
+    monkeypatch.setattr(slots, "PIECES", (4, 16))
     rng = np.random.default_rng(2)
     prompts = some_prompts(rng, count)
     want = complete(MODEL, params, TOKENIZER, prompts, 9)
@@ -130,7 +130,7 @@ def test_requests_that_begin_alike_get_what_they_get_alone(params, monkeypatch):
 
 
 def test_a_conversation_is_read_from_where_it_went_on(params, monkeypatch):
-    monkeypatch.setattr(slots, "_PIECES", (16,))
+    monkeypatch.setattr(slots, "PIECES", (16,))
     running = Engine(MODEL, params, TOKENIZER, 2, LENGTH)
     first = list(range(20, 39))
     slot = running.insert(first, max_tokens=5)

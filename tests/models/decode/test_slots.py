@@ -44,7 +44,7 @@ def params():
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch):
     """Pieces that cross borders of chunks, of two sizes only."""
-    monkeypatch.setattr(slots, "_PIECES", (4, 16))
+    monkeypatch.setattr(slots, "PIECES", (4, 16))
 
 
 def engine(num_slots=4, **options):
@@ -152,7 +152,7 @@ def test_each_row_has_its_own_settings_and_none_compiles():
         finish_alone.append(finish(running)[0])
     running.insert(list(range(20)), max_tokens=1)
     finish(running)
-    counts = cached_model._read._cache_size(), cached_model._write._cache_size()
+    counts = cached_model.read_piece._cache_size(), cached_model.write_tokens._cache_size()
     held = [
         running.insert(TOKENIZER.encode("the llama"), sampling, 9, number=2, top=3)
         for sampling in settings
@@ -160,7 +160,10 @@ def test_each_row_has_its_own_settings_and_none_compiles():
     together = finish(running)
     for slot, alone in zip(held, finish_alone, strict=True):
         assert [t.id for t in together[slot]] == [t.id for t in alone]
-    assert counts == (cached_model._read._cache_size(), cached_model._write._cache_size())
+    assert counts == (
+        cached_model.read_piece._cache_size(),
+        cached_model.write_tokens._cache_size(),
+    )
     assert len({tuple(t.id for t in row) for row in finish_alone}) == 3
 
 
@@ -251,7 +254,7 @@ def test_on_a_mesh():
         placed = jax.device_put(params(), specs)
         split = Engine(MODEL, placed, TOKENIZER, 1, LENGTH, cache_dtype="int8")
         split.warm_up()
-        counts = cached_model._read._cache_size(), cached_model._write._cache_size()
+        counts = cached_model.read_piece._cache_size(), cached_model.write_tokens._cache_size()
         split.insert(ids, max_tokens=8)
         assert split.free == 0
         got = [token.id for token in finish(split)[0]]
@@ -259,5 +262,8 @@ def test_on_a_mesh():
         after = [token.id for token in finish(split)[0]]
     # The slot has left the chunk that 17 ids end in: it gives the chunks of 6 before.
     assert after == got[3:] and split.reused == 12
-    assert counts == (cached_model._read._cache_size(), cached_model._write._cache_size())
+    assert counts == (
+        cached_model.read_piece._cache_size(),
+        cached_model.write_tokens._cache_size(),
+    )
     assert got == [token.id for token in finish(alone)[0]]

@@ -28,7 +28,7 @@ MODEL = transformer.Transformer(CONFIG)
 
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch):
-    monkeypatch.setattr(slots, "_PIECES", (16,))
+    monkeypatch.setattr(slots, "PIECES", (16,))
 
 
 def looked_up(ids, count):
@@ -97,11 +97,13 @@ def test_a_draft_that_is_the_model_is_always_right(drawn):
     for speculate, draft in ((0, None), (3, (MODEL, params))):
         running = Engine(MODEL, params, TOKENIZER, 3, 64, (), speculate, draft)
         running.warm_up()
-        compiled = [f._cache_size() for f in (cached_model._write, cached_model._propose)]
+        compiled = [f._cache_size() for f in (cached_model.write_tokens, cached_model._propose)]
         for number, sampling in enumerate(settings):
             running.insert([65, 66, 67], sampling, 30, number=number, top=2)
         found.append((*finish(running), running))
-        assert compiled == [f._cache_size() for f in (cached_model._write, cached_model._propose)]
+        assert compiled == [
+            f._cache_size() for f in (cached_model.write_tokens, cached_model._propose)
+        ]
     (plain, slow, _), (drafted, fast, running) = found
     assert running.accepted == running.proposed > 0
     # A step makes four tokens, or what is left of a chunk of six.

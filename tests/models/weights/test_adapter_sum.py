@@ -98,7 +98,7 @@ def test_rows_of_a_batch_have_an_adapter_each(files, folder):
 def test_requests_have_an_adapter_each_and_no_prefix_of_another(
     files, folder, monkeypatch, speculate
 ):
-    monkeypatch.setattr(slots, "_PIECES", (16,))
+    monkeypatch.setattr(slots, "PIECES", (16,))
     (model, params), alone = loaded(files, folder)
     names = ["first", "second", "third"]
     engine = Engine(model, params, TOKENIZER, 3, 64, names, speculate)

@@ -50,7 +50,7 @@ def with_poet(params, **fields):
 @pytest.fixture(scope="module")
 def worker(params):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("puna.models.decode.slots._PIECES", (16,))
+        patch.setattr("puna.models.decode.slots.PIECES", (16,))
         beside = with_poet(params, owner_r=np.zeros((1, 2), np.int32))
         engine = Engine(MODEL, beside, TOKENIZER, 4, LENGTH, adapters=["poet"])
         worker = Worker(engine, max_waiting=32)

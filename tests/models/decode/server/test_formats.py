@@ -49,7 +49,7 @@ TOOLS = [tool("feed", description="Give hay"), tool("shear")]
 def worker(drawn):
     params = drawn(CONFIG, 0.4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("puna.models.decode.slots._PIECES", (128,))
+        patch.setattr("puna.models.decode.slots.PIECES", (128,))
         worker = Worker(Engine(transformer.Transformer(CONFIG), params, LLAMA4, 4, 4096))
         worker.start()
         yield worker
