@@ -290,8 +290,13 @@ def _init(config, key):
 
 def init_params(config: ModelConfig, key, mesh):
     """Random parameters, each created where it lies on the mesh; the same on any mesh."""
+    return _initializer(config, mesh)(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _initializer(config: ModelConfig, mesh):
     out = sharding.shardings(abstract_params(config), mesh)
-    return jax.jit(lambda key: sharding.unbox(_init(config, key)), out_shardings=out)(key)
+    return jax.jit(lambda key: sharding.unbox(_init(config, key)), out_shardings=out)
 
 
 def count_params(config: ModelConfig) -> int:

@@ -31,6 +31,8 @@ os.environ["XLA_FLAGS"] = " ".join(
             # optimizations.
             "--xla_backend_optimization_level=0",
             "--xla_cpu_use_fusion_emitters=false",
+            # One LLVM module a program; several only let more cores compile it.
+            "--xla_cpu_parallel_codegen_split_count=1",
             # Eight simulated devices take turns on few cores: a late one is slow, not stuck.
             "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
             "--xla_cpu_collective_call_terminate_timeout_seconds=600",
@@ -49,6 +51,9 @@ set_hypothesis_home_dir(str(CACHE / "hypothesis"))
 settings.register_profile("puna", max_examples=20, deadline=None)
 settings.register_profile("ci", settings.get_profile("puna"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "puna")
+
+# Traces are many small objects that live long: Python would look through them again and again.
+gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="module", autouse=True)

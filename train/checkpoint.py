@@ -44,6 +44,9 @@ _MEANINGS: dict[str, Callable] = {
 }
 # An array is stored in pieces of at most this size; each is unpacked as a whole to be read.
 _CHUNK_BYTES = 4 * 2**20
+# Replicas share the writing of an array where each has at least this much of it to write: cutting
+# its part takes every device a program of its own.
+_SLICE_BYTES = 2**20
 
 
 class Checkpoints:
@@ -140,7 +143,7 @@ class Checkpoints:
             return
         with _explained(folder, "save"):
             path = _made(folder / run.CHECKPOINTS)
-            with ocp.CheckpointManager(path) as manager:
+            with _orbax(path) as manager:
                 meta = ocp.args.JsonSave(run.seal({}, {"params": sums}))
                 manager.save(0, args=ocp.args.Composite(params=_in_chunks(frozen), meta=meta))
                 manager.wait_until_finished()
@@ -214,7 +217,7 @@ class Checkpoints:
             )
             with _explained(folder, "save"):
                 path = _made(folder / run.CHECKPOINTS)
-                self._managers[folder] = ocp.CheckpointManager(path, options=options)
+                self._managers[folder] = _orbax(path, options)
         return self._managers[folder]
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
@@ -317,9 +320,23 @@ def _set_aside(folder: pathlib.Path, why: str) -> pathlib.Path:
         return folder.rename(free)
 
 
-def _in_chunks(tree) -> ocp.args.StandardSave:
+def _orbax(
+    path: pathlib.Path, options: ocp.CheckpointManagerOptions | None = None
+) -> ocp.CheckpointManager:
+    """What writes and removes the checkpoints of a folder."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SLICE_BYTES)
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers = {
+        name: ocp.PyTreeCheckpointHandler(type_handler_registry=types)
+        for name in ("params", "optimizer")
+    }
+    handlers["meta"] = ocp.JsonCheckpointHandler()
+    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)
+
+
+def _in_chunks(tree) -> ocp.args.PyTreeSave:
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-    return ocp.args.StandardSave(tree, save_args=options)
+    return ocp.args.PyTreeSave(tree, save_args=options)
 
 
 @contextlib.contextmanager

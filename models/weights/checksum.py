@@ -46,8 +46,9 @@ def _summing(everywhere):
     return jax.jit(lambda xs: jnp.stack([checksum(x) for x in xs]), out_shardings=everywhere)
 
 
+@jax.jit  # traced once for all arrays of a shape
 def checksum(x):
-    """uint32 [2] of an array, to be traced."""
+    """uint32 [2] of an array."""
     bits = _bits(x)
     # Row-major and modulo 2**32; the compiler makes it on each device for what lies there.
     place = jnp.zeros((), jnp.uint32)
