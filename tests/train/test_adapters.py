@@ -38,18 +38,20 @@ def same(a, b):
 
 @pytest.fixture
 def lora(config):
-    """Four experts, adapters on every weight, over an int8 base."""
-    config.model.update(
-        num_layers=2, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
-    )
+    """Four experts, adapters on every weight, over a base of any kind."""
+    config.model.update(EXPERTS)
     config.adapter.update(rank=2, alpha=8.0, targets="/w,embed/,unembed/")
     config.optimizer.update(learning_rate=3e-2, weight_decay=0.0)
     config.train.update(eval_every=0)
     return config
 
 
-# What is 0 in a model without experts and chunks.
-DENSE = ("moe_interval", "num_experts", "expert_dim", "nope_interval", "chunk_size")
+# One kind of layer, which has every kind of weight.
+EXPERTS = {"num_layers": 2, "moe_interval": 1, "num_experts": 4, "expert_dim": 12}
+# What is 0 in a model without experts.
+DENSE = ("moe_interval", "num_experts", "expert_dim")
+# Blocks of two kinds of layers, and a layer more, which is a tail after them.
+TAIL = {"num_layers": 3, "moe_interval": 2, "nope_interval": 2, "chunk_size": 8}
 
 
 def set_in(config, **keys):
@@ -58,32 +60,32 @@ def set_in(config, **keys):
 
 
 @pytest.mark.parametrize(
-    ("quantize", "dora", "optimizer", "layers", "axes"),
+    ("quantize", "dora", "optimizer", "model", "axes"),
     [
-        ("int4", False, "adamw", 2, {"data": 8}),
+        ("int4", False, "adamw", {}, {"data": 8}),
         # That every number is the same on a mesh, tests/models/test_adapters.py shows.
         pytest.param(
             "int8",
             True,
             "adamw",
-            2,
+            {},
             {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
             marks=pytest.mark.slow,
         ),
-        # A layer more is a tail, after the blocks of two.
-        pytest.param("none", False, "muon", 3, {"data": 8}, marks=pytest.mark.slow),
+        pytest.param("none", False, "muon", TAIL, {"data": 8}, marks=pytest.mark.slow),
     ],
 )
-def test_only_adapters_train_and_are_stored(
-    lora, tmp_path, quantize, dora, optimizer, layers, axes
-):
-    set_in(lora, **{"adapter.quantize": quantize, "adapter.dora": dora,
-                    "optimizer.name": optimizer, "model.num_layers": layers})  # fmt: skip
+def test_only_adapters_train_and_are_stored(lora, tmp_path, quantize, dora, optimizer, model, axes):
+    set_in(
+        lora, **{"adapter.quantize": quantize, "adapter.dora": dora, "optimizer.name": optimizer}
+    )
+    lora.model.update(model)
     lora.mesh.update(axes)
     state = train(lora, tmp_path / "run")
     trained = leaves(state.params)
     assert {name.rpartition("/")[2] for name in trained} == set("abm" if dora else "ab")
-    assert "blocks/layer_1/moe/w_gate_EDF/a" in trained and "embed/table_VD/b" in trained
+    last = lora.model.moe_interval - 1
+    assert f"blocks/layer_{last}/moe/w_gate_EDF/a" in trained and "embed/table_VD/b" in trained
     # Moments are of the adapters alone.
     moments = {x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim > 1}
     assert moments == {x.shape for x in trained.values()}
