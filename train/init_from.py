@@ -214,9 +214,9 @@ def lineage(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
     """Where a run comes from, for its checkpoints, results and card; None if from nowhere.
 
     Returns:
-      `base_model`, `licence` and `files` of the weights (see `licences.origin_of`), and
+      `base_model`, `licence` and `files` of the weights (see `licences.origin_of`),
       `init_from`: the path, and for a branch the step, whether moments were kept, and each key that
-      changed as [before, after].
+      changed as [before, after]; for a branch `ancestors`, see `run.ancestry`.
     """
     where = config.train.init_from
     if not where:
@@ -238,7 +238,8 @@ def lineage(config: Config, workdir: pathlib.Path) -> dict[str, Any] | None:
         for key, value in new.items()
         if old.get(key) != value and not key.startswith(("train.init_from", "train.with_opt"))
     }
-    return (meta.get("origin") or {}) | {"init_from": facts}
+    found = (meta.get("origin") or {}) | {"init_from": facts}
+    return found | {"ancestors": run.ancestry(path, meta)}
 
 
 def initial_state(

@@ -31,6 +31,7 @@ def facts_of_run(home: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
         step = f", step {init_from['step']}" if "step" in init_from else ""
         facts["init_from"] = f"{init_from['path']}{step}"
         facts["new_tokens"] = ", ".join(init_from.get("new_tokens", ()))
+    facts["ancestors"] = (meta.get("origin") or {}).get("ancestors", [])
     if meta["data"]:  # a model of others that was only converted has no data position
         train = config["train"]
         facts["data"] = config["data"]["train"]
@@ -94,6 +95,9 @@ def _text(name, config, origin, facts) -> str:
         "",
         *_provenance(facts.get("provenance", ())),
     ]
+    for run in facts.get("ancestors", ()):
+        lines += [f"Read before, by `{run['path']}` up to step {run['step']}:", ""]
+        lines += _provenance(run["read"])
     results = facts.get("results", {})
     energy = {k: v for k, v in results.items() if any(w in k for w in ("energy", "kwh", "joule"))}
     for title, found in (

@@ -178,6 +178,18 @@ def read_meta(folder: pathlib.Path) -> dict:
     return meta
 
 
+def ancestry(folder: pathlib.Path, meta: dict) -> list[dict]:
+    """What a checkpoint's training has read, after that of the runs that it started from.
+
+    Returns:
+      the oldest first: `path`, `step`, and `read` as in `train.data.loader.provenance`.
+    """
+    before = (meta.get("origin") or {}).get("ancestors", [])
+    read = meta.get("provenance")
+    own = {"path": str(folder), "step": int(folder.name), "read": read}
+    return [*before, own] if read else before
+
+
 def read_config(folder: pathlib.Path) -> schema.Config:
     """The resolved config that a checkpoint was trained with.
 

@@ -1,5 +1,6 @@
 """A run starts from any model's weights, or branches from another run, and resumes bit for bit."""
 
+import dataclasses
 import json
 import shutil
 
@@ -229,6 +230,27 @@ def test_a_branch_keeps_parameters_and_moments(first, plain, tmp_path):
     assert {4, 2 + 4} <= counts
     record = json.loads((tmp_path / "branch" / "metrics.jsonl").read_text().splitlines()[0])
     assert record["learning_rate"] == pytest.approx(1e-4)
+    # What the weights had read before stands in each checkpoint, beside what the run itself read.
+    meta = run.read_meta(tmp_path / "branch/checkpoints/4")
+    source = config.data.train
+    read = {"source": source, "licence": "unknown", "tokens": 2 * 8 * 33}
+    ancestor = {"path": f"{first}/run/checkpoints/2", "step": 2, "read": [read]}
+    assert meta["origin"]["ancestors"] == [ancestor]
+    own = {"source": source, "licence": "unknown", "tokens": 4 * 16 * 65}
+    assert meta["provenance"] == [own]
+    convert(tmp_path / "branch", tmp_path / "hf", name="third")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    before = card.split(f"Read before, by `{first}/run/checkpoints/2` up to step 2:")[1]
+    assert f"| `{source}` | unknown | 528 |" in before
+    assert f"| `{source}` | unknown | 4,160 |" in card and "4,160" not in before
+    # A branch of the branch names both, the oldest first.
+    later = dataclasses.replace(schema.build(config), train=dataclasses.replace(
+        schema.build(config).train, init_from=f"{tmp_path}/branch@4"))  # fmt: skip
+    found = init_from.lineage(later, tmp_path / "later")["ancestors"]
+    assert found == [
+        ancestor,
+        {"path": f"{tmp_path}/branch/checkpoints/4", "step": 4, "read": [own]},
+    ]
 
 
 @pytest.mark.parametrize(
