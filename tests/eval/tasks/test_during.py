@@ -126,3 +126,28 @@ def test_two_processes_give_the_numbers_of_one(folder, run):
     names = [name for name in one if name.startswith("tasks_")]
     assert len(names) == 5
     np.testing.assert_allclose([two[n] for n in names], [one[n] for n in names], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(folder, run):
+    tasks = ",".join(str(folder / f"{name}.toml") for name in TASKS)
+    flags = ["eval", f"--checkpoint={run}", f"--tasks={tasks}", "--batch_size=4"]
+    cli._run([*flags, f"--workdir={folder}/by_one"])
+    command = [sys.executable, "-m", "puna", "launch", "-n", "2", "--devices=4", "--", *flags]
+    done = subprocess.run(
+        [*command, f"--workdir={folder}/by_two"],
+        env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [json.loads(line) for line in (folder / name / "samples.jsonl").read_text().splitlines()]
+        for name in ("by_one", "by_two")
+    )
+    assert len(one) == len(two) == 15
+    for a, b in zip(one, two, strict=True):
+        assert (a["task"], a["document"], a["prompt"]) == (b["task"], b["document"], b["prompt"])
+        np.testing.assert_allclose(
+            list(a["scores"].values()), list(b["scores"].values()), rtol=1e-5
+        )
+        if a["task"] == "g":
+            assert a["answer"] == b["answer"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import random
 
 import jax
@@ -15,6 +16,7 @@ from puna.eval.tasks import evaluate
 from puna.eval.tasks.definition import load_task
 from puna.eval.tasks.documents import Document
 from puna.eval.tasks.requests import Asking
+from puna.models.parallel import sharding
 from puna.models.text.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from puna.models.transformer import Transformer, init_params
 
@@ -88,6 +90,33 @@ def test_a_record_that_replays(folder, capsys):
     other = json.loads((out / "replay.json").read_text())
     assert not other["same_weights"] and other["equal"] < len(requests) / 2
     assert other["largest_difference"] > 0.1
+
+
+def test_batches_and_devices_change_no_answer(folder, monkeypatch):
+    make_mesh = sharding.make_mesh
+    spread = run(folder, "spread", "--batch_size=32")
+    with monkeypatch.context() as m:
+        m.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        alone = run(folder, "alone", "--batch_size=1")
+    meshes = [json.loads((out / "record.json").read_text())["mesh"] for out in (spread, alone)]
+    assert [math.prod(mesh.values()) for mesh in meshes] == [8, 1]
+    same_answers(spread, alone)
+
+
+def same_answers(first, second):
+    """Two evaluations ask the same and are answered the same, texts and greedy flags exactly."""
+    a, b = read(first / "requests.jsonl"), read(second / "requests.jsonl")
+    assert len(a) == len(b) > 10
+    for x, y in zip(a, b, strict=True):
+        assert {**x, "answer": 0, "key": 0} == {**y, "answer": 0, "key": 0}
+        if isinstance(x["answer"], dict):
+            assert x["answer"] == y["answer"]
+        else:
+            assert x["answer"][0] == pytest.approx(y["answer"][0], abs=1e-3)
+            assert x["answer"][1] == y["answer"][1]
+    # Scores, and with them results, are those of the answers.
+    for x, y in zip(read(first / "samples.jsonl"), read(second / "samples.jsonl"), strict=True):
+        assert x["scores"] == pytest.approx(y["scores"], rel=1e-5)
 
 
 def test_an_evaluation_killed_ten_times_gives_the_numbers_of_one_left_alone(folder, monkeypatch):
