@@ -3,6 +3,7 @@
 The only place that wires the layers together.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -195,7 +196,36 @@ def _serve(args):
         engine = _open_engine(args, tokenizer, mesh, args.slots, args.max_length)
         name = args.name or pathlib.Path(args.checkpoint).resolve().name
         key = args.api_key or os.environ.get("PUNA_API_KEY", "")
-        app.serve(engine, socket, mesh, name, key, args.max_waiting)
+        with _guard(args, mesh) as guard:
+            app.serve(engine, socket, mesh, name, key, args.max_waiting, guard)
+
+
+@contextlib.contextmanager
+def _guard(args, mesh):
+    """What `--guard` names, at work; None without it."""
+    import jax
+
+    from .models.decode.load_engine import load_engine
+    from .models.decode.server import guard, worker
+    from .models.text.tokenizer import load_tokenizer
+
+    if not args.guard or (found := guard.function(args.guard)):
+        yield found if args.guard else None
+        return
+    tokenizer = load_tokenizer(args.guard)
+    settings = {"dtype": args.dtype, "quantize": args.quantize, "cache_dtype": args.cache_dtype}
+    # The conversation, the guard's own instructions around it and its verdict.
+    most = args.max_length + guard.AROUND
+    engine = load_engine(args.guard, tokenizer, mesh, args.slots, most, **settings)
+    with jax.set_mesh(mesh):
+        engine.warm_up()
+    running = worker.Worker(engine, args.max_waiting + args.slots, mesh)
+    running.start()
+    try:
+        yield guard.ModelGuard(running)
+    finally:
+        running.stop()
+        running.join()
 
 
 def _open_tokenizer(args):

@@ -187,6 +187,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("port", 8000, "0 = one that is free", **text)
         flags.DEFINE_string("name", "", "of the model; that of its folder by default", **text)
         flags.DEFINE_string("api_key", "", "that clients must have; PUNA_API_KEY is safer", **text)
+        flags.DEFINE_string(
+            "guard", "", "model such as Llama Guard, or module:function, that may refuse what is "
+            "asked and what is answered", **text,
+        )  # fmt: skip
         flags.DEFINE_integer("slots", 8, "texts written at a time", **text)
         flags.DEFINE_integer("max_waiting", 64, "texts that may wait for a slot", **text)
     if command in ("chat", "serve"):

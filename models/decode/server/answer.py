@@ -46,6 +46,13 @@ class Choice:
                 name = f"call_{os.urandom(12).hex()}"
                 self.calls.append({"id": name, "type": "function", "function": function})
 
+    def withhold(self, made: int) -> None:
+        """End without the last `made` tokens, and with what has not been taken."""
+        said, called = self._taken
+        self.content, self.calls = self.content[:said], self.calls[:called]
+        self.made += made
+        self.finish_reason, self._pending = "content_filter", []
+
     def take(self) -> tuple[str, list[dict], list[Token]]:
         """What is new and certain: content, calls, and the tokens that have begun in the text.
 
@@ -56,7 +63,7 @@ class Choice:
         kept = [token for token in self._pending if token.start < self._size]
         if self.finish_reason == "length":
             kept = self._pending
-        elif self.finish_reason and self._pending[-1].start == self._size:
+        elif self.finish_reason and self._pending and self._pending[-1].start == self._size:
             # An end token, perhaps after bytes of a character that never became whole.
             kept = self._pending[:-1]
         self._pending = [] if self.finish_reason else self._pending[len(kept) :]
@@ -110,10 +117,11 @@ class Answer:
         said = {"delta": {"role": "assistant", "content": ""}}
         return [self._chunk(self._choice(choice, said, [])) for choice in self.choices]
 
-    def add(self, index: int, token: Token) -> list[dict]:
-        """Take a token of one choice and give the chunks that it makes certain."""
+    def add(self, index: int, news: list[Token]) -> list[dict]:
+        """Take tokens of one choice and give the chunks that they make certain."""
         choice = self.choices[index]
-        choice.add(token)
+        for token in news:
+            choice.add(token)
         text, calls, tokens = choice.take()
         chunks = []
         if text or (tokens and self.ask.top is not None):

@@ -28,6 +28,7 @@ from ....configs.errors import UserError
 from ..generate import sampling_for
 from ..pictures import reads
 from .answer import Answer, event
+from .guard import Guard, Judge
 from .metrics import Metrics
 from .mistakes import ApiError
 from .openapi import document
@@ -75,17 +76,19 @@ class Events(StreamingResponse):
 class Server:
     """The routes over one worker."""
 
-    def __init__(self, worker: Worker, name: str, api_key: str = ""):
+    def __init__(self, worker: Worker, name: str, api_key: str = "", guard: Guard | None = None):
         """Prepare.
 
         Args:
           worker: started by the caller.
           name: of the model, as clients call it; its adapters have their own.
           api_key: that requests to /v1 must have; empty for none.
+          guard: may refuse what is asked and what is answered, see `guard`; called in threads.
         """
         self.worker, self.engine, self.name = worker, worker.engine, name
         self.metrics, self._key, self._since = Metrics(), _digest(api_key), int(time.time())
         self._open = not api_key
+        self._judge = Judge(guard, lambda what: self.metrics.add("puna_guard_total", what=what))
         routes = [
             Route(path, handler, methods=["GET"])
             for path, handler in (
@@ -93,7 +96,7 @@ class Server:
                 ("/openapi.json", self._openapi),
             )
         ] + [
-            Route(path, self._guard(path, handler), methods=[method])
+            Route(path, self._admitted(path, handler), methods=[method])
             for method, path, handler in (
                 ("GET", "/v1/models", self._models),
                 ("GET", "/v1/models/{name:path}", self._model),
@@ -106,7 +109,7 @@ class Server:
             exception_handlers={HTTPException: _http_error},
         )
 
-    def _guard(self, path: str, handler: Callable[[Request], Awaitable[Response]]):
+    def _admitted(self, path: str, handler: Callable[[Request], Awaitable[Response]]):
         """The handler behind the API key, its mistakes in OpenAI's form, all counted."""
 
         async def guarded(request: Request) -> Response:
@@ -150,6 +153,7 @@ class Server:
     async def _answer(self, request: Request, chat: bool) -> Response:
         begun = time.monotonic()
         ask = parse(await _body(request), chat, self.name, self.engine.adapters)
+        talks = await self._judge.check_input(ask, self.engine.tokenizer.decode)
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
 
         def deliver_to(index):
@@ -169,7 +173,7 @@ class Server:
             raise _ending() from None
         self.metrics.add("puna_prompt_tokens_total", prompt_tokens)
         answer = Answer(ask, self.engine.tokenizer, prompt_tokens, len(jobs))
-        left = len(jobs)
+        left, refused = len(jobs), set()
 
         def closed():
             self.worker.cancel(jobs)
@@ -189,6 +193,8 @@ class Server:
                 except TimeoutError:
                     yield None
                     continue
+                if index in refused:
+                    continue
                 if isinstance(news, UserError):
                     raise ApiError(400, str(news))
                 if isinstance(news, BaseException):
@@ -199,11 +205,24 @@ class Server:
                 left -= news.finish_reason is not None
                 yield index, news
 
+        async def passed():
+            """(index, tokens) that the guard lets pass, no tokens where it ends a choice."""
+            nonlocal left
+            async for news in self._judge.passed(tokens(), talks, ask):
+                if news is None or not news.refused:
+                    yield news and (news.index, news.tokens)
+                    continue
+                refused.add(news.index)
+                left -= news.tokens[-1].finish_reason is None
+                self.worker.cancel([jobs[news.index]])
+                answer.choices[news.index].withhold(len(news.tokens))
+                yield news.index, []
+
         async def events():
             try:
                 for chunk in answer.begin():
                     yield event(chunk)
-                async for news in tokens():
+                async for news in passed():
                     for chunk in answer.add(*news) if news else ():
                         yield event(chunk)
                     if not news:
@@ -215,10 +234,11 @@ class Server:
                 yield event(error.body)
 
         async def collect():
-            async for news in tokens():
+            async for news in passed():
                 if news:
-                    index, token = news
-                    answer.choices[index].add(token)
+                    index, found = news
+                    for token in found:
+                        answer.choices[index].add(token)
 
         if ask.stream:
             return Events(events(), closed)
@@ -295,14 +315,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(engine, listener: socket.socket, mesh, name: str, api_key: str = "",
-          max_waiting: int = 64) -> None:  # fmt: skip
+          max_waiting: int = 64, guard: Guard | None = None) -> None:  # fmt: skip
     """Answer until SIGTERM or Ctrl-C, then finish what has been begun.
 
     Args:
       engine: an `Engine`; warmed up here.
       listener: see `listen`.
       mesh: that of the engine.
-      name, api_key: see `Server`. max_waiting: see `Worker`.
+      name, api_key, guard: see `Server`. max_waiting: see `Worker`.
 
     Raises:
       UserError: an impossible setting; or what has ended the engine.
@@ -314,8 +334,8 @@ def serve(engine, listener: socket.socket, mesh, name: str, api_key: str = "",
     sampling_for(engine.tokenizer, 0)  # refuses a generation_config.json that makes no sense
     worker = Worker(engine, max_waiting, mesh, on_failure=lambda: _end(server))
     config = uvicorn.Config(
-        Server(worker, name, api_key).app, log_level="warning", access_log=False, lifespan="off",
-        timeout_graceful_shutdown=_GRACE,
+        Server(worker, name, api_key, guard).app, log_level="warning", access_log=False,
+        lifespan="off", timeout_graceful_shutdown=_GRACE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     with jax.set_mesh(mesh):

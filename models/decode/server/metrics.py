@@ -11,6 +11,7 @@ _HELP = {
     "puna_proposed_tokens_total": ("counter", "tokens that speculation has proposed"),
     "puna_accepted_tokens_total": ("counter", "of those, that were right"),
     "puna_cancelled_total": ("counter", "requests whose client left before the end"),
+    "puna_guard_total": ("counter", "what the guard refused, and how often it failed"),
     "puna_first_token_seconds": ("summary", "from a request's arrival to its first token"),
     "puna_request_seconds": ("summary", "from a request's arrival to its end"),
     "puna_slots": ("gauge", "texts that can be written at a time"),

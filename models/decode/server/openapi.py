@@ -70,7 +70,7 @@ _TYPES = {
 _STATUSES = {
     "400": "a bad request", "401": "no or a wrong API key", "403": "a page of another site",
     "404": "another model", "413": "too large a body", "429": "busy: Retry-After says when",
-    "503": "the server is ending",
+    "503": "the server is ending, or its guard has failed",
 }  # fmt: skip
 _ERROR = _fields(
     ["error"], error=_fields(
@@ -185,7 +185,7 @@ def _post(chat: bool, needed: dict, models: Sequence[str], max_length: int) -> d
 
 
 def _answer(chat: bool) -> dict:
-    reason = {"enum": ["stop", "length", "tool_calls"]}
+    reason = {"enum": ["stop", "length", "tool_calls", "content_filter"]}
     message = _fields(
         ["role", "content"], role={"const": "assistant"}, content=_nullable(_TEXT),
         tool_calls=_list(_CALL),

@@ -75,3 +75,23 @@ def test_serve_ends_in_order_when_told_to(release, number):
         assert (process.returncode, err) == (0, "")
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+def test_serve_asks_a_guard_that_is_a_model(release):
+    # This one was never trained, and says neither safe nor unsafe.
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    command = [sys.executable, "-m", "puna", "serve", f"--checkpoint={release}", "--port=0"]
+    process = subprocess.Popen(
+        [*command, f"--guard={release}", "--slots=1"], env={**os.environ, "XLA_FLAGS": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        url = process.stdout.readline().split()[-1]
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "the"}, timeout=60)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "guard_failed"
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "not safe or unsafe" in err
+    finally:
+        process.kill()
