@@ -64,6 +64,30 @@ _NVIDIA = (
 )
 
 
+class Attainable(NamedTuple):
+    """The most that products of large matrices have been measured to reach, by others.
+
+    Chips slow down where such products would take more power than they may.
+
+    Attributes:
+      bfloat16: FLOP/s.
+      float8: FLOP/s; 0 = the chip has none, or nobody has published any.
+      source: who measured.
+      date: of the page, as year-month-day.
+    """
+
+    bfloat16: float
+    float8: float
+    source: str
+    date: str
+
+
+_MAMF = "Bekman, ml-engineering, compute/accelerator: Maximum Achievable Matmul FLOPS"
+# float8: DeepGEMM's README, of an H800, which has the same tensor cores as H100 and H200; the first
+# source has 1403 and 1453 TFLOP/s for those.
+_HOPPER = Attainable(794.5e12, 1550e12, f"{_MAMF}; float8: DeepGEMM's README, H800", "2026-08-22")
+
+
 class Chip(NamedTuple):
     """One kind of device.
 
@@ -76,6 +100,7 @@ class Chip(NamedTuple):
       network: bytes a second one way and a device, between slices or nodes.
       compiler: facts to compile for it where it is not present; None if that is not supported.
       options: what the compiler of a training step is told.
+      attainable: what products have been measured to reach; None = nothing was found published.
     """
 
     device_kinds: tuple[str, ...]
@@ -86,6 +111,19 @@ class Chip(NamedTuple):
     network: float = 0
     compiler: TpuCompiler | GpuCompiler | None = None
     options: tuple[Option, ...] = ()
+    attainable: Attainable | None = None
+
+    @property
+    def products(self) -> float:
+        """FLOP/s of large bfloat16 products: as others have measured, else the peak."""
+        return self.attainable.bfloat16 if self.attainable else self.flops
+
+    @property
+    def float8_products(self) -> float:
+        """FLOP/s of large float8 products; those of bfloat16 where nothing is known of them."""
+        return (
+            self.attainable.float8 if self.attainable and self.attainable.float8 else self.products
+        )
 
 
 CHIPS = {
@@ -101,20 +139,22 @@ CHIPS = {
     "v6e": Chip(
         ("TPU v6 lite",), 918e12, int(31.25 * _GIB), 1.64e12, 112e9, 12.5e9,
         TpuCompiler("v6e", 1, 2, 256, 524_288), _TPU,
+        Attainable(728e12, 0, "yangwhale/gpu-tpu-pedia, tpu/v7_perf: device traces", "2026-02-11"),
     ),
     "a100": Chip(
         ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_000_000, 2.04e12, 300e9, 25e9,
         GpuCompiler(8, 108, 164, 40, 1.41), _NVIDIA,
+        Attainable(271.2e12, 0, _MAMF, "2026-08-22"),
     ),
     "a100-40gb": Chip(("NVIDIA A100-SXM4-40GB",), 312e12, 42_400_000_000, 1.555e12),
     "h100": Chip(
         ("NVIDIA H100 80GB HBM3",), 989e12, 84_942_979_072, 3.35e12, 450e9, 50e9,
-        GpuCompiler(9, 132, 228, 50, 1.98), _NVIDIA,
+        GpuCompiler(9, 132, 228, 50, 1.98), _NVIDIA, _HOPPER,
     ),
     "h100-pcie": Chip(("NVIDIA H100 PCIe",), 756e12, 84_900_000_000, 2.0e12),
     "h200": Chip(
         ("NVIDIA H200",), 989e12, 150_700_000_000, 4.8e12, 450e9, 50e9,
-        GpuCompiler(9, 132, 228, 50, 1.98), _NVIDIA,
+        GpuCompiler(9, 132, 228, 50, 1.98), _NVIDIA, _HOPPER,
     ),
     "b200": Chip(("NVIDIA B200",), 2250e12, 191_500_000_000, 8.0e12),
 }  # fmt: skip

@@ -86,6 +86,16 @@ def expected(devices: int, facts: Mapping) -> tuple[float, float, float]:
     return mtbf, interval, goodput(interval, save, restart, mtbf)
 
 
+def _check_positive(flag, value):
+    if not 0 < value < math.inf:
+        raise UserError(f"--{flag}={value:g} must be more than 0")
+
+
+def _check_mfu(mfu):
+    if not 0 < mfu <= 1:
+        raise UserError(f"--mfu={mfu:g} must be more than 0 and at most 1")
+
+
 def training(flops_per_token, tokens, mfu, peak, devices, kind, country, facts) -> dict:
     """What training on so many tokens takes.
 
@@ -104,10 +114,8 @@ def training(flops_per_token, tokens, mfu, peak, devices, kind, country, facts) 
     Raises:
       UserError: a value that cannot be.
     """
-    if not 0 < tokens < math.inf:
-        raise UserError(f"--tokens={tokens:g} must be more than 0")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu:g} must be more than 0 and at most 1")
+    _check_positive("tokens", tokens)
+    _check_mfu(mfu)
     recovery = facts["recovery"]
     save, restart = recovery["checkpoint_seconds"], recovery["restart_seconds"]
     total = tokens * flops_per_token
@@ -165,8 +173,7 @@ def site(megawatts: float, kind: str, facts: Mapping) -> dict:
     Raises:
       UserError: the power is none.
     """
-    if not 0 < megawatts < math.inf:
-        raise UserError(f"--power_mw={megawatts:g} must be more than 0")
+    _check_positive("power_mw", megawatts)
     found = {"power": Figure(megawatts, "MW", "given")}
     for name in dict.fromkeys([kind, "h100"]):
         if power := facts["power"].get(name):
@@ -196,10 +203,9 @@ def trained(megawatts: float, days: float, mfu: float, kind: str, peak: float, f
     Raises:
       UserError: a value that cannot be.
     """
-    if not 0 < days < math.inf:
-        raise UserError(f"--days={days:g} must be more than 0")
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu={mfu:g} must be more than 0 and at most 1")
+    _check_positive("power_mw", megawatts)
+    _check_positive("days", days)
+    _check_mfu(mfu)
     per_device = facts["pue"]["value"] * facts["power"][kind]["server_watts"]
     devices = int(megawatts * 1e6 // per_device)
     if not devices:

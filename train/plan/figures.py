@@ -14,7 +14,8 @@ class Figure(NamedTuple):
 
     Attributes:
       value: in `unit`.
-      unit: "bytes", "FLOPs", "s", "h", "days", "kWh", "kg", "dollars", "devices" or "" for a ratio.
+      unit: "bytes", "FLOPs", "FLOP/s", "s", "h", "days", "kWh", "kg", "dollars", "devices" or ""
+        for a ratio.
       origin: one of ORIGINS.
       note: the formula or the source, in a few words.
     """
@@ -39,6 +40,7 @@ _SCALES = {
         (1e9, "GFLOP"),
         (1e6, "MFLOP"),
     ),
+    "FLOP/s": ((1e12, "TFLOP/s"),),
     "s": ((3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "us")),
     "kWh": ((1e6, "GWh"), (1e3, "MWh")),
     "kg": ((1e3, "t"),),

@@ -8,19 +8,16 @@ whose stages have to be written into the model's config, other optimizers, and o
 import concurrent.futures
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
-
-import jax
 
 from ...configs.errors import ConfigError
 from ...configs.schema import Config, MeshConfig
 from ...models import hardware
 from ...models.parallel import sharding
-from ...models.transformer import abstract_params
 from .. import ahead
 from ..metrics import flops_per_token
+from . import bound
 from .confirm import Compiled
 
 # What recomputation costs beside forward and backward, as a share of both; scores of attention are
@@ -83,9 +80,7 @@ def least_state(config: Config) -> int:
 
 def _state(config):
     """The parameters, and bytes of parameters and optimizer for each byte of parameters."""
-    leaves = jax.tree.leaves(
-        abstract_params(config.model), is_leaf=lambda x: isinstance(x, sharding.Param)
-    )
+    leaves = bound.parameters(config.model)
     alone = dataclasses.replace(
         config, mesh=MeshConfig(data=1),
         train=dataclasses.replace(config.train, microbatches=1),
@@ -117,8 +112,8 @@ def candidates(config: Config, topology: str) -> list[Candidate]:
         length = config.data.seq_len
         if sizes["context"] > 1 and length % (2 * sizes["context"]):
             continue
-        held = sum(_part(leaf, mesh) * leaf.value.dtype.itemsize for leaf in leaves)
-        gradients = sum(_part(leaf, mesh) * 4 for leaf in leaves)
+        held = sum(bound.part(leaf, mesh) * leaf.value.dtype.itemsize for leaf in leaves)
+        gradients = sum(bound.part(leaf, mesh) * 4 for leaf in leaves)
         for remat, power in itertools.product(_RECOMPUTED, range(rows.bit_length())):
             parts = 2**power
             if rows % parts:
@@ -239,12 +234,6 @@ def _powers(most):
     return [2**i for i in range(most.bit_length())]
 
 
-def _part(leaf, mesh, kept=lambda name: True):
-    """Elements of a parameter on one device, split along the dims that are kept so."""
-    parts = math.prod(sharding.parts(n, mesh) for n in leaf.names if n and kept(n))
-    return leaf.value.size // parts
-
-
 def _activations(config, mesh, remat, rows):
     """Bytes of one device: what layers save, one layer's own, its weights, and the logits.
 
@@ -267,63 +256,12 @@ def _activations(config, mesh, remat, rows):
     return saved + logits + table
 
 
-def least_seconds(config: Config, topology: str, chip: hardware.Chip | None = None) -> float:
-    """A bound on a step's time by arithmetic: its products or its collectives, what takes longer.
-
-    Products go at the peak, collectives over all links at once. The mesh, recomputation and
-    microbatches are those of the config.
-
-    Args:
-      chip: the device, where it has other rates than those of the table.
-    """
-    mesh = sharding.abstract_mesh(config.mesh, ahead.count(topology))
-    leaves, _ = _state(config)
-    chip = chip or hardware.CHIPS[ahead.parse(topology)[1]]
-    remat, parts = config.model.remat, config.train.microbatches
-    rates = [rate * _share(chip) for rate in _links(chip, mesh)]
-    return max(_work(config, mesh, remat, parts, leaves, chip, rates))
-
-
 def _seconds(config, mesh, remat, parts, leaves, chip):
-    """Of one step: matrix products at the peak, then collectives one after another."""
+    """Of one step: matrix products, then collectives one after another."""
     if chip is None:
         return 0.0
-    return sum(_work(config, mesh, remat, parts, leaves, chip, _links(chip, mesh)))
-
-
-def _links(chip, mesh):
-    """Bytes a second of a device: along all axes but one, and along "tensor"."""
-    if isinstance(chip.compiler, hardware.TpuCompiler):  # one ring, both ways
-        return [2 * (chip.link or 1e11)] * 2
-    far = chip.link if mesh.size <= 8 else min(chip.link, 8 * chip.network)
-    return [far / 2, (chip.link if mesh.shape["tensor"] <= 8 else far) / 2]
-
-
-def _share(chip):
-    """How many times faster links are at best than `_links` takes them to be."""
-    return chip.compiler.torus_dims if isinstance(chip.compiler, hardware.TpuCompiler) else 2
-
-
-def _work(config, mesh, remat, parts, leaves, chip, rates):
-    """Seconds of a step's matrix products, and of its collectives."""
-    m, (link, near) = config.model, rates
+    c = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatches=parts))
     tokens = config.train.batch_size * config.data.seq_len
-    flops = flops_per_token(m, config.data.seq_len) * tokens / mesh.size
-    products, seconds = flops * (1 + _RECOMPUTED[remat]) / chip.flops, 0.0
-    gathered = ("embed", "expert_embed")
-    whole = sum(_part(leaf, mesh, lambda n: n not in gathered) for leaf in leaves)
-    if mesh.shape["fsdp"] * mesh.shape["expert"] * mesh.shape["context"] > 1:
-        passes = 2 if remat == "none" else 3
-        seconds += parts * whole * (2 * passes + 4) / link
-    if mesh.shape["data"] > 1:
-        seconds += sum(_part(leaf, mesh) for leaf in leaves) * 8 / link
-    local = tokens / sharding.parts("batch", mesh) / mesh.shape["context"]
-    if mesh.shape["tensor"] > 1:
-        seconds += 12 * m.num_layers * local * m.embed_dim * 2 / near
-    if mesh.shape["expert"] > 1:
-        moe = m.num_layers // max(1, m.moe_interval)
-        sent = local * m.embed_dim * 2 * m.experts_per_token * mesh.shape["expert"] / 4
-        seconds += 6 * moe * sent / mesh.shape["expert"] / link
-    if mesh.shape["slices"] > 1:
-        seconds += sum(_part(leaf, mesh) for leaf in leaves) * 8 / chip.network
-    return products, seconds
+    flops = flops_per_token(config.model, config.data.seq_len) * tokens / mesh.size
+    sent = bound.collectives(c, mesh, leaves, chip, bound.AGAIN[remat][0])
+    return flops * (1 + _RECOMPUTED[remat]) / chip.products + sum(sent.values())

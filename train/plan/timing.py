@@ -44,11 +44,11 @@ class Rates:
 
 
 def published(chip: hardware.Chip) -> Rates:
-    """What the maker of a device says of it."""
+    """What its maker says of a device, and others of how fast its products are."""
     clock = 0.0
     if isinstance(tpu := chip.compiler, hardware.TpuCompiler):
         clock = chip.flops / tpu.flops_per_cycle
-    return Rates(chip.flops, chip.memory_bandwidth, clock=clock)
+    return Rates(chip.products, chip.memory_bandwidth, clock=clock)
 
 
 @dataclasses.dataclass

@@ -156,10 +156,15 @@ def test_the_command_writes_where_each_figure_comes_from(tmp_path, capsys):
     assert origins == {"counted", "modelled", "published", "assumed", "given"}
     out = capsys.readouterr().out
     assert "least time" in out and "(modelled)" in out and "plan.json and plan.html are in" in out
-    # 8.03B parameters * 6 and attention, at 8 * 989 TFLOP/s.
+    # 8.03B parameters * 6 and attention, at what 8 have been measured to reach, which it says.
+    rate = written["step"]["product_rate"]
+    assert rate["value"] == 794.5e12 and rate["origin"] == "published"
+    assert "measured, of a peak of 989" in rate["note"] and "product rate" in out
     seconds = written["step"]["time_of_flops"]["value"]
     tokens = written["step"]["tokens"]["value"]
-    assert seconds == pytest.approx(tokens * (6 * 7.5e9 + 6 * 32 * 4096 * 8192) / 8 / 989e12, 0.01)
+    assert seconds == pytest.approx(
+        tokens * (6 * 7.5e9 + 6 * 32 * 4096 * 8192) / 8 / 794.5e12, 0.01
+    )
 
 
 @pytest.mark.parametrize(
