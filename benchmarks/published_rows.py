@@ -1,6 +1,6 @@
 """Published training speeds beside puna's bound for the same work, none left out; docs/plan.md.
 
-    python benchmarks/published_rows.py [--compile=v6e-256] [--json=FILE]
+    python benchmarks/published_rows.py [--compile="8B on v6e-256"] [--json=FILE]
 
 The bound is arithmetic (`plan.bound`): products at what has been measured of the device, kernels
 beside them, collectives that nothing goes on beside, a pipeline's idle time. A row holds if what
@@ -254,7 +254,7 @@ def compiled(row: Row) -> float:
 def main():
     """Print the table."""
     parser = argparse.ArgumentParser(description="Published speeds beside a bound for each.")
-    parser.add_argument("--compile", default="", help="compile for topologies of this name")
+    parser.add_argument("--compile", default="", help="compile rows with this in MODEL on TOPOLOGY")
     parser.add_argument("--json", type=pathlib.Path, help="read and write what rows came to")
     arguments = parser.parse_args()
     kept = {}
@@ -266,7 +266,8 @@ def main():
     found = []
     for row in ROWS:
         name = _name(dataclasses.asdict(row))
-        wanted = row.topology == arguments.compile and not row.manner.float8 and row.config
+        wanted = arguments.compile and arguments.compile in f"{row.model} on {row.topology}"
+        wanted = wanted and row.config and not row.manner.float8
         if wanted and name not in kept:
             kept[name] = compiled(row)
         limit = kept.get(name) or most(row)

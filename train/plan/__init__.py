@@ -6,6 +6,7 @@ Every number is a `Figure` that says whether it was counted from shapes, given b
 modelled by a formula, or published by others. No time here was measured.
 """
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -154,18 +155,28 @@ def _best(c, topology, compile, seconds, tell, wanted=3):
             f"{best.flags}"
         )
     if best.needs > limit or best.refused:
-        # Of those not compiled the arithmetic says so, too.
-        near = min(found, key=lambda x: x.needs)
+        # Those not compiled do not fit by arithmetic that the compiled ones corrected.
+        near = min((x for x in found if x.peak or not compile), key=lambda x: x.needs)
         times = 2
         while near.state / times + (near.needs - near.state) > limit and times < 1024:
             times *= 2
         more = f"{times * ahead.count(topology)} devices" if times < 1024 else "a smaller model"
+        if times < 1024 and times * ahead.count(topology) > _most(topology):
+            more = "devices with more memory"
         raise UserError(
             f"--topology={topology}: nothing fits; the nearest, {near.flags}, takes "
             f"{shown(near.needs, 'bytes')} of {shown(limit, 'bytes')} a device "
             f"({'compiled' if near.peak else 'modelled'}); try {more} or shorter rows"
         )
     return best.apply(c), found
+
+
+def _most(topology):
+    """Devices that can hold one state: all chips of a slice, as many GPUs as there are."""
+    slices, kind, _ = ahead.parse(topology)
+    chip = hardware.CHIPS.get(kind)
+    tpu = chip and isinstance(chip.compiler, hardware.TpuCompiler) and chip.compiler
+    return slices * tpu.most_chips if tpu else math.inf
 
 
 def _smallest(c, wanted, compile, seconds, facts, tell):

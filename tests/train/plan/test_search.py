@@ -106,7 +106,16 @@ def test_nothing_fits_is_one_line_with_the_nearest(monkeypatch):
     monkeypatch.setattr(plan.confirm, "confirm", compiler(lambda c: 10**14))
     with pytest.raises(UserError, match=r"nothing fits; the nearest, --config.mesh.* takes") as e:
         plan.plan(puna.get_config("llama4:scout-tiny", TINY), TOPOLOGY, search=True)
-    assert "\n" not in str(e.value) and "devices" in str(e.value)
+    assert "\n" not in str(e.value) and "takes 90.95 TiB of 15.75 GiB" in str(e.value)
+    assert "(compiled); try a smaller model" in str(e.value)
+    # Twice as many chips would do, of which a slice of v5e has 256.
+    big = search.candidates(CONFIG, TOPOLOGY)[0]
+    big = dataclasses.replace(big, state=2**35, activations=0, peak=2**35)
+    for topology, more in ((TOPOLOGY, "try 32 devices"), ("v5e-256", "try devices with more")):
+        monkeypatch.setattr(search, "search", lambda *a, **k: [big])
+        with pytest.raises(UserError, match=more):
+            plan.plan(puna.get_config("llama4:scout-tiny", TINY), topology, search=True)
+    monkeypatch.undo()
     with pytest.raises(UserError, match="must be a multiple of some mesh of the 8 devices"):
         odd = puna.get_config("llama4:scout-tiny", ["train.batch_size=7"])
         plan.plan(odd, TOPOLOGY, search=True, compile=False)
