@@ -21,7 +21,8 @@ ROWS = {
     "tiny-cpu": "--config=tiny --topology=cpu-8",
     "scout-tiny-v5e": "--config=llama4:scout-tiny --topology=v5e-4 --config.train.batch_size=4",
     "1b-v6e": "--config=llama3:3.2-1b --topology=v6e-4 --config.mesh.data=1 --config.mesh.fsdp=4 "
-    "--config.train.batch_size=4",
+    "--config.train.batch_size=4 "
+    "--config.train.compiler_options=",
     "8b-v5p": "--config=llama3:3.1-8b --topology=v5p-8 --config.mesh.data=1 --config.mesh.fsdp=4 "
     "--config.train.batch_size=4",
     "scout-v5p": "--config=llama4:scout --topology=v5p-256 --config.mesh.data=1 "
@@ -36,9 +37,9 @@ ROWS = {
     "405b-h100": "--config=llama3:3.1-405b --topology=h100-512 --config.mesh.data=1 "
     "--config.mesh.fsdp=512 --config.train.batch_size=512 "
     "--config.train.compiler_options=",
-    "behemoth-v5p": "--config=llama4:behemoth --topology=2xv5p-2048 --config.mesh.slices=2 "
+    "behemoth-v5p": "--config=llama4:behemoth --topology=2xv5p-4096 --config.mesh.slices=2 "
     "--config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.expert=16 "
-    "--config.train.batch_size=2048 "
+    "--config.mesh.context=2 --config.train.batch_size=2048 "
     "--config.train.compiler_options=",
 }
 COLUMNS = (

@@ -1,6 +1,8 @@
 """Bounds of small programs, counted by hand."""
 
 import dataclasses
+import pathlib
+import runpy
 
 import pytest
 
@@ -10,6 +12,7 @@ from puna.models import hardware
 from puna.train.metrics import flops_per_token
 from puna.train.plan import bound
 
+ROOT = pathlib.Path(__file__).parents[3]
 V5P, H100 = hardware.CHIPS["v5p"], hardware.CHIPS["h100"]
 WANTED = ["mesh.data=1", "train.batch_size=64", "model.tie_embeddings=False"]
 
@@ -91,3 +94,18 @@ def test_a_pipeline_is_idle_while_it_fills_and_empties():
     slow = bound.Manner(stages=4, microbatches=4)
     assert bound.least(ONE, "h100-4", H100, slow).idle == 3 / 4 and plain.idle == 0
     assert bound.least(ONE, "h100-4", H100, dataclasses.replace(slow, chunks=3)).idle == 1 / 4
+
+
+@pytest.mark.slow  # 25 bounds
+def test_no_published_speed_is_above_its_bound_and_most_are_above_half():
+    rows = runpy.run_path(str(ROOT / "benchmarks" / "published_rows.py"))
+    shares = {
+        (row.source, row.model, row.topology, row.speed): row.speed / rows["most"](row)
+        for row in rows["ROWS"]
+    }
+    assert len(shares) == len(rows["ROWS"]) == 35 and max(shares.values()) <= 1
+    below = sorted(key[1] for key, share in shares.items() if share < 0.5)
+    assert below == [
+        "DeepSeek-V3, fp8", "GPT-OSS 120B", "Qwen3 30B-A3B, fp8, dropless",
+        "Qwen3 30B-A3B, fp8, dropping", "the same, asynchronous tensor",
+    ]  # fmt: skip
