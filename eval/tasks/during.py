@@ -15,6 +15,7 @@ from ...models.parallel import processes
 from ..answers import Answers
 from . import documents, evaluate, grade
 from .definition import load_tasks
+from .pictures import Pictures
 from .requests import Asker, Asking, Request
 
 
@@ -36,7 +37,10 @@ class During:
         self.tokenizer, self.mesh = tokenizer, mesh
         self.tasks = load_tasks(names(c.tasks), c.tasks_dir or None, key="eval.tasks")
         part = jax.process_index(), jax.process_count()
-        asking = Asking(tokenizer, config.model.max_positions, as_chat=False)
+        self.pictures = Pictures(config.model, tokenizer)
+        asking = Asking(
+            tokenizer, config.model.max_positions, as_chat=False, pictures=self.pictures
+        )  # fmt: skip
         # Of this process: (task, document, its requests).
         self.own = []
         for task in self.tasks:
@@ -47,12 +51,8 @@ class During:
                 )
             found = documents.documents(task, tokenizer, c.tasks_limit or None, part)
             grade.prepare(task, found)
-            if any(document.pictures for document in found):
-                raise ConfigError(
-                    f"eval.tasks={c.tasks}: {task.name} has pictures, which are asked about after "
-                    "the training only: puna eval --tasks"
-                )
             self.own += [(task, d, asking.requests(task, d)) for d in found]
+        self.pictures.share()
         told = processes.gather([r._asdict() for _, _, made in self.own for r in made])
         self.requests = [
             Request(**{k: tuple(v) if isinstance(v, list) else v for k, v in line.items()})
@@ -69,7 +69,7 @@ class During:
         """Each metric of each task, as `tasks_TASK_METRIC`."""
         asker = Asker(
             for_decoding(model), params, self.tokenizer, self.mesh, self.batch_size, Answers(None),
-            "",
+            "", self.pictures,
         )  # fmt: skip
         processes.wait("tasks")
         answers = iter([line["answer"] for line in asker.ask(self.requests)][self.first :])

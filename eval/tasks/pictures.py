@@ -5,6 +5,7 @@ without the data it was made from. For log-likelihoods each patch becomes an id 
 the same patch has, so that texts share what they begin with, pictures included.
 """
 
+import base64
 import functools
 import hashlib
 import os
@@ -19,7 +20,7 @@ from ...configs.schema import ModelConfig
 from ...models.decode.pictures import encode_tile, expand
 from ...models.fusion import check_count
 from ...models.media.images import tile_image
-from ...models.parallel import sharding
+from ...models.parallel import processes, sharding
 from ...models.vision import features_per_tile
 
 
@@ -82,6 +83,18 @@ class Pictures:
         names = tuple(map(name, found))
         self._files.update(zip(names, found, strict=True))
         return names
+
+    def share(self) -> None:
+        """Let every process have the pictures of all, which its requests name."""
+        for one, (file, data) in processes.merge(self.told()).items():
+            self._files.setdefault(one, file or base64.b64decode(data))
+
+    def told(self) -> dict[str, tuple[str, str]]:
+        """Each picture's path, or else its bytes in base64, by name."""
+        return {
+            one: (file, "") if isinstance(file, str) else ("", base64.b64encode(file).decode())
+            for one, file in self._files.items()
+        }
 
     def save(self, folder: pathlib.Path) -> None:
         """Write the files of all pictures, each under its name."""

@@ -10,14 +10,14 @@ import pytest
 
 from puna import __main__ as cli
 from puna.configs import architecture, schema
-from puna.configs.errors import ConfigError, UserError
+from puna.configs.errors import UserError
 from puna.eval.tasks import during, evaluate
 from puna.eval.tasks.definition import load_task
 from puna.eval.tasks.documents import documents, fingerprint
 from puna.eval.tasks.pictures import Pictures
 from puna.eval.tasks.requests import Asking
 from puna.models import transformer, vision
-from puna.models.parallel import sharding
+from puna.models.parallel import processes, sharding
 from puna.models.text.tokenizer import train_bpe
 
 pytest.importorskip("PIL.Image", reason="needs the extra images")
@@ -117,6 +117,16 @@ def test_scores_and_texts_are_those_of_the_forward_pass(folder, params, monkeypa
     first, second = ([line["answer"][0] for line in lines[i : i + 3]] for i in (0, 3))
     assert np.abs(np.subtract(first, second)).max() > 0.01
 
+    # While a run trains the numbers are the same.
+    c = schema.Config(model=CONFIG)
+    asked = ",".join(f"{folder}/{name}.toml" for name in ("choice", "write"))
+    c = dataclasses.replace(c, eval=dataclasses.replace(c.eval, tasks=asked, batch_size=8))
+    found = during.During(c, TOKENIZER, sharding.make_mesh(c.mesh))(MODEL, params)
+    results = json.loads((out / "results.json").read_text())["tasks"]
+    for task, metric in [("choice", "accuracy"), ("choice", "accuracy_per_byte"),
+                         ("write", "exact")]:  # fmt: skip
+        assert found[f"tasks_{task}_{metric}"] == results[task][metric]["value"]
+
     # Neither the data nor their pictures are needed to ask again.
     (folder / "a.ppm").unlink()
     cli._run(["eval", "--checkpoint=m", f"--replay={out}"])
@@ -171,7 +181,7 @@ def test_what_the_data_hash_depends_on(folder):
     assert before != fingerprint(documents(task, TOKENIZER))
 
 
-def test_mistakes(folder):
+def test_mistakes(folder, monkeypatch):
     task = load_task(str(folder / "write.toml"))
     [_, wide, *_] = found = documents(task, TOKENIZER)
     blind = Asking(TOKENIZER, 192, False, Pictures(schema.ModelConfig(), TOKENIZER))
@@ -196,8 +206,17 @@ def test_mistakes(folder):
         Asking(TOKENIZER, 99, False, Pictures(CONFIG, TOKENIZER)).requests(task, broken)
     c = schema.Config()
     asked = dataclasses.replace(c.eval, tasks="colours")
-    with pytest.raises(ConfigError, match="colours has pictures, which are asked about after"):
+    with pytest.raises(UserError, match="colours: record 0: this model reads no pictures"):
         during.During(dataclasses.replace(c, eval=asked), TOKENIZER, None)
+    # Each process has read some documents and gets the pictures of all, bytes and paths.
+    seen = Pictures(CONFIG, TOKENIZER)
+    ours = seen.add([picture(1, 8, 8)])
+    other = Pictures(CONFIG, TOKENIZER)
+    others = other.add([picture(2, 8, 8), str(folder / "a.ppm")])
+    merge = processes.merge
+    monkeypatch.setattr(processes, "merge", lambda told: merge(told) | other.told())
+    seen.share()
+    assert seen.tiles([*ours, *others]).shape[0] > 3
 
 
 def test_made_pictures_show_what_is_asked_for():
