@@ -7,8 +7,9 @@ Trains `--config=tiny` once with each `model.compute_dtype`, from the same param
 batches, and prints the mean loss of each tenth of the steps, the loss of validation, and how much
 more than bfloat16's the worst of them is. `--experts=E` puts E experts, top-1, in every layer.
 With `--topology` nothing is trained: it compiles the step of a wider model for hardware that is not
-here and counts the program's matrix products and kernels by the dtypes of what they multiply. On a
-CPU 8 bits are slower than bfloat16: their time is not printed.
+here and counts the program's matrix products and kernels, by the dtypes of what they multiply, and
+its loops (over layers, and over parts of the loss). On a CPU 8 bits are slower than bfloat16: their
+time is not printed.
 """
 
 import argparse
@@ -79,13 +80,15 @@ def products(text: str, devices: int) -> collections.Counter:
     program, found = Program(text, devices), collections.Counter()
     for ops in program.computations.values():
         for op in ops:
-            kernel = op.code == "custom-call" and re.search(
-                "tpu_custom_call|triton|cublas", op.rest
-            )
+            is_call = op.code == "custom-call"
+            kernel = is_call and re.search("tpu_custom_call|triton|cublas", op.rest)
             if op.code in ("dot", "convolution") or kernel:
-                kinds = (program.types.get(x, "").partition("[")[0] for x in op.operands[:2])
-                name = f"kernel {op.name.rstrip('.0123456789')}" if kernel else "product"
+                kinds = (program.types.get(x, "").partition("[")[0] for x in op.operands[-2:])
+                own = re.search(r"/(\w+)/pallas_call", op.rest) if kernel else None
+                name = own[1] if own else "kernel" if kernel else "product"
                 found[f"{name} of {', '.join(sorted({*kinds}))}"] += 1
+            elif op.code == "while":
+                found["loop"] += 1
     return found
 
 
@@ -96,6 +99,7 @@ def compiled(topology: str, kinds: list[str], experts: int):
     for kind in ("bfloat16", *kinds):
         config = config_of(kind, 300, experts)
         config.model.update(WIDE | ({"expert_dim": WIDE["mlp_dim"]} if experts else {}))
+        config.optimizer.update(name="adamw", learning_rate=1e-3)  # Muon has products of its own
         config.mesh.update(data=1, fsdp=len(devices))
         config.data.update(tokenizer="bytes", seq_len=1024)
         config.train.batch_size = 8 * len(devices)

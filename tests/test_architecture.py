@@ -30,6 +30,7 @@ TESTED_WITH = {
     "eval/tasks/test_evaluate.py": ["eval/tasks/report.py", "eval/tasks/requests.py"],
     "eval/test_harness.py": ["eval/harness_model.py"],
     "eval/test_several.py": ["eval/command.py"],
+    "models/kernels/test_experts.py": ["models/kernels/experts_gpu.py"],
     "test_commands.py": ["configs/command_line.py"],
     "train/objectives/test_multi_token.py": ["models/multi_token.py"],
     "models/decode/server/test_app.py": [

@@ -21,7 +21,8 @@ from ...configs.architecture import EIGHT_BITS, activation_dtype
 from .. import bits, eight_bits
 from ..layers import contract, swiglu
 from ..leaf import numbers, of_rows, resolve
-from ..quantize import is_quantized
+from ..quantize import Grouped, is_quantized
+from . import experts_gpu
 
 # Rows of one matmul of the loop at most: more gains nothing on a CPU and wastes more padding.
 _MAX_BLOCK = 256
@@ -190,7 +191,7 @@ def grouped_matmul(
 def _of_experts(x_E1F, group_sizes_E, num_rows):
     """Of each row that of its expert [M, F]."""
     ends_E = jnp.cumsum(group_sizes_E)
-    expert_M = jnp.searchsorted(ends_E, jnp.arange(num_rows), side="right")
+    expert_M = _place(ends_E, jnp.arange(num_rows))
     return x_E1F[:, 0].at[expert_M].get(mode="clip")
 
 
@@ -244,12 +245,13 @@ def _times_weights(x, w_EDF, group_sizes_E, mean, *, transpose_w):
 
     The result is in x's dtype; of 8 bits in float32.
     """
-    y = _on_platform(
-        functools.partial(_times_weights_tpu, mean=mean, transpose_w=transpose_w),
-        functools.partial(_times_weights_loop, mean=mean, transpose_w=transpose_w),
-        w_EDF.shape[1:],
-        (x, w_EDF, group_sizes_E),
+    tpu, gpu, loop = (
+        functools.partial(f, mean=mean, transpose_w=transpose_w)
+        for f in (_times_weights_tpu, _times_weights_gpu, _times_weights_loop)
     )
+    # Of weights of 4 bits the loop multiplies out those of the experts in use alone.
+    gpu = loop if isinstance(w_EDF, Grouped) else gpu
+    y = _on_platform(tpu, gpu, loop, w_EDF.shape[1:], (x, w_EDF, group_sizes_E))
     return jnp.where(_used(x, group_sizes_E), y, 0)
 
 
@@ -257,17 +259,20 @@ def _weight_gradient(x_MD, dy_MF, group_sizes_E, mean, dtype):
     """Sum over each expert's rows of the outer products of x and dy; rounded once, to `dtype`."""
     return _on_platform(
         functools.partial(_weight_gradient_tpu, mean=mean, dtype=dtype),
+        functools.partial(_weight_gradient_gpu, dtype=dtype),
         functools.partial(_weight_gradient_blocks, mean=mean, dtype=dtype),
         (x_MD.shape[1], dy_MF.shape[1]),
         (x_MD, dy_MF, group_sizes_E),
     )
 
 
-def _on_platform(on_tpu, anywhere, widths, operands):
-    """Trace both forms and let lowering pick, so one program also compiles ahead for a TPU."""
-    if operands[0].dtype != jnp.float32 and all(width % _LANE == 0 for width in widths):
-        return lax.platform_dependent(*operands, tpu=on_tpu, default=anywhere)
-    return anywhere(*operands)
+def _on_platform(on_tpu, on_gpu, anywhere, widths, operands):
+    """Trace all forms and let lowering pick, so one program also compiles ahead for another."""
+    if any(width % _LANE for width in widths):
+        return anywhere(*operands)
+    # megablox would round float32.
+    tpu = anywhere if operands[0].dtype == jnp.float32 else on_tpu
+    return lax.platform_dependent(*operands, tpu=tpu, cuda=on_gpu, default=anywhere)
 
 
 def _times_weights_loop(x, w_EDF, group_sizes_E, *, mean, transpose_w):
@@ -352,7 +357,7 @@ def _blocks(group_sizes_E, num_rows, block, skip=0):
     blocks_E = -(-jnp.maximum(group_sizes_E - skip, 0) // block)
     ends_E = jnp.cumsum(blocks_E)
     n_N = jnp.arange(-(-num_rows // block) + num_experts, dtype=jnp.int32)
-    expert_N = jnp.searchsorted(ends_E, n_N, side="right").astype(jnp.int32)
+    expert_N = _place(ends_E, n_N).astype(jnp.int32)
     expert_N = jnp.minimum(expert_N, num_experts - 1)
     start_E = jnp.cumsum(group_sizes_E) - group_sizes_E + skip
     row_N = start_E[expert_N] + (n_N - (ends_E - blocks_E)[expert_N]) * block
@@ -362,6 +367,12 @@ def _blocks(group_sizes_E, num_rows, block, skip=0):
 def _result(dtype):
     """The dtype of a product of operands in `dtype`: that, but float32 for 8 bits."""
     return dtype if jnp.dtype(dtype).itemsize > 1 else jnp.dtype(jnp.float32)
+
+
+def _place(ends_E, x_N):
+    """How many of some rising numbers each x has reached."""
+    # Compared with all of them: a search is a loop, each step of which waits for the one before.
+    return jnp.searchsorted(ends_E, x_N, side="right", method="compare_all")
 
 
 def _einsum(spec, a, b):
@@ -396,6 +407,24 @@ def _weight_gradient_tpu(x_MD, dy_MF, group_sizes_E, *, mean, dtype):
     padding = ((0, -len(x_MD) % tile_m), (0, 0))
     x_DM = jnp.pad(x_MD, padding).swapaxes(0, 1)
     return tgmm(x_DM, jnp.pad(dy_MF, padding), group_sizes_E, dtype, tiling)
+
+
+def _times_weights_gpu(x, w_EDF, group_sizes_E, *, mean, transpose_w):
+    block = experts_gpu.block_rows(mean)
+    expert_N, row_N, num_blocks = _blocks(group_sizes_E, len(x), block)
+    is_used_N = jnp.arange(len(expert_N)) < num_blocks
+    end_N = jnp.where(is_used_N, jnp.cumsum(group_sizes_E)[expert_N], row_N)
+    if w_EDF.dtype.itemsize > 1:
+        w_EDF = w_EDF.astype(x.dtype)
+    return experts_gpu.times_weights(
+        x, w_EDF, expert_N, row_N, end_N,
+        block=block, transpose_w=transpose_w, dtype=_result(x.dtype),
+    )  # fmt: skip
+
+
+def _weight_gradient_gpu(x_MD, dy_MF, group_sizes_E, *, dtype):
+    end_E = jnp.cumsum(group_sizes_E)
+    return experts_gpu.weight_gradient(x_MD, dy_MF, end_E - group_sizes_E, end_E, dtype=dtype)
 
 
 def _row_tile(mean):

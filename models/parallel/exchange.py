@@ -55,7 +55,7 @@ def of_round(i, all_n, order_M, slots: int):
     n, num_rows = len(all_n), len(order_M)
     send_n = jnp.clip(all_n - i * slots, 0, slots)
     place_P, end_n = jnp.arange(min(num_rows, n * slots)), jnp.cumsum(send_n)
-    to_P = jnp.searchsorted(end_n, place_P, side="right")
+    to_P = jnp.searchsorted(end_n, place_P, side="right", method="compare_all")
     first_n = _starts(all_n) + i * slots - (end_n - send_n)
     from_P = place_P + first_n[jnp.minimum(to_P, n - 1)]
     row_P = order_M[jnp.minimum(from_P, num_rows - 1)]
@@ -181,7 +181,7 @@ def _back_padded(rows_RD, plan, *, num_rows):
     slots = len(rows_RD) // n
     rows_nSD = lax.all_to_all(rows_RD.reshape(n, slots, -1), AXIS, 0, 0, tiled=True)
     row_M, end_n = jnp.arange(num_rows), jnp.cumsum(plan.send_n)
-    to_M = jnp.searchsorted(end_n, row_M, side="right")
+    to_M = jnp.searchsorted(end_n, row_M, side="right", method="compare_all")
     slot_M = to_M * slots + row_M - _starts(plan.send_n)[jnp.minimum(to_M, n - 1)]
     slot_M = jnp.where(to_M < n, slot_M, len(rows_RD))
     return rows_nSD.reshape(len(rows_RD), -1).at[slot_M].get(mode="fill", fill_value=0)

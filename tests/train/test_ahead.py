@@ -149,3 +149,36 @@ def test_llama_8b_fits_a_node_of_h100(tmp_path):
         "--config.mesh.fsdp=8", "--config.train.batch_size=8", PYTHONPATH=str(CUDA),
     )  # fmt: skip
     assert figures["fits"] and figures["devices"] == 8
+
+
+@for_gpu
+@pytest.mark.slow
+def test_experts_on_h100_are_kernels_and_8_bits_are_multiplied_as_such():
+    code = """
+import jax
+from puna.configs import get_config, schema
+from puna.train import ahead
+from puna.train.plan.program import Program
+jax.config.update("jax_enable_compilation_cache", False)
+c = get_config("tiny")
+c.model.update(num_layers=1, embed_dim=128, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=128,
+               moe_interval=1, num_experts=4, expert_dim=128, compute_dtype="float8")
+c.optimizer.update(name="adamw", learning_rate=1e-3)
+c.data.update(tokenizer="bytes", validation="")
+program = Program(ahead.compile_step(schema.from_dict(c), ahead.devices("h100-1")).as_text(), 1)
+for ops in program.computations.values():
+    for op in ops:
+        kinds = [program.types.get(x, "").partition("[")[0] for x in op.operands[-2:]]
+        name = op.rest.partition('op_name="')[2].partition('"')[0]
+        if op.code in ("dot", "while") or "/grouped_" in name:
+            print("op", op.code, ",".join(kinds), name)
+"""
+    lines = python("-c", code, PYTHONPATH=str(CUDA)).splitlines()
+    found = [line.split(maxsplit=3)[1:] for line in lines if line.startswith("op ")]
+    forward, backward, wide = "f8e4m3fn,f8e4m3fn", "f8e5m2,f8e4m3fn", "bf16,bf16"
+    kernels = [kinds for code, kinds, _ in found if code == "custom-call"]
+    assert sorted(kernels) == [wide] * 3 + [forward] * 3 + [backward] * 3
+    assert {forward, backward, wide} <= {kinds for code, kinds, _ in found if code == "dot"}
+    # One layer needs no loop over layers; that of the loss, over its parts, is left.
+    loops = [rest for code, *rest in found if code == "while"]
+    assert len(loops) <= 1 and "moe" not in str(loops)

@@ -164,7 +164,7 @@ class Program:
     def _cost(self, op):
         moved = self._bytes(op)
         if op.code == "custom-call":
-            return Cost(_kernel_flops(self, op), moved)
+            return Cost(_kernel_flops(self, op) / (2 if self._is_narrow(op) else 1), moved)
         if op.code != "fusion":
             return self._inner(op)._replace(bytes=moved)
         inside = Cost()
@@ -180,8 +180,7 @@ class Program:
         """FLOPs and transcendental elements of an operation, inside a fusion or not."""
         if op.code in ("dot", "convolution"):
             flops = (_dot_flops if op.code == "dot" else _convolution_flops)(self, op)
-            narrow = all(re.match("f8|s8|u8", self.types.get(x, "")) for x in op.operands[:2])
-            return Cost(flops / 2 if narrow else flops)
+            return Cost(flops / 2 if self._is_narrow(op) else flops)
         if op.code in _TRANSCENDENTAL:
             return Cost(transcendental=_elements(op.type))
         if op.code in ("copy", "transpose") and _turns(self, op):
@@ -189,6 +188,11 @@ class Program:
         if op.code == "fusion":
             return sum((self._inner(inner) for inner in self.called(op)), Cost())
         return Cost()
+
+    def _is_narrow(self, op):
+        """Whether the last two operands, those that are multiplied, are of 8 bits."""
+        kinds = [self.types.get(x, "") for x in op.operands[-2:]]
+        return len(kinds) == 2 and all(re.match("f8|s8|u8", kind) for kind in kinds)
 
     def _bytes(self, op):
         """Main memory that an operation reads and writes; slices count as what they take."""
@@ -379,14 +383,15 @@ def _kernel_flops(program, op):
     Splash attention has the table of its blocks [heads, query blocks, most key blocks] as the
     first operands; of those about half are masked where attention is causal. 2 products forward,
     5 in the fused backward pass (3 of dQ and 4 of dK and dV apart). megablox multiplies every row
-    once. cuBLAS says what it contracts.
+    once, as do our kernels for GPUs. cuBLAS says what it contracts.
     """
     shapes = [_dims(program, name) for name in op.operands]
     if "__cublas" in op.rest:
         found = re.search(r'"lhs_contracting_dimensions":\["(\d+)"', op.rest)
         out = max((math.prod(d) for _, d in _arrays(op.type, every=True)), default=0)
         return 2 * out * shapes[0][int(found[1])] if found else 0
-    if "tpu_custom_call" not in op.rest:
+    is_ours = "/grouped_" in op.rest and "triton" in op.rest
+    if "tpu_custom_call" not in op.rest and not is_ours:
         return 0
     if "splash" in op.name:
         table = next((x for x in shapes if len(x) == 3), [1, 1, 1])
@@ -397,7 +402,7 @@ def _kernel_flops(program, op):
         return 2 * products * q[0] * q[1] * q[2] * seen
     matrices = [x for x in shapes if len(x) >= 2]
     out = next((d for _, d in _arrays(op.type, every=True)), [])
-    if "gmm" in op.name and len(matrices) >= 2:
+    if ("gmm" in op.name or is_ours) and len(matrices) >= 2:
         rows, other = matrices[0], matrices[1]
         return 2 * rows[0] * rows[1] * (other[-1] if len(out) == 3 else out[-1])
     return 0

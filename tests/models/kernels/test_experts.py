@@ -1,6 +1,7 @@
 """Sorted, padded and blocked expert computation against every expert computing every token."""
 
 import functools
+import re
 
 import hypothesis
 import jax
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from puna.models.kernels import experts
+from puna.models import eight_bits
+from puna.models.kernels import experts, experts_gpu
 from puna.models.kernels.experts import Routing, grouped_matmul, swiglu_experts
 
 D, F = 24, 40
@@ -278,11 +281,56 @@ def aligned_operands(seed=0):
     return x_MD, w_EDF, jnp.asarray([130, 0, 100, 31], jnp.int32), dy_MF
 
 
-@pytest.mark.parametrize(("platform", "kernels"), [("cpu", 0), ("tpu", 3)])
-def test_one_function_lowers_to_kernels_on_tpu_only(platform, kernels):
+@pytest.mark.parametrize(
+    ("platform", "kernel"),
+    [("cpu", None), ("tpu", "tpu_custom_call"), ("cuda", "__gpu$xla.gpu.triton")],
+)
+def test_one_function_lowers_to_the_kernels_of_each_platform(platform, kernel):
     traced = jax.jit(aligned_step).trace(*aligned_operands())
     lowered = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert lowered.count("stablehlo.custom_call @tpu_custom_call") == kernels
+    found = re.findall(r"stablehlo.custom_call @(\S+)\(", lowered)
+    assert found == ([kernel] * 3 if kernel else [])
+    if platform == "cuda":
+        assert "stablehlo.while" not in lowered
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", "float8", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float32", "int8"))],
+)
+def test_gpu_kernels_equal_the_blocked_form(dtype, monkeypatch):
+    interpreted = functools.partial(pl.pallas_call, interpret=True)
+    monkeypatch.setattr(experts_gpu.pl, "pallas_call", interpreted)
+    kinds = eight_bits.FORMATS.get(dtype)
+    x_MD, w_EDF, sizes_E, dy_MF = aligned_operands()
+    if kinds:
+        x_MD, w_EDF = (eight_bits.quantize(x, 1, kinds.forward)[0] for x in (x_MD, w_EDF))
+        dy_MF, _ = eight_bits.quantize(dy_MF, 1, kinds.backward)
+    elif dtype == "float32":
+        x_MD, w_EDF, dy_MF = (x.astype(jnp.float32) for x in (x_MD, w_EDF, dy_MF))
+    used_M1 = (jnp.arange(len(x_MD)) < sizes_E.sum())[:, None]
+    mean = 20 if dtype == "int8" else 75  # rows of blocks: 16 or 64
+    for x, transposed in ((x_MD, False), (dy_MF, True)):
+        how = {"mean": mean, "transpose_w": transposed}
+        actual = experts._times_weights_gpu(x, w_EDF, sizes_E, **how)
+        expected = experts._times_weights_loop(x, w_EDF, sizes_E, **how)
+        assert_near(*(jnp.where(used_M1, y, 0) for y in (actual, expected)))
+    if not kinds:
+        actual = experts._weight_gradient_gpu(x_MD, dy_MF, sizes_E, dtype=w_EDF.dtype)
+        expected = experts._weight_gradient_blocks(x_MD, dy_MF, sizes_E, mean=75, dtype=w_EDF.dtype)
+        assert_near(actual, expected)
+        assert not np.asarray(actual[1], np.float32).any()  # an expert without rows
+
+
+def assert_near(actual, expected):
+    """The same products, summed in another order: one rounding of the result apart at most."""
+    assert actual.dtype == expected.dtype
+    relative = 2.0**-7 if actual.dtype == jnp.bfloat16 else 1e-5
+    most = np.abs(np.asarray(expected, np.float32)).max()
+    np.testing.assert_allclose(
+        np.asarray(actual, np.float32), np.asarray(expected, np.float32), rtol=relative,
+        atol=1e-6 * most,
+    )  # fmt: skip
 
 
 def test_tpu_kernels_equal_the_blocked_form():

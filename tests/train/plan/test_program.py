@@ -170,6 +170,28 @@ def test_flops_of_attention_kernels():
     assert program.cost(found["splash_mha_dkv.1"]).flops == 2.5 * forward
 
 
+def test_flops_of_grouped_products_on_gpus():
+    call = (
+        'custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/NAME/pallas_call"}'
+    )
+    text = """ENTRY %m (x: f32[2]) -> f32[2] {
+  %n = s32[9]{0} parameter(0)
+  %x = KIND[1024,128]{1,0} parameter(1)
+  %w = KIND[4,128,256]{2,1,0} parameter(2)
+  %g = bf16[1024,256]{1,0} parameter(3)
+  %y = bf16[1024,256]{1,0} custom-call(%n, %n, %n, %x, %w), CALL_matmul
+  ROOT %dw = f32[4,128,256]{2,1,0} custom-call(%n, %n, %x, %g), CALL_gradient
+}
+"""
+    for name in ("matmul", "gradient"):
+        text = text.replace(f"CALL_{name}", call.replace("NAME", f"grouped_{name}"))
+    for kind, times in (("bf16", 1), ("f8e4m3fn", 0.5)):
+        program = Program(text.replace("KIND", kind), 1)
+        found = ops(program)
+        assert program.cost(found["y"]).flops == times * 2 * 1024 * 128 * 256
+        assert program.cost(found["dw"]).flops == 2 * 1024 * 128 * 256
+
+
 FUSED = """HloModule step, is_scheduled=true
 
 %begin (x: f32[64]) -> (f32[64], f32[256], u32[]) {
