@@ -302,6 +302,7 @@ NOT_RUN = {
     "python benchmarks/fine_tune_memory": ("compiles for minutes", "tests/train/test_ahead.py"),
     "python benchmarks/plan_table": ("compiles for minutes", "tests/train/plan/test_plan.py"),
     "python benchmarks/experts": ("compiles for minutes", "tests/models/kernels/test_experts.py"),
+    "python benchmarks/eight_bits": ("trains for minutes", "tests/models/test_eight_bits.py"),
     "python benchmarks/predicted_time": ("minutes", "tests/train/plan/test_timing.py"),
     "python benchmarks/fine_tune.py": ("minutes", "tests/models/weights/test_real_model.py"),
     "python benchmarks/teach": ("trains for minutes", "tests/train/objectives"),
