@@ -11,6 +11,7 @@ from ...models.parallel import sharding
 from ...models.transformer import abstract_params, count_params
 from ..metrics import active_params
 from .figures import Figure, shown
+from .timing import product_rate
 
 KINDS = ("none", *quantize.KINDS)
 
@@ -101,7 +102,7 @@ def _bounds(config, batch, context, kind, found, devices, chip):
         chunked = config.chunk_size and config.uses_rope(layer)
         keys += min(context, config.chunk_size if chunked else context) / 2
     flops += 4 * config.num_heads * config.head_dim * keys * batch * context
-    prefill = flops / devices / chip.flops
+    prefill = flops / devices / chip.products
     # The experts that no row of the batch has chosen are not read.
     whole, active = count_params(config), active_params(config)
     share = min(1.0, active / whole * batch)
@@ -110,7 +111,8 @@ def _bounds(config, batch, context, kind, found, devices, chip):
     rows = f"a token of each of {batch} rows" if batch > 1 else "a token"
     return {
         "prefill_flops": Figure(flops, "FLOPs", "modelled", f"{context:,} tokens a row"),
-        "prefill_time": Figure(prefill, "s", "modelled", "at least: FLOPs / bfloat16 peak"),
+        "product_rate": product_rate(chip),
+        "prefill_time": Figure(prefill, "s", "modelled", "at least: FLOPs / that rate"),
         "decode_traffic": Figure(
             read, "bytes", "modelled", f"{rows}: weights in use and the whole cache"
         ),

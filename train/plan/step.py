@@ -87,7 +87,7 @@ def _times(config, topology, program, mesh):
         found[f"received_{axes}"] = Figure(wire, "bytes", "compiled", "by a device")
     if chip is None:  # whose rates are not published
         return found
-    found["product_rate"] = product_rate(chip)
+    found["product_rate"] = timing.product_rate(chip)
     found["products"] = Figure(
         times.products, "s", "modelled", "matrix products and kernels: cycles, FLOPs or traffic"
     )
@@ -105,18 +105,6 @@ def _times(config, topology, program, mesh):
         share = flops / chip.flops / times.seconds
         found["mfu"] = Figure(share, "", "modelled", "model FLOPs / peak / time, at most")
     return found
-
-
-def product_rate(chip: hardware.Chip) -> Figure:
-    """FLOP/s that products of a plan go at, and whose figure that is."""
-    if chip.attainable is None:
-        note = "the maker's peak: no measured products were found"
-    else:
-        note = (
-            f"measured, of a peak of {chip.flops / 1e12:g}: {chip.attainable.source}, "
-            f"{chip.attainable.date}"
-        )
-    return Figure(chip.products, "FLOP/s", "published", note)
 
 
 def refused(message: str, state: int) -> int | None:
@@ -163,7 +151,7 @@ def speed(config: Config, kind: str, mesh, held: int) -> dict[str, Figure]:
         if config.model.compute_dtype in EIGHT_BITS:
             # Two of three products, none of which any chip makes at more than twice its rate.
             flops, how = flops * 2 / 3, "2/3 of model FLOPs, since most are in 8 bits,"
-        found["product_rate"] = product_rate(chip)
+        found["product_rate"] = timing.product_rate(chip)
         found["time_of_flops"] = Figure(flops, "s", "modelled", f"{how} / that rate")
         least = max(least, flops)
     found["least_time"] = Figure(least, "s", "modelled", "the larger of these; no step is as fast")

@@ -15,6 +15,7 @@ import math
 import numpy as np
 
 from ...models import hardware
+from .figures import Figure
 from .program import Collective, Cost, Program
 
 
@@ -49,6 +50,18 @@ def published(chip: hardware.Chip) -> Rates:
     if isinstance(tpu := chip.compiler, hardware.TpuCompiler):
         clock = chip.flops / tpu.flops_per_cycle
     return Rates(chip.products, chip.memory_bandwidth, clock=clock)
+
+
+def product_rate(chip: hardware.Chip) -> Figure:
+    """FLOP/s that products of a plan go at, and whose figure that is."""
+    if chip.attainable is None:
+        note = "the maker's peak: no measured products were found"
+    else:
+        note = (
+            f"measured, of a peak of {chip.flops / 1e12:g}: {chip.attainable.source}, "
+            f"{chip.attainable.date}"
+        )
+    return Figure(chip.products, "FLOP/s", "published", note)
 
 
 @dataclasses.dataclass
