@@ -57,13 +57,13 @@ def layer_step(num_experts, dtype):
     )  # fmt: skip
     layer, tokens = Layer(config, 0), default_tokens((B, T))
     x_BTD = jax.random.normal(jax.random.key(0), (B, T, D), dtype)
-    params = jax.jit(lambda x: layer.init(jax.random.key(1), x, tokens, None))(x_BTD)
+    params = jax.jit(lambda x: layer.init(jax.random.key(1), x, tokens, None, None))(x_BTD)
     params = sharding.unbox(params)
 
     @jax.jit
     def step(params, x_BTD):
         def loss(params, x_BTD):
-            y_BTD = layer.apply(params, x_BTD, tokens, None)[0]
+            y_BTD = layer.apply(params, x_BTD, tokens, None, None)[0]
             return jnp.sum(y_BTD.astype(jnp.float32) ** 2)
 
         return jax.grad(loss, argnums=(0, 1))(params, x_BTD)
