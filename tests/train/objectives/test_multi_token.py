@@ -119,9 +119,7 @@ def numbers(folder):
 
 @pytest.fixture
 def experts(config):
-    config.model.update(
-        num_layers=2, moe_interval=2, num_experts=4, expert_dim=12, nope_interval=2, chunk_size=8
-    )
+    config.model.update(num_layers=2, moe_interval=1, num_experts=4, expert_dim=12)
     config.train.update(objective="multi_token", eval_every=0)
     return config
 
@@ -139,7 +137,8 @@ def test_a_run_learns_and_resumes(experts, tmp_path):
 
 @pytest.mark.slow
 def test_a_mesh_gives_the_numbers_of_one_device(experts, tmp_path):
-    experts.model.num_layers = 3  # a tail after the block of two
+    # A tail after the block of two.
+    experts.model.update(num_layers=3, moe_interval=2, nope_interval=2, chunk_size=8)
     experts.train.update(steps=3, save_every=3)
     for name, axes in (("one", {}), ("mesh", {"data": 1, "fsdp": 2, "context": 2, "tensor": 2})):
         experts.mesh.update(axes)
