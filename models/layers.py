@@ -6,6 +6,7 @@ in float32, forward and backward. What 8 bits are is in `eight_bits`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from .adapters import Adapted, factor_names, is_adapted
 from .leaf import dense, numbers, resolve, settle
 from .parallel import sharding
 from .parallel.sharding import Param, constrain
-from .quantize import Grouped
+from .quantize import Grouped, Int4
 from .remat import PRODUCT
 from .turned import Turned
 
@@ -120,9 +121,20 @@ def _contract(spec, x, w, dtype, out_dtype, split=(None, None)):
         y = eight_bits.einsum(spec, x, numbers(w), kind, kind, split[0])
     elif isinstance(w, Turned) and w.is_for(x):
         y = w.times(x, dtype)
+    elif isinstance(w, Int4) and sharding.platform() == "cpu" and (summed := _one_row(spec, x)):
+        y = w.times_row(x.astype(dtype).astype(jnp.float32), summed)
+        y = y.reshape(*x.shape[: x.ndim - summed], *y.shape)
     else:
         y = _dot(spec, x, w, dtype)
     return y.astype(out_dtype or activation_dtype(dtype))
+
+
+def _one_row(spec, x) -> int:
+    """How many dims are summed over, if they are x's last, w's first and x is one row; else 0."""
+    left, right = spec.split("->")[0].split(",")
+    summed = sum(letter in left for letter in right)
+    is_row = left[len(left) - summed :] == right[:summed] and math.prod(x.shape[:-summed]) == 1
+    return summed if is_row and not sharding.split_axes() else 0
 
 
 def _dot(spec, a, b, dtype):

@@ -104,6 +104,30 @@ class Int4(Grouped):
     def of_steps(self, steps, beside):
         return steps.astype(jnp.float32) * beside(self.scale) + beside(self.least)
 
+    def times_row(self, x, num_summed: int):
+        """The product with one row x in float32; the weight's first dims are summed over.
+
+        A sum a group, of whole numbers, which the scales multiply: a CPU takes a third of the time
+        that it takes to multiply the weight out.
+        """
+        assert self.dim == num_summed - 1, "groups lie along the last dim that is summed over"
+        out = self.shape[num_summed:]
+        half, x_GI = self.group // 2, x.reshape(-1, self.group)
+        values_GIX = self.values.reshape(len(x_GI), half, -1)
+        sums_GX = sum(
+            jnp.einsum(
+                "GI,GIX->GX", part_GI, steps_GIX.astype(jnp.float32),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            for part_GI, steps_GIX in (
+                (x_GI[:, :half], values_GIX & 15), (x_GI[:, half:], values_GIX >> 4),
+            )
+        )  # fmt: skip
+        scale_GX, least_GX = (
+            a.astype(jnp.float32).reshape(sums_GX.shape) for a in (self.scale, self.least)
+        )
+        return jnp.sum(sums_GX * scale_GX + x_GI.sum(1)[:, None] * least_GX, 0).reshape(out)
+
 
 class Nf4(Grouped):
     """A weight that is `NF4[values] * scale`."""

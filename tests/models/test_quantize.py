@@ -142,6 +142,24 @@ def test_a_weight_is_off_by_at_most_half_a_step():
     assert np.isnan(leaf.dense(damaged)[0, :, 0]).all()
 
 
+@pytest.mark.parametrize(
+    ("spec", "names", "shape"),
+    [
+        ("BTD,DNH->BTNH", ("embed", "heads", "head_dim"), (64, 3, 8)),
+        ("BTNH,NHD->BTD", ("heads", "head_dim", "embed"), (3, 64, 8)),
+    ],
+)
+def test_a_row_times_int4_is_the_product_with_its_numbers(spec, names, shape):
+    rng = np.random.default_rng(0)
+    made = quantize(jnp.array(rng.normal(size=shape), jnp.float32), names, "int4")
+    rows = shape[: 2 if names[0] == "heads" else 1]
+    x = jnp.array(rng.normal(size=(1, 1, *rows)), jnp.float32)
+    want = jnp.einsum(spec, x, leaf.dense(made), precision="highest")
+    found = contract(spec, x, made, "float32")
+    assert found.shape == want.shape
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
+
+
 def test_int4_holds_sixteen_numbers_of_each_group():
     """An oracle in NumPy reads the bytes; what lies on the grid of its group comes back exactly."""
     rng = np.random.default_rng(0)
