@@ -87,10 +87,11 @@ def _generate(args):
         [ids], _ = begin_rows(tokenizer, [args.prompt], args.stop)
 
     def length(config):
-        of_pictures = len(args.image) * pictures.longest(config.vision)
+        of_pictures = len(args.image) * pictures.longest(config)
         return round_up(len(ids) + of_pictures + args.max_tokens)
 
-    engine, tiles = _open_engine(args, tokenizer, mesh, 1, length), None
+    engine = _open_engine(args, tokenizer, mesh, 1, length, max_images=len(args.image))
+    tiles = None
     if args.image:
         ids, tiles = pictures.expand(engine.config, tokenizer, ids, args.image, engine.max_length)
     text, show = "", processes.is_first()
@@ -159,7 +160,7 @@ def _chat(args):
     profile = Profile(args.profile) if args.profile else None
     tools = _tools(args)
     sampling = _sampling(args, tokenizer)
-    engine = _open_engine(args, tokenizer, mesh, 1, args.max_length)
+    engine = _open_engine(args, tokenizer, mesh, 1, args.max_length, max_images=args.max_images)
     with jax.set_mesh(mesh):
         settings = args.system, args.max_tokens, profile, args.thinking, tools
         chat.run(chat.Chat(engine, sampling, *settings))
@@ -193,7 +194,9 @@ def _serve(args):
         ) from None
     tokenizer, mesh = _open_tokenizer(args)
     with app.listen(args.host, args.port) as socket:
-        engine = _open_engine(args, tokenizer, mesh, args.slots, args.max_length)
+        engine = _open_engine(
+            args, tokenizer, mesh, args.slots, args.max_length, max_images=args.max_images
+        )
         name = args.name or pathlib.Path(args.checkpoint).resolve().name
         key = args.api_key or os.environ.get("PUNA_API_KEY", "")
         with _guard(args, mesh) as guard:
@@ -236,11 +239,11 @@ def _open_tokenizer(args):
     return tokenizer, sharding.make_mesh(_mesh(args.mesh))
 
 
-def _open_engine(args, tokenizer, mesh, num_slots, max_length):
+def _open_engine(args, tokenizer, mesh, num_slots, max_length, **settings):
     from .models.decode.load_engine import load_engine
 
     names = ("speculate", "draft", "dtype", "cache_dtype", "quantize", "adapter")
-    settings = {name: getattr(args, name) for name in names}
+    settings |= {name: getattr(args, name) for name in names}
     return load_engine(args.checkpoint, tokenizer, mesh, num_slots, max_length, **settings)
 
 

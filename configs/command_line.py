@@ -195,6 +195,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("max_waiting", 64, "texts that may wait for a slot", **text)
     if command in ("chat", "serve"):
         flags.DEFINE_integer("max_length", 4096, "tokens of a prompt and its answer", **text)
+        flags.DEFINE_integer(
+            "max_images", 1, "pictures of a conversation that there is room for, with models whose "
+            "layers attend to pictures (Llama 3.2 Vision)", **text,
+        )  # fmt: skip
     if command in ("generate", "chat", "serve"):
         flags.DEFINE_string("mesh", "", "sizes of mesh axes, such as fsdp=2,tensor=4", **text)
         flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of the model", **text)

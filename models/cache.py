@@ -237,20 +237,39 @@ class Cache(flax.struct.PyTreeNode):
 
     def take(self, rows_R):
         """The cache whose r-th row is a copy of row `rows_R[r]` of this one."""
+        return over_rows(lambda axis, x: jnp.take(x, rows_R, axis=axis, mode="clip"), self)
 
-        def rows(arrays, dims_from_batch):
-            return jax.tree.map(
-                lambda x: jnp.take(x, rows_R, axis=x.ndim - dims_from_batch, mode="clip"), arrays
-            )
+    def without_images(self) -> "Cache":
+        """What layers need that attend to the text, for rows that have no image."""
+        layers = jax.tree.map(
+            lambda layer: None if isinstance(layer, ImageCache) else layer, self.layers,
+            is_leaf=_is_layer,
+        )  # fmt: skip
+        return self.replace(layers=layers, seen=None)
 
-        def of(layer: LayerCache):
-            return layer.replace(
-                k_BSKH=rows(layer.k_BSKH, 4), v_BSKH=rows(layer.v_BSKH, 4),
-                positions_BS=rows(layer.positions_BS, 2),
-            )  # fmt: skip
+    def with_images(self, other: "Cache") -> "Cache":
+        """Undo `without_images`, with what `other` holds of images."""
+        layers = jax.tree.map(
+            lambda theirs, ours: theirs if isinstance(theirs, ImageCache) else ours,
+            other.layers, self.layers, is_leaf=_is_layer,
+        )  # fmt: skip
+        return self.replace(layers=layers, seen=other.seen)
 
-        layers = jax.tree.map(of, self.layers, is_leaf=lambda x: isinstance(x, LayerCache))
-        return Cache(layers, self.lengths_B[rows_R])
+
+def _is_layer(x):
+    return isinstance(x, LayerCache | ImageCache)
+
+
+def over_rows(change, *caches: Cache) -> Cache:
+    """Apply `change(axis of rows, array, ...)` to the arrays of caches that are alike."""
+
+    def one(path, *arrays):
+        # The letters of the field say where its rows are: `k_BSKH`, perhaps with axes before.
+        names = (part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey))
+        letters = next(name for name in names if "_B" in name).rpartition("_")[2]
+        return change(arrays[0].ndim - len(letters), *arrays)
+
+    return jax.tree.map_with_path(one, *caches)
 
 
 def init_cache(

@@ -78,15 +78,16 @@ def lower(config: ModelConfig, mesh, params, cache) -> Programs:
         piece_BT = _ints(sharding.parts("batch", mesh), min(PIECES[-1], longest))
         slot = source = keep = adapter = _ints()
         prefill = read_piece.lower(
-            model, kept, cache, slot, piece_BT, piece_BT, source, keep, adapter, None
+            model, kept, cache, slot, piece_BT, piece_BT, source, keep, adapter, None, None
         )
         rows_B, inputs_BT = _ints(rows), _ints(rows, 1)
         sampling = jax.eval_shape(lambda: per_row(Sampling(), 1, rows))
         place = Place(rows_B, rows_B, rows_B, sampling, rows_B)
         masks_BTW = jax.ShapeDtypeStruct((rows, 1, -(-vocab_size // 32)), jnp.uint32)
         decode = write_tokens.lower(
-            model, params, kept, cache, inputs_BT, rows_B, place, rows_B, masks_BTW, vocab_size
-        )
+            model, params, kept, cache, inputs_BT, rows_B, place, rows_B, masks_BTW, vocab_size,
+            None,
+        )  # fmt: skip
     return Programs(prefill, decode)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from .. import bits
 from ..adapters import choose
-from ..cache import LayerCache, init_cache
+from ..cache import LayerCache, init_cache, over_rows
+from ..cross import look
 from ..fusion import Features
 from ..leaf import settled
 from ..parallel import sharding
@@ -51,33 +52,38 @@ class CachedModel:
     """A model, its parameters and a cache that its methods change; works under `jax.set_mesh`."""
 
     def __init__(self, model, params, num_rows: int, max_length: int, vocab_size: int,
-                 cache_dtype: str = ""):  # fmt: skip
+                 cache_dtype: str = "", max_images: int = 0):  # fmt: skip
         """Make the cache, see `init_cache`; ids from `vocab_size` on are never made."""
         self.model, self.params = for_decoding(model), settled(params)
         self.vocab_size = min(vocab_size, model.config.vocab_size)
         self._kept = bits.view(self.params)
         config = self.model.config
-        shape = (config, num_rows, max_length, cache_dtype)
+        shape = (config, num_rows, max_length, cache_dtype, max_images)
         self._cache = jax.jit(lambda: constrain_cache(init_cache(*shape)))()
 
-    def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int,
-             adapter: int, images: Features | None = None) -> None:  # fmt: skip
+    def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int, adapter: int,
+             images: Features | None = None, before_BS=None) -> None:  # fmt: skip
         """Put a piece of a prompt into a slot, after the first `keep` tokens of slot `source`.
 
         Only the first of B rows counts: the others let a mesh that splits rows do so.
 
         Args:
-          images: features of the patch tokens in the piece.
+          images: features of the patch tokens in the piece; with `model.cross` those of all images
+            of the prompt, where the slot does not have them.
+          before_BS: with `model.cross` the prompt, if it has images.
         """
-        self._cache = read_piece(
-            self.model, self._kept, self._cache, np.int32(slot), tokens_BT, segments_BT,
-            np.int32(source), np.int32(keep), np.int32(adapter), images,
+        attends = before_BS is not None
+        cache = read_piece(
+            self.model, self._kept, self._part(attends), np.int32(slot), self._known(tokens_BT),
+            segments_BT, np.int32(source), np.int32(keep), np.int32(adapter), images, before_BS,
         )  # fmt: skip
+        self._put(cache, attends)
 
-    def write(self, inputs_BT, counts_B, place: Place, tops_B, masks_BTW):
+    def write(self, inputs_BT, counts_B, place: Place, tops_B, masks_BTW, images_B):
         """Draw the id that follows each of the first `counts_B` of T inputs, none for count 0.
 
         Args:
+          images_B: rows that attend to images.
           tops_B: more than 0 where a row wants the likeliest ids.
           masks_BTW: bits of the ids that may follow, see `grammar.Constraint.allowed`.
 
@@ -85,10 +91,12 @@ class CachedModel:
           On the host: ids_BT, see `engine.check_ids`; logprobs_BT, see `engine.Block`; and, if
           any row wants them, the `TOP` likeliest ids and their log-probabilities [B, T, TOP].
         """
-        self._cache, found = write_tokens(
-            self.model, self.params, self._kept, self._cache, inputs_BT, counts_B, place, tops_B,
-            masks_BTW, self.vocab_size,
+        attends = bool(np.any(images_B))
+        cache, found = write_tokens(
+            self.model, self.params, self._kept, self._part(attends), inputs_BT, counts_B, place,
+            tops_B, masks_BTW, self.vocab_size, images_B if attends else None,
         )  # fmt: skip
+        self._put(cache, attends)
         return jax.device_get(found)
 
     def propose(self, last_B, limits_B, place: Place, masks_BW, num_tokens: int):
@@ -99,29 +107,26 @@ class CachedModel:
           masks_BW: of the first of them, as in `write`.
         """
         self._cache, ids_BT = _propose(
-            self.model, self.params, self._kept, self._cache, last_B, limits_B, place, masks_BW,
-            self.vocab_size, num_tokens,
+            self.model, self.params, self._kept, self._cache, self._known(last_B), limits_B, place,
+            masks_BW, self.vocab_size, num_tokens,
         )  # fmt: skip
         return np.asarray(ids_BT)
 
+    def _known(self, tokens):
+        # A draft may lack the token of pictures.
+        return np.where(tokens < self.model.config.embedding_rows, tokens, 0)
 
-def _of_row(layers, change):
-    """Apply `change(array, axis of rows, ...)` to the arrays of one or two trees of caches."""
+    def _part(self, attends: bool):
+        """The cache; without what it holds of images, where no row attends to them."""
+        return self._cache if attends else self._cache.without_images()
 
-    def one(*caches):
-        def of(name, rank):
-            arrays = (getattr(cache, name) for cache in caches)
-            return jax.tree.map(lambda *x: change(x[0].ndim - rank, *x), *arrays)
-
-        return caches[0].replace(
-            k_BSKH=of("k_BSKH", 4), v_BSKH=of("v_BSKH", 4), positions_BS=of("positions_BS", 2)
-        )
-
-    return jax.tree.map(one, *layers, is_leaf=lambda x: isinstance(x, LayerCache))
+    def _put(self, cache, attends: bool) -> None:
+        self._cache = cache if attends else cache.with_images(self._cache)
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images):
+def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images,
+               before_BS):  # fmt: skip
     """The program of `CachedModel.read`: the new cache."""
 
     def take(axis, x):
@@ -133,13 +138,21 @@ def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, a
         return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
 
     def cut(layer):
+        if not isinstance(layer, LayerCache):
+            return layer
         known = layer.positions_BS < keep
         return layer.replace(positions_BS=jnp.where(known, layer.positions_BS, -1))
 
-    layers = _of_row([cache.layers], take)
-    layers = jax.tree.map(cut, layers, is_leaf=lambda x: isinstance(x, LayerCache))
+    rows = over_rows(take, cache)
+    layers = jax.tree.map(cut, rows.layers, is_leaf=lambda x: isinstance(x, LayerCache))
+    seen = rows.seen
+    if seen is not None:
+        known_S = (jnp.arange(before_BS.shape[1]) < keep).astype(jnp.int32)
+        seen = _nothing(seen, jnp.ones(len(tokens_BT), bool))
+        known_BS = jnp.broadcast_to(known_S, before_BS.shape)
+        _, seen = look(model.config, before_BS, known_BS, None, seen)
     lengths_B = jnp.full(len(tokens_BT), keep, cache.lengths_B.dtype)
-    rows = constrain_cache(cache.replace(layers=layers, lengths_B=lengths_B))
+    rows = constrain_cache(rows.replace(layers=layers, lengths_B=lengths_B, seen=seen))
     kept = choose(kept, jnp.full(len(tokens_BT), adapter))
     rows = model.apply(
         {"params": kept},
@@ -149,12 +162,22 @@ def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, a
         images=images,
         method="states",
     ).cache
-    return constrain_cache(cache.replace(layers=_of_row([cache.layers, rows.layers], put)))
+    return constrain_cache(over_rows(put, cache, rows))
+
+
+def _nothing(seen, where_B):
+    """The rows as before their first token, where said."""
+
+    def of(x):
+        return jnp.where(where_B.reshape(-1, *[1] * (x.ndim - 1)), jnp.zeros_like(x), x)
+
+    return jax.tree.map(of, seen).replace(valid_BU=seen.valid_BU)
 
 
 def _states(model, kept, cache, tokens_BT, segments_BT, place, step=0):
     # What rows have from their length on, proposals that were refused, is not removed: a query
-    # sees no later position, and before it sees one that position has been written again.
+    # sees no later position, and before it sees one that position has been written again. Nor is
+    # any proposal an image.
     return model.apply(
         {"params": choose(kept, place.adapters_B)}, tokens_BT,
         segment_ids_BT=segments_BT.astype(jnp.int32),
@@ -163,11 +186,12 @@ def _states(model, kept, cache, tokens_BT, segments_BT, place, step=0):
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def write_tokens(
-    model, params, kept, cache, inputs_BT, counts_B, place, tops_B, masks_BTW, vocab_size
-):  # fmt: skip
+def write_tokens(model, params, kept, cache, inputs_BT, counts_B, place, tops_B, masks_BTW,
+                 vocab_size, images_B):  # fmt: skip
     """The program of `CachedModel.write`: the new cache, and what that returns."""
     B, T = inputs_BT.shape
+    if images_B is not None:  # a text may lie where another request had images
+        cache = cache.replace(seen=_nothing(cache.seen, ~images_B))
     segments_BT = jnp.arange(T) < counts_B[:, None]
     states = _states(model, kept, cache, inputs_BT, segments_BT, place)
     # From here on each token is a row: B T of them.

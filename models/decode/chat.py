@@ -13,8 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import NamedTuple
 
 from ...configs.errors import UserError
-from ..media.images import image_ids
-from .pictures import expand
+from .pictures import expand, place_id
 from .profile import Profile
 from .sampling import Sampling
 from .slots import Engine
@@ -147,7 +146,7 @@ class Chat:
           UserError: it cannot be read, or the model reads none.
         """
         config, tokenizer = self.engine.config, self.engine.tokenizer
-        expand(config, tokenizer, [image_ids(tokenizer).image], [path], self.engine.max_length)
+        expand(config, tokenizer, [place_id(tokenizer)], [path], self.engine.max_length)
         self._attached.append(path)
 
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
@@ -257,7 +256,7 @@ class Chat:
                 f"max_length={engine.max_length}: /reset, or begin with a larger --max_length"
             )
         max_tokens = min(self.max_tokens or _MAX_TOKENS, room)
-        engine.check(ids, self.sampling, max_tokens)
+        engine.check(ids, self.sampling, max_tokens, tiles=tiles)
         return ids, tiles, max_tokens
 
 

@@ -21,11 +21,12 @@ import numpy as np
 
 from ...configs.errors import UserError
 from ..parallel import sharding
+from ..vision import COLOURS
 from .cached_model import BASE, EVERY, TOP, CachedModel, Place
 from .engine import check_fit, check_ids, check_prompts
 from .generate import begin_rows
 from .grammar import Constraint, Constraints
-from .pictures import Reader
+from .pictures import Attended, reader, without_places
 from .prefixes import Prefixes
 from .sampling import Sampling, check, per_row
 from .speculation import look_up
@@ -92,7 +93,7 @@ class Engine:
 
     def __init__(self, model, params, tokenizer, num_slots: int = 8, max_length: int = 4096,
                  adapters: Sequence[str] = (), speculate: int = 0, draft=None,
-                 cache_dtype: str = ""):  # fmt: skip
+                 cache_dtype: str = "", max_images: int = 1):  # fmt: skip
         """Make the cache.
 
         Args:
@@ -106,13 +107,15 @@ class Engine:
           draft: model and parameters that propose them, see `speculation.check_draft`; left out,
             they are looked up in the text so far.
           cache_dtype: of keys and values, see `init_cache`.
+          max_images: most pictures of a request, for which every slot keeps room where layers
+            attend to pictures; without meaning for other models.
 
         Raises:
           UserError: an impossible setting; a model that cannot generate.
         """
         for name, value, least in (
             ("num_slots", num_slots, 1), ("max_length", max_length, 1),
-            ("speculate", speculate, 0 if draft is None else 1),
+            ("speculate", speculate, 0 if draft is None else 1), ("max_images", max_images, 0),
         ):  # fmt: skip
             if value < least:
                 raise UserError(f"{name}={value} must be at least {least}")
@@ -130,7 +133,10 @@ class Engine:
         self.reused = self.proposed = self.accepted = 0
         rows, length = self._rows, self.max_length
         shape = (rows, length, self.vocab_size, cache_dtype)
-        self._model = CachedModel(model, params, *shape)
+        # A text is then that of the text model, whatever is written beside it.
+        attends = model.config.cross.interval and not model.config.cross.imageless
+        self.max_images = max_images if attends else 0
+        self._model = CachedModel(model, params, *shape, self.max_images)
         self._speculate, self._draft = speculate, draft and CachedModel(*draft, *shape)
         self._held = Prefixes(rows, length, model.config.chunk_size)
         # By the time they became free, the latest last.
@@ -148,7 +154,7 @@ class Engine:
         return self.num_slots - len(self.requests)
 
     def check(self, prompt_ids: Sequence[int], sampling: Sampling, max_tokens: int,
-              adapter: str = "") -> None:  # fmt: skip
+              adapter: str = "", tiles=None) -> None:  # fmt: skip
         """Refuse what `insert` would, but for a lack of slots and its own settings."""
         if adapter and adapter not in self.adapters:
             there = ", ".join(self.adapters) or "none"
@@ -160,6 +166,9 @@ class Engine:
         name = (
             "max_length" if self.max_length < self.config.max_positions else "model.max_positions"
         )
+        if tiles is not None and self.config.cross.interval:
+            reader(self.config, None, prompt_ids, tiles, 1, self.max_images)
+            prompt_ids = without_places(self.config, prompt_ids)
         check_fit([prompt_ids], [max_tokens], self.max_length, self.vocab_size, name)
 
     def insert(self, prompt_ids: Sequence[int], sampling: Sampling | None = None,
@@ -188,7 +197,7 @@ class Engine:
             vocabulary.
         """
         sampling = Sampling() if sampling is None else sampling
-        self.check(prompt_ids, sampling, max_tokens, adapter)
+        self.check(prompt_ids, sampling, max_tokens, adapter, tiles)
         if not 0 <= top <= TOP:
             raise UserError(f"top={top} must lie in 0..{TOP}")
         [prompt], [row] = begin_rows(self.tokenizer, [prompt_ids], stop)
@@ -202,7 +211,9 @@ class Engine:
         chosen = self.adapters.index(adapter) if adapter else BASE
         pictures = None
         if tiles is not None and len(tiles):
-            pictures = Reader(self.config, self._model.params, prompt, tiles, self._parts)
+            pictures = reader(
+                self.config, self._model.params, prompt, tiles, self._parts, self.max_images
+            )
         request = _Request(prompt, row, max_tokens, top, constraint, pictures)
         slot = self._place(request.keys, chosen)
         self.requests[slot] = request
@@ -244,9 +255,15 @@ class Engine:
         # One token at a time, then several.
         for size, most in [*((size, 1) for size in PIECES), (1, min(2, self.max_length - 2))]:
             length = min(size + 1, self.max_length - most)
-            for _ in self.stream([0] * length, max_tokens=most):
-                pass
-            self._held.forget()
+            prompts = [([0] * length, None)]
+            if self.max_images:
+                vision = self.config.vision
+                blank = np.zeros((vision.max_tiles, *[vision.image_size] * 2, COLOURS), np.float32)
+                prompts.append(([vision.token_id, *[0] * (length - 1)], [(blank, 1)]))
+            for prompt, tiles in prompts:
+                for _ in self.stream(prompt, max_tokens=most, tiles=tiles):
+                    pass
+                self._held.forget()
         self.proposed = self.accepted = 0
 
     def step(self) -> list[tuple[int, Token]]:
@@ -274,8 +291,9 @@ class Engine:
             proposals[slot], counts_B[slot] = found, 1 + len(found)
             inputs_BT[slot, : 1 + len(found)] = self._last[slot], *found
         ids_BT, logprobs_BT, top_ids, top_logprobs = self._model.write(
-            inputs_BT, counts_B, self._place_of_rows(), np.copy(self._tops), masks_BTW
-        )
+            inputs_BT, counts_B, self._place_of_rows(), np.copy(self._tops), masks_BTW,
+            self._attending(active),
+        )  # fmt: skip
         made = []
         for slot in active:
             check_ids(ids_BT[slot, : counts_B[slot]])
@@ -292,6 +310,11 @@ class Engine:
             self.proposed += len(proposed)
             self.accepted += count - 1
         return made
+
+    def _attending(self, active) -> np.ndarray:
+        """Which rows attend to pictures."""
+        chosen = [s for s in active if isinstance(self.requests[s].pictures, Attended)]
+        return np.isin(np.arange(self._rows), chosen)
 
     def _place_of_rows(self) -> Place:
         # JAX may still look at what it is given when the host goes on to change it.
@@ -370,8 +393,8 @@ class Engine:
 
     def _read_piece(self, slot):
         request, chosen = self.requests[slot], int(self._chosen[slot])
-        source = slot
-        if not request.begun:
+        source, first = slot, not request.begun
+        if first:
             # Only now: what was inserted before may have been read in the meantime.
             shared = [self._held.shared(row, request.keys, chosen) for row in range(self.num_slots)]
             source = max(range(self.num_slots), key=lambda row: (shared[row], row == slot))
@@ -384,14 +407,23 @@ class Engine:
         stop = request.read + len(ids)
         tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
-        for model in filter(None, (self._model, self._draft)):
-            images = model is self._model and request.pictures
-            features = images.piece(request.read, stop, size) if images else None
-            model.read(slot, tokens_BT, segments_BT, source, request.read, chosen, features)
+        place = slot, tokens_BT, segments_BT, source, request.read, chosen
+        self._model.read(*place, *self._pictures_of(request, first, stop, size))
+        if self._draft:
+            self._draft.read(*place)
         self._held.add(slot, request.keys[request.read : stop])
         request.read = stop
         if request.read >= request.to_read:
             self._reading.popleft()
+
+    def _pictures_of(self, request, first: bool, stop: int, size: int):
+        """The last arguments of `CachedModel.read` for a piece up to `stop`."""
+        pictures = request.pictures
+        if not isinstance(pictures, Attended):
+            return [pictures.piece(request.read, stop, size)] if pictures else []
+        before_BS = np.zeros((self._parts, self.max_length), np.int32)
+        before_BS[0, : len(request.prompt)] = request.prompt
+        return pictures.whole(request.read) if first else None, before_BS
 
     def _token(self, slot, new, logprob, top) -> Token:
         request = self.requests[slot]

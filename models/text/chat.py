@@ -64,8 +64,8 @@ def render(
       tokenizer: its `chat_template`, else its control tokens, decide the format.
       messages: dicts with "role" (one of `ROLES`; "tool" and "ipython" are results of tools) and
         "content": a string, or a list of {"type": "text", "text": ...} and {"type": "image"}. An
-        image (Llama 4) becomes one <|image|> token, which the image encoder expands. An assistant
-        may have "tool_calls": [{"function": {"name": ..., "arguments": {...} or its JSON}}].
+        image (Llama 3.2 Vision, Llama 4) becomes one <|image|> token. An assistant may have
+        "tool_calls": [{"function": {"name": ..., "arguments": {...} or its JSON}}].
       tools: functions as {"type": "function", "function": {"name", "description", "parameters"}}
         or the inner dict; for Llama 3 also the names of its own tools ("brave_search", ...).
       add_generation_prompt: end with the header of an assistant's message. Llama 2 has none: its
@@ -87,7 +87,8 @@ def render(
         pieces = _llama4(messages, tools, "<|eom|>" if "<|eom|>" in special else "<|eot|>")
         header = ("<|header_start|>", "<|header_end|>")
     elif "<|start_header_id|>" in special and "<|eot_id|>" in special:
-        pieces, header = _llama3(messages, tools), ("<|start_header_id|>", "<|end_header_id|>")
+        pieces = _llama3(tokenizer, messages, tools)
+        header = ("<|start_header_id|>", "<|end_header_id|>")
     elif "<s>" in special and "</s>" in special:
         pieces, header = _llama2(messages, tools, add_generation_prompt), None
     else:
@@ -152,8 +153,11 @@ def _llama2(messages: list[dict], tools: list, add_generation_prompt: bool) -> l
     return pieces
 
 
-def _llama3(messages: list[dict], tools: list) -> list[str]:
-    """Llama 3.x: own tools are named in the system message, functions in a user's message."""
+def _llama3(tokenizer, messages: list[dict], tools: list) -> list[str]:
+    """Llama 3.x: own tools are named in the system message, functions in a user's message.
+
+    A tokenizer with <|image|> is that of 3.2 Vision, whose users give images.
+    """
     own = [tool for tool in tools if isinstance(tool, str)]
     functions = [{"type": "function", "function": t} for t in tools if not isinstance(t, str)]
     pieces: list[str] = []
@@ -177,7 +181,11 @@ def _llama3(messages: list[dict], tools: list) -> list[str]:
         listed = "\n".join(_json(function, indent=4) for function in functions)
         message("user", [_LLAMA3_TOOLS.replace("{functions}", listed)])
     for i, m in rest:
-        content, end = _text_only(i, m, "Llama 3"), "<|eot_id|>"
+        if m["role"] == "user" and "<|image|>" in tokenizer.special:
+            content = [Control("<|image|>") if part is None else part for part in m["content"]]
+        else:
+            content = _text_only(i, m, "Llama 3")
+        end = "<|eot_id|>"
         if len(m["tool_calls"]) > 1:
             raise _bad(i, "Llama 3 makes one tool call at a time")
         for name, arguments in m["tool_calls"]:

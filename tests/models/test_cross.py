@@ -19,7 +19,6 @@ from puna.configs import architecture, get_config, schema
 from puna.configs.errors import ConfigError, UserError
 from puna.models import tiled_vision
 from puna.models.cache import init_cache
-from puna.models.decode import pictures
 from puna.models.decode.engine import decode
 from puna.models.decode.generate import complete
 from puna.models.media import images
@@ -317,8 +316,6 @@ def test_generation_counts_images(stored):
     text = Transformer(schema.ModelConfig())
     with pytest.raises(UserError, match="images are generated from by models whose layers attend"):
         decode(text, {}, [[1]], 4, images=images)
-    with pytest.raises(UserError, match="Llama 3.2 Vision.* are read by puna.generate"):
-        pictures.expand(stored.config, byte_tokenizer(), [IMAGE], ["a.png"], 99)
     with pytest.raises(UserError, match="max_images=1 must be at least 2"):
         tiled_vision.batch_images(stored.config.vision, [[1, 2]], max_images=1)
 

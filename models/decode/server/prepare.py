@@ -1,7 +1,7 @@
 """From what a request asks for to jobs of the engine."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
             )  # fmt: skip
         try:
             sampling = sampling_for(engine.tokenizer, seed, **ask.sampling)
-            engine.check(prompt, sampling, most)
+            engine.check(prompt, sampling, most, tiles=tiles)
         except UserError as error:
             raise ApiError(400, str(error)) from None
         for i in range(ask.n):
@@ -63,7 +63,7 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
     return jobs, sum(map(len, prompts))
 
 
-def _prompts(ask, engine) -> tuple[list[list[int]], np.ndarray | None]:
+def _prompts(ask, engine) -> tuple[list[list[int]], Sequence | np.ndarray | None]:
     """Ids of the prompts, and the tiles of the pictures in them."""
     tokenizer = engine.tokenizer
     if not ask.chat:

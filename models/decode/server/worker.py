@@ -38,7 +38,7 @@ class Job:
     top: int = 0
     constraint: Constraint | None = None
     adapter: str = ""
-    tiles: np.ndarray | None = None
+    tiles: Sequence | np.ndarray | None = None
     cancelled: bool = False
 
 

@@ -1,5 +1,7 @@
 """What tests of decoding share: parameters of models that are never trained."""
 
+import asyncio
+import contextlib
 import functools
 
 import jax
@@ -26,3 +28,37 @@ def drawn():
         return jax.tree.map_with_path(draw, sharding.unbox(transformer.abstract_params(config)))
 
     return parameters
+
+
+@pytest.fixture(scope="session")
+def asking():
+    """A context of an engine behind a server: a function that asks about pictures at URLs."""
+    httpx = pytest.importorskip("httpx", reason="a client")
+    app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
+    from puna.models.decode.server.worker import Worker
+
+    @contextlib.contextmanager
+    def running(engine):
+        worker = Worker(engine)
+        worker.start()
+        served = app.Server(worker, "tiny").app
+
+        def post(*urls):
+            parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            content = [*parts, {"type": "text", "text": "what is it"}]
+            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
+
+            async def request():
+                transport = httpx.ASGITransport(served)
+                async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+                    return await client.post("/v1/chat/completions", json=body, timeout=120)
+
+            return asyncio.run(request())
+
+        try:
+            yield post
+        finally:
+            worker.stop()
+            worker.join()
+
+    return running

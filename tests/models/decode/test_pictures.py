@@ -1,5 +1,6 @@
 """Pictures in prompts: text with them is that of the full forward pass, and they are told apart."""
 
+import base64
 import io
 
 import jax
@@ -135,7 +136,7 @@ def test_no_picture_is_longer_than_said():
     for size in ((8, 8), (8, 100), (16, 16), (24, 9)):
         ids, _ = pictures.expand(CONFIG, TOKENIZER, [image_ids(TOKENIZER).image],
                                  [picture(0, size)], 999)  # fmt: skip
-        assert len(ids) <= pictures.longest(CONFIG.vision)
+        assert len(ids) <= pictures.longest(CONFIG)
 
 
 def test_mistakes(engine):
@@ -157,34 +158,11 @@ def test_mistakes(engine):
     assert engine.free == 2
 
 
-def test_over_http(engine):
-    import asyncio
-    import base64
-
-    httpx = pytest.importorskip("httpx", reason="a client")
-    app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
-    from puna.models.decode.server.worker import Worker
-
-    worker = Worker(engine)
-    worker.start()
-    served = app.Server(worker, "tiny").app
-
-    def post(*urls):
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        content = [*parts, {"type": "text", "text": "what is it"}]
-        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
-
-        async def request():
-            transport = httpx.ASGITransport(served)
-            async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                return await client.post("/v1/chat/completions", json=body, timeout=120)
-
-        return asyncio.run(request())
-
+def test_over_http(engine, asking):
     def url(data):
         return "data:image/png;base64," + base64.b64encode(data).decode()
 
-    try:
+    with asking(engine) as post:
         answers = [post(url(picture(n)), url(picture(4, (8, 24)))) for n in (1, 2)]
         assert [a.status_code for a in answers] == [200, 200]
         texts = [a.json()["choices"][0]["message"]["content"] for a in answers]
@@ -199,9 +177,6 @@ def test_over_http(engine):
             assert refused.status_code == 400 and message in refused.json()["error"]["message"]
         refused = post(*[url(picture(0))] * 40)
         assert "more than 256 tokens with its pictures" in refused.json()["error"]["message"]
-    finally:
-        worker.stop()
-        worker.join()
     for n, text in zip((1, 2), texts, strict=True):
         ids, tiles = conversation("what is it", [picture(n), picture(4, (8, 24))])
         assert "".join(token.text for token in write(engine, ids, tiles, 5)) == text

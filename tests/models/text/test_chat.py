@@ -151,6 +151,15 @@ def test_llama4_images_are_placeholders():
     for family in (LLAMA2, LLAMA3):
         with pytest.raises(UserError, match="no images"):
             family.chat([{"role": "user", "content": content}])
+    # Llama 3.2 Vision's tokenizer has the token; only users give images.
+    vision = byte_level([*(f"<|{name}|>" for name in LLAMA3_NAMES), "<|image|>"])
+    message = {"role": "user", "content": content[:2]}
+    assert vision.chat([message]).count(vision.special["<|image|>"]) == 1
+    assert shown(vision, [message], add_generation_prompt=False).endswith(
+        "user<|end_header_id|>\n\n<|image|>Compare <|image|> <|eot_id|>"
+    )
+    with pytest.raises(UserError, match="Llama 3's chat format has no images"):
+        vision.chat([{**message, "role": "system"}])
     without = byte_level(["<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>"])
     with pytest.raises(UserError, match="lacks <|image|>"):
         without.chat([{"role": "user", "content": content}])

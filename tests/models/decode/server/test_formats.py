@@ -175,7 +175,7 @@ def test_several_calls_of_what_a_model_writes():
         for at in range(0, len(text), 3):
             last = at + 3 >= len(text)
             piece = text[at : at + 3]
-            chunks += answer.add(0, Token(0, 0.0, [], piece, at, "stop" if last else None))
+            chunks += answer.add(0, [Token(0, 0.0, [], piece, at, "stop" if last else None)])
         lines = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
         message, reason = streamed(httpx.Response(200, text=lines))
         assert message["content"] == "Well.\nWell.\n" and reason == "tool_calls"
