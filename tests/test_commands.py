@@ -308,7 +308,6 @@ NOT_RUN = {
     "python benchmarks/teach": ("trains for minutes", "tests/train/objectives"),
     "python benchmarks/serving.py --rounds": ("minutes", "tests/models/decode/server/test_app.py"),
     "python benchmarks/decode.py --rounds": ("minutes", "tests/models/decode/test_generate.py"),
-    "python benchmarks/decode.py --llama": ("builds llama.cpp", "benchmarks/gguf_in_llama_cpp.py"),
     "python benchmarks/page": ("needs Chromium", "tests/models/decode/server/test_page.py"),
     "python benchmarks/speculation": ("minutes", "tests/models/decode/test_speculation.py"),
     "python benchmarks/gguf_in": ("needs llama.cpp", "tests/models/release/test_gguf_release.py"),

@@ -6,6 +6,7 @@ or why it is refused. Of an answer nothing is sent before it has passed, in a st
 A guard that fails lets nothing pass. Pictures are not shown to guards, so they are refused.
 """
 
+import asyncio
 import concurrent.futures
 import json
 import logging
@@ -13,8 +14,6 @@ import pkgutil
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NamedTuple, cast
-
-from starlette.concurrency import run_in_threadpool
 
 from ....configs.errors import UserError
 from ..sampling import Sampling
@@ -200,7 +199,7 @@ class Judge:
     async def _reason(self, talk) -> str | None:
         assert self._guard is not None
         try:
-            reason = await run_in_threadpool(self._guard, talk)
+            reason = await asyncio.to_thread(self._guard, talk)
         except Exception as error:
             logger.exception("the guard has failed")
             self._count("failed")
