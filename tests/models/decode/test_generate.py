@@ -270,7 +270,7 @@ class Script:
         assert not self.config.capacity_factor
         if method == "logits":
             return x
-        said_BT, prompt_B = variables["params"]
+        said_BT, prompt_B = variables["params"]["script"]
         lengths_B = cache.lengths_B + jnp.sum(segment_ids_BT, axis=1)
         said_B = said_BT[jnp.arange(len(x)), lengths_B - prompt_B]
         logits_BTV = jax.nn.one_hot(said_B, self.config.vocab_size)[:, None]
@@ -292,7 +292,7 @@ def say(said, prompts=None, max_tokens=46, *, model=None, tokenizer=TOKENIZER, r
         ids = list(x.encode() if isinstance(x, str) else x)
         row[: len(ids)] = ids
     lengths = [len(p.encode()) + 1 if isinstance(p, str) else len(p) for p in prompts]
-    script = (said_BT, np.array(lengths, np.int32))
+    script = {"script": (said_BT, np.array(lengths, np.int32)), "unembed": np.zeros(())}
     prompts = prompts[0] if single else prompts
     return run(model or Script(), script, tokenizer, prompts, max_tokens, **options)
 
