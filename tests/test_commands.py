@@ -310,6 +310,7 @@ NOT_RUN = {
     "python benchmarks/decode.py --rounds": ("minutes", "tests/models/decode/test_generate.py"),
     "python benchmarks/page": ("needs Chromium", "tests/models/decode/server/test_page.py"),
     "python benchmarks/speculation": ("minutes", "tests/models/decode/test_speculation.py"),
+    "python benchmarks/harness": ("answers for minutes", "tests/eval/test_harness.py"),
     "python benchmarks/gguf_in": ("needs llama.cpp", "tests/models/release/test_gguf_release.py"),
     ".*/kill_anywhere.* --bucket": ("is run there", "tests/train/test_object_storage.py"),
     ".*/kill_anywhere": ("is run there", "tests/train/resilience/test_kill_anywhere.py"),
