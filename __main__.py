@@ -222,13 +222,8 @@ def _guard(args, mesh):
     engine = load_engine(args.guard, tokenizer, mesh, args.slots, most, **settings)
     with jax.set_mesh(mesh):
         engine.warm_up()
-    running = worker.Worker(engine, args.max_waiting + args.slots, mesh)
-    running.start()
-    try:
+    with worker.Worker(engine, args.max_waiting + args.slots, mesh) as running:
         yield guard.ModelGuard(running)
-    finally:
-        running.stop()
-        running.join()
 
 
 def _open_tokenizer(args):

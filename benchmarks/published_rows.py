@@ -3,7 +3,7 @@
     python benchmarks/published_rows.py [--compile="8B on v6e-256"] [--json=FILE]
 
 The bound is arithmetic (`plan.bound`): products at what has been measured of the device, kernels
-beside them, collectives that nothing goes on beside, a pipeline's idle time. A row holds if what
+beside them, collectives that nothing overlaps, a pipeline's idle time. A row holds if what
 was published lies between half of the bound and the bound. With `--compile` the bound of those rows
 is the compiled program's, which `--json` keeps: a file that is there is read first. Where puna has
 no such model, its share of the peak stands beside that of products.
@@ -91,7 +91,7 @@ TP = dataclasses.replace(ASYNC_TP, waits=True)
 ASYNC_TP_F8, TP_F8 = (dataclasses.replace(x, float8=True) for x in (ASYNC_TP, TP))
 PP_F8 = dataclasses.replace(ASYNC_TP_F8, stages=8, microbatches=8)
 CHUNKS_F8 = dataclasses.replace(PP_F8, chunks=2)
-# Megatron's tensor parallelism goes on beside products; stages, microbatches, chunks by its page.
+# Megatron's tensor parallelism overlaps products; stages, microbatches, chunks by its page.
 MEGATRON = bound.Manner(float8=True, passes=bound.FUSED)
 MEGATRON_70B = dataclasses.replace(MEGATRON, stages=8, microbatches=64, chunks=5)
 MEGATRON_405B = dataclasses.replace(MEGATRON, stages=8, microbatches=64, chunks=8)

@@ -83,9 +83,9 @@ class CachedModel:
         """Draw the id that follows each of the first `counts_B` of T inputs, none for count 0.
 
         Args:
-          images_B: rows that attend to images.
           tops_B: more than 0 where a row wants the likeliest ids.
           masks_BTW: bits of the ids that may follow, see `grammar.Constraint.allowed`.
+          images_B: rows that attend to images.
 
         Returns:
           On the host: ids_BT, see `engine.check_ids`; logprobs_BT, see `engine.Block`; and, if

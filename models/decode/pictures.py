@@ -213,11 +213,15 @@ class Attended:
         """
         if not self._is_place[known:].any():
             return None
-        found = [
-            encode_picture(self._config, self._params, picture, self._rows)
-            for picture in self._pictures
-        ]
-        return together(self._config, [found], self._rows, self._room)
+        size = features_per_image(self._config.vision)
+        valid_BU = np.zeros((self._rows, self._room * size), bool)
+        values_BUD = np.zeros((*valid_BU.shape, self._config.embed_dim), np.float32)
+        for i, picture in enumerate(self._pictures):
+            here = np.s_[0, i * size : (i + 1) * size]
+            values_BUD[here], valid_BU[here] = encode_picture(
+                self._config, self._params, picture, self._rows
+            )
+        return Features(values_BUD, valid_BU)
 
 
 def picture_key(picture) -> int:
@@ -236,19 +240,6 @@ def encode_picture(config: ModelConfig, params, picture, rows: int):
     tiles_BMIYXC[0, 0], grids_BM[0, 0] = tiles, grid
     found = _encode_together(config, params, TiledImages(tiles_BMIYXC, grids_BM))
     return jax.tree.map(lambda x: np.asarray(x)[0], (found.values_BUD, found.valid_BU))
-
-
-def together(config: ModelConfig, found: Sequence[Sequence], rows: int, room: int) -> Features:
-    """What `encode_picture` gave for each row's pictures, in `rows` rows of `room` pictures."""
-    size = features_per_image(config.vision)
-    valid_BU = np.zeros((rows, room * size), bool)
-    dtype = next((values.dtype for row in found for values, _ in row), np.float32)
-    values_BUD = np.zeros((*valid_BU.shape, config.embed_dim), dtype)
-    for r, row in enumerate(found):
-        for i, (values_UD, valid_U) in enumerate(row):
-            here = np.s_[r, i * size : (i + 1) * size]
-            values_BUD[here], valid_BU[here] = values_UD, valid_U
-    return Features(values_BUD, valid_BU)
 
 
 def encode_tile(config: ModelConfig, params, tile_YXC, rows: int) -> np.ndarray:

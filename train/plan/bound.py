@@ -62,7 +62,7 @@ class Manner:
       float8: whether linear layers multiply in float8; attention and logits stay in bfloat16.
       passes: of kernels beside products; None = a compiler may have fused them into products.
       again: share of linear layers and of attention computed again; None = as `model.remat`.
-      waits: whether nothing goes on beside collectives along "tensor".
+      waits: whether nothing overlaps collectives along "tensor".
       stages: of a pipeline, which are among the devices of the mesh's other axes.
       microbatches: of a step, through the pipeline.
       chunks: of layers that a stage has (interleaved 1F1B).
@@ -85,7 +85,7 @@ class Bound:
       products: matrix products.
       passes: kernels beside them.
       beside: collectives that may go on meanwhile.
-      waiting: collectives that nothing goes on beside.
+      waiting: collectives that nothing overlaps.
       idle: of a pipeline, for each second of work.
     """
 

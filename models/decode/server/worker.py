@@ -51,7 +51,7 @@ class Worker(threading.Thread):
 
     def __init__(self, engine: Engine, max_waiting: int = 64, mesh=None,
                  on_failure: Callable[[], None] = lambda: None):  # fmt: skip
-        """Prepare; `start` begins.
+        """Prepare; `start` begins. In a `with` block it runs until the end of that.
 
         Args:
           max_waiting: jobs that may wait for a slot.
@@ -65,6 +65,14 @@ class Worker(threading.Thread):
         self._waiting: collections.deque[Job] = collections.deque()
         self._held: dict[int, Job] = {}
         self._changed = threading.Condition()
+
+    def __enter__(self) -> "Worker":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+        self.join()
 
     @property
     def most_jobs(self) -> int:

@@ -39,26 +39,21 @@ def asking():
 
     @contextlib.contextmanager
     def running(engine):
-        worker = Worker(engine)
-        worker.start()
-        served = app.Server(worker, "tiny").app
+        with Worker(engine) as worker:
+            served = app.Server(worker, "tiny").app
 
-        def post(*urls):
-            parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-            content = [*parts, {"type": "text", "text": "what is it"}]
-            body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
+            def post(*urls):
+                parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+                content = [*parts, {"type": "text", "text": "what is it"}]
+                body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
 
-            async def request():
-                transport = httpx.ASGITransport(served)
-                async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                    return await client.post("/v1/chat/completions", json=body, timeout=120)
+                async def request():
+                    transport = httpx.ASGITransport(served)
+                    async with httpx.AsyncClient(transport=transport, base_url="http://a") as http:
+                        return await http.post("/v1/chat/completions", json=body, timeout=120)
 
-            return asyncio.run(request())
+                return asyncio.run(request())
 
-        try:
             yield post
-        finally:
-            worker.stop()
-            worker.join()
 
     return running

@@ -53,11 +53,8 @@ def worker(params):
         patch.setattr("puna.models.decode.slots.PIECES", (16,))
         beside = with_poet(params, owner_r=np.zeros((1, 2), np.int32))
         engine = Engine(MODEL, beside, TOKENIZER, 4, LENGTH, adapters=["poet"])
-        worker = Worker(engine, max_waiting=32)
-        worker.start()
-        yield worker
-        worker.stop()
-        worker.join()
+        with Worker(engine, max_waiting=32) as worker:
+            yield worker
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Programs that others have written for OpenAI's API, against the server as it runs."""
 
-import contextlib
 import json
 import os
 import subprocess
@@ -40,13 +39,8 @@ def params(drawn):
     return drawn(CONFIG, 0.4)
 
 
-@contextlib.contextmanager
 def running(params, max_length, max_waiting):
-    worker = Worker(Engine(MODEL, params, TOKENIZER, 4, max_length), max_waiting=max_waiting)
-    worker.start()
-    yield worker
-    worker.stop()
-    worker.join()
+    return Worker(Engine(MODEL, params, TOKENIZER, 4, max_length), max_waiting=max_waiting)
 
 
 @pytest.fixture(scope="module")

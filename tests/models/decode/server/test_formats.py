@@ -50,11 +50,8 @@ def worker(drawn):
     params = drawn(CONFIG, 0.4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("puna.models.decode.slots.PIECES", (128,))
-        worker = Worker(Engine(transformer.Transformer(CONFIG), params, LLAMA4, 4, 4096))
-        worker.start()
-        yield worker
-        worker.stop()
-        worker.join()
+        with Worker(Engine(transformer.Transformer(CONFIG), params, LLAMA4, 4, 4096)) as worker:
+            yield worker
 
 
 def post(worker, tokenizer=LLAMA4, path="chat/completions", **body):

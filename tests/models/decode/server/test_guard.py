@@ -50,11 +50,8 @@ def worker(drawn):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("puna.models.decode.slots.PIECES", (16,))
         engine = Engine(transformer.Transformer(CONFIG), drawn(CONFIG), TOKENIZER, 2, 96)
-        worker = Worker(engine, max_waiting=8)
-        worker.start()
-        yield worker
-        worker.stop()
-        worker.join()
+        with Worker(engine, max_waiting=8) as worker:
+            yield worker
 
 
 @pytest.fixture(scope="module")

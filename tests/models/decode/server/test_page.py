@@ -42,17 +42,14 @@ def browse(listening, config, params, *arguments):
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("needs Chromium: apt-get install chromium")
     model = transformer.Transformer(config)
-    worker = Worker(Engine(model, params, TOKENIZER, 2, 256))
-    worker.start()
-    try:
-        with listening(app.Server(worker, "tiny", "key")) as url:
-            done = subprocess.run(
-                [sys.executable, SCRIPT, f"--url={url}", *arguments],
-                capture_output=True, text=True, timeout=300, env={**os.environ, "XLA_FLAGS": ""},
-            )  # fmt: skip
-    finally:
-        worker.stop()
-        worker.join()
+    with (
+        Worker(Engine(model, params, TOKENIZER, 2, 256)) as worker,
+        listening(app.Server(worker, "tiny", "key")) as url,
+    ):
+        done = subprocess.run(
+            [sys.executable, SCRIPT, f"--url={url}", *arguments],
+            capture_output=True, text=True, timeout=300, env={**os.environ, "XLA_FLAGS": ""},
+        )  # fmt: skip
     return done, [json.loads(line) for line in done.stdout.splitlines()]
 
 
