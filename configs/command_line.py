@@ -220,7 +220,9 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
         flags.DEFINE_integer("restarts", 0, "times to start again after a failure", **text)
     if command == "convert":
         args.set_gnu_getopt(True)  # flags may follow the paths
-        flags.DEFINE_enum("to", "hf", ["hf", "puna", "gguf", "peft"], "format of DST", **text)
+        flags.DEFINE_enum(
+            "to", "hf", ["hf", "puna", "meta", "gguf", "peft"], "format of DST", **text
+        )
         flags.DEFINE_enum(
             "dtype", None, ["bfloat16", "float16", "float32", "q8_0"],
             "of all tensors of DST, q8_0 with --to=gguf; by default each keeps its own", **text,

@@ -49,8 +49,15 @@ def write(
     config: ModelConfig,
     origin: Mapping[str, Any],
     facts: Mapping[str, Any],
+    library: str = "transformers",
 ) -> None:
-    """Write README.md, the licence files that came with the base model, and NOTICE if it is due."""
+    """Write README.md, the licence files that came with the base model, and NOTICE if it is due.
+
+    Args:
+      folder, name, config, origin: of the release.
+      facts: what is known of its training and results.
+      library: what loads it, in the words of the hub; empty to say nothing.
+    """
     for file, text in origin["files"].items():
         write_text(folder / file, text)
     licence = licences.LICENCES.get(origin["licence"])
@@ -59,12 +66,12 @@ def write(
         old = notice.read_text(encoding="utf-8") if notice.exists() else ""
         if licence.notice.strip() not in old:
             write_text(notice, old + licence.notice)
-    write_text(folder / "README.md", _text(name, config, origin, facts))
+    write_text(folder / "README.md", _text(name, config, origin, facts, library))
 
 
-def _text(name, config, origin, facts) -> str:
+def _text(name, config, origin, facts, library) -> str:
     licence = licences.LICENCES.get(origin["licence"])
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", *([f"library_name: {library}"] if library else [])]
     task = "text-classification" if facts.get("rewards") else "text-generation"
     lines.append(f"pipeline_tag: {task}")
     if origin["licence"] in _KNOWN:

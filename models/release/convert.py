@@ -3,7 +3,6 @@
 Everything is written into a folder beside the destination that takes its name at the end, so a
 destination is whole or absent. Tensors pass one leaf at a time and keep the dtype of their source
 unless another is asked for.
-Writing Meta's format is left out on purpose.
 """
 
 import contextlib
@@ -32,9 +31,10 @@ from ..text.tokenizer import Tokenizer, load_tokenizer
 from ..transformer import abstract_params
 from ..weights import huggingface, licences, placing, run, safetensors_files
 from ..weights.tensors import warn
-from . import card, gguf_release, run_release
+from . import card, gguf_release, meta_release, run_release
 from .source import AdaptedModel, OthersModel, RunModel, open_model
 
+FORMATS = ("hf", "puna", "meta", "gguf", "peft")
 SHARD_BYTES = 5 * 10**9
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_NAMES = {dtype: name for name, dtype in safetensors_files.DTYPES.items()}
@@ -65,8 +65,8 @@ def convert(
       src: a Hugging Face or Meta directory, a GGUF file, a run of ours or one of its checkpoints.
       dst: a folder that does not exist or is empty; for "gguf" a file that does not exist.
       to: "hf" for a Hugging Face release, into which adapters are merged, "puna" for a run that
-        `puna.load` reads in any process, "gguf" for a file that llama.cpp runs, "peft" for the
-        adapters of a run alone.
+        `puna.load` reads in any process, "meta" for Meta's layout, adapters merged too, "gguf" for
+        a file that llama.cpp runs, "peft" for the adapters of a run alone.
       name: of the release, on its card; the folder's own name by default.
       base_licence: of the model that the weights come from, one of `licences.CHOICES`; by default
         what stands beside the weights.
@@ -83,8 +83,8 @@ def convert(
         architecture that the format cannot hold, a value that `dtype` cannot hold, a tokenizer that
         cannot be read or written. The destination is then as it was.
     """
-    if to not in ("hf", "puna", "gguf", "peft"):
-        raise UserError(f"to={to!r} must be hf, puna, gguf or peft")
+    if to not in FORMATS:
+        raise UserError(f"to={to!r} must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     dtypes = tuple(gguf_release.DTYPES) if to == "gguf" else DTYPES
     if dtype is not None and dtype not in dtypes:
         raise UserError(f"dtype={dtype!r} must be one of {', '.join(dtypes)} with to={to}")
@@ -97,9 +97,9 @@ def convert(
     _check_free(dst)
     model = open_model(src, np.dtype(dtype) if dtype and to != "gguf" else None)
     if adapter:
-        if to not in ("hf", "gguf") or isinstance(model, RunModel):
+        if to not in ("hf", "meta", "gguf") or isinstance(model, RunModel):
             raise UserError(
-                f"--adapter={adapter} is merged into weights of others with --to=hf or --to=gguf; "
+                f"--adapter={adapter} is merged into weights of others with --to=hf, meta or gguf; "
                 f"{src} with --to={to} is not that: convert it to --to=hf first"
             )
         model = AdaptedModel(src, model.weights.to, adapter)
@@ -128,7 +128,10 @@ def convert(
             return
         with _whole(dst) as folder:
             home = src if isinstance(model, OthersModel) and not tokenizer else None
-            _write_release(model, text, home, folder, name, shard_bytes)
+            if to == "meta":
+                meta_release.write(model, text, folder, name)
+            else:
+                _write_release(model, text, home, folder, name, shard_bytes)
         if model.origin["licence"] in licences.LICENCES and not model.origin["files"]:
             warn(
                 f"{dst}: the licence of the base model ({model.origin['licence']}) must be "

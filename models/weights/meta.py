@@ -95,7 +95,7 @@ def open_directory(path: pathlib.Path) -> Weights:
             "files of this model have it in the form that is read"
         )
     parts = {n: [rank[n] for rank in ranks] for n in names if n not in vision}
-    config = _config(path, params.get("model", params), parts)
+    config = config_of(path, params.get("model", params), parts)
     check_depth(path, config, parts)
     table = leaves(config)
     shapes = {s.name: s.hf_shape for leaf in table.values() for s in leaf.sources}
@@ -153,7 +153,7 @@ def _rename(tensors):
     return renamed
 
 
-def _config(path, params: Mapping[str, Any], parts) -> ModelConfig:
+def config_of(path, params: Mapping[str, Any], parts) -> ModelConfig:
     """Map params.json, whose unknown keys are refused; a few facts stand in the tensors only."""
     where = path / "params.json"
     cross = bool(params.get(meta_cross.LAYERS))

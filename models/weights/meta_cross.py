@@ -200,6 +200,73 @@ def assemble(path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[s
     return made | {name: _ByGrid(made[name]) for name in _TABLES if name in made}
 
 
+def params(config: ModelConfig) -> dict[str, int]:
+    """The keys of params.json beyond those of a text model; `fields` is the other direction.
+
+    Raises:
+      UserError: an encoder whose sizes params.json does not say and Meta's code does not have.
+    """
+    v = config.vision
+    for field, value in (_FIXED | {"mlp_dim": 4 * v.embed_dim}).items():
+        if (found := getattr(v, field)) != value:
+            raise UserError(
+                f"model.vision.{field}={found!r} must be {value!r} for --to=meta: Meta's encoder "
+                "has it so; use --to=hf"
+            )
+    return {
+        LAYERS: sum(map(config.is_cross, range(config.num_layers))),
+        "vision_chunk_size": v.image_size,
+        "vision_max_num_chunks": v.max_tiles,
+    }
+
+
+def names(config: ModelConfig, name: str) -> tuple[str, ...]:
+    """The tensors of a file that `assemble` makes one of."""
+    if config.cross.interval and name == _EMBEDDING:
+        return _EMBEDDING, _EXTRA
+    return (name,)
+
+
+def take_apart(config: ModelConfig, name: str, tensor: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Undo what `assemble` does to one tensor, in the order of `names`.
+
+    Raises:
+      UserError: grids of tiles have values of their own, and Meta's tables hold one for all.
+    """
+    if not config.cross.interval:
+        return (tensor,)
+    if name == _EMBEDDING:
+        return tensor[: config.vocab_size], tensor[config.vocab_size :]
+    return (_by_place(name, tensor) if name in _TABLES else tensor,)
+
+
+def _by_place(name: str, table: np.ndarray) -> np.ndarray:
+    """A table [G, I, ...] of the grids' tiles as one [I, I, ...] of rows and columns of tiles.
+
+    Places that no grid reaches are zero: nothing ever reads them.
+    """
+    side = table.shape[1]
+    out = np.zeros((side, side, *table.shape[2:]), table.dtype)
+    known = np.zeros((side, side), bool)
+    unused = [table[0]]
+    for entry, (rows, columns) in zip(table[1:], grids(side), strict=True):
+        unused.append(entry[rows * columns :])
+        for tile in range(rows * columns):
+            place = divmod(tile, columns)
+            if known[place] and out[place].tobytes() != entry[tile].tobytes():
+                raise UserError(
+                    f"tensor {name}: row {place[0]}, column {place[1]} of tiles has other values "
+                    "in other grids, and one place in Meta's layout; use --to=hf"
+                )
+            out[place], known[place] = entry[tile], True
+    if any(part.any() for part in unused):
+        raise UserError(
+            f"tensor {name}: has values for tiles beyond a grid, and no place for them in Meta's "
+            "layout; use --to=hf"
+        )
+    return out
+
+
 class _ByGrid:
     """A table [I, I, ...] of rows and columns of tiles as one [G, I, ...] of the grids' tiles.
 

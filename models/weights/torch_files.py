@@ -1,9 +1,10 @@
-"""Reading `torch.save` files without torch, and without trusting them.
+"""`torch.save` files, read and written without torch, and read without trusting them.
 
 Such a file is a zip archive: `data.pkl`, a pickle that describes the tensors, and one member of
 raw bytes for each storage. A pickle may call anything, so this one may name nothing but what a
 dict of tensors takes; the bytes are mapped, not read. Compressed archives, the format before
-torch 1.6 and tensors that are not row-major are left out on purpose.
+torch 1.6 and tensors that are not row-major are left out on purpose. What is written is what
+`torch.load(weights_only=True)` takes, its tensors at the places where torch itself puts them.
 """
 
 import collections
@@ -12,7 +13,9 @@ import io
 import math
 import pathlib
 import pickle
+import struct
 import zipfile
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +31,9 @@ DTYPES = {
 # The description of the largest Llama's tensors takes less than 1 MB.
 _MAX_PICKLE = 64 * 2**20
 _LOCAL_HEADER = 30
+# What `zipfile` adds to that for sizes beyond 4 GB, and where torch lets bytes begin.
+_ZIP64_EXTRA = 20
+_ALIGNMENT = 64
 
 
 class _Rebuild:
@@ -175,3 +181,61 @@ def _tensor(file: File, members, prefix: str, name, value) -> Mapped:
     if end > info.file_size or start + info.file_size > file.size:
         raise UserError(f"tensor {name} reaches beyond the end of its bytes")
     return Mapped(file, start + offset * dtype.itemsize, size, dtype)
+
+
+def write_file(
+    path: pathlib.Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    arrays: Iterable[np.ndarray],
+) -> None:
+    """Write a dict of tensors as `torch.save` does, one array at a time.
+
+    Args:
+      path: the file.
+      tensors: shape and dtype by name.
+      arrays: the tensors themselves, in the order of `tensors`.
+
+    Raises:
+      UserError: a tensor has a dtype that is not in `DTYPES`.
+    """
+    description = _pickled(tensors)
+    with open(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", description)
+        archive.writestr("archive/byteorder", "little")
+        for key, ((shape, dtype), array) in enumerate(zip(tensors.values(), arrays, strict=True)):
+            assert array.shape == shape and array.dtype == dtype
+            info = zipfile.ZipInfo(f"archive/data/{key}")
+            start = file.tell() + _LOCAL_HEADER + len(info.filename) + _ZIP64_EXTRA + 4
+            padding = -start % _ALIGNMENT
+            info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding
+            with archive.open(info, "w", force_zip64=True) as member:
+                member.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        archive.writestr("archive/version", "3\n")
+
+
+def _pickled(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+    """The pickle of a dict of tensors, spelt out: torch's names need no torch then."""
+
+    def plain(value) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]  # without the protocol and the full stop
+
+    def named(module: str, name: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    out = [pickle.PROTO + b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+    for key, (name, (shape, dtype)) in enumerate(tensors.items()):
+        if dtype not in kinds:
+            raise UserError(
+                f"tensor {name} is {dtype}; {', '.join(d.name for d in kinds)} are written"
+            )
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        out += [
+            plain(name), named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK,
+            pickle.MARK, plain("storage"), named("torch", kinds[dtype]), plain(str(key)),
+            plain("cpu"), plain(math.prod(shape)), pickle.TUPLE, pickle.BINPERSID,
+            plain(0), plain(shape), plain(strides), plain(False),
+            named("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE,
+            pickle.TUPLE, pickle.REDUCE,
+        ]  # fmt: skip
+    return b"".join([*out, pickle.SETITEMS, pickle.STOP])

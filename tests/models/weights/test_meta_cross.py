@@ -8,7 +8,8 @@ import pytest
 
 from puna.configs import architecture, get_config, schema
 from puna.configs.errors import UserError
-from puna.models.weights import meta, meta_cross, tiled_vision_table
+from puna.models.release.convert import convert
+from puna.models.weights import meta, meta_cross, tiled_vision_table, torch_files
 from puna.models.weights.load import open_weights
 
 PARAMS = {
@@ -173,6 +174,64 @@ def test_equals_the_hugging_face_files(files, model, tmp_path, ranks):
             np.testing.assert_array_equal(found.read(a), wanted.read(b), err_msg=path)
 
 
+def reached(tensors):
+    """Meta's tensors with zeros where no grid of at most four tiles has a tile."""
+    used = np.array([[y * x == 0 or (y, x) == (1, 1) for x in range(4)] for y in range(4)])
+    return {n: np.where(used[..., None, None], w, 0) if w.ndim == 4 else w
+            for n, w in tensors.items()}  # fmt: skip
+
+
+def stored(folder):
+    """Every tensor of the one file as it lies there."""
+    found = torch_files.open_file(folder / "consolidated.00.pth")
+    return {n: (t.dtype, t.shape, t[(slice(None),) * len(t.shape)].tobytes())
+            for n, t in found.items()}  # fmt: skip
+
+
+# Through a run it takes seconds.
+@pytest.mark.parametrize("kind", ["F32", pytest.param("BF16", marks=pytest.mark.slow)])
+def test_written_again_every_byte_is_the_same(files, model, tmp_path, kind):
+    """Meta's layout to itself, one dtype through a run; Hugging Face's to Meta's and back."""
+    config, hf, tensors = model
+    dtype = files.NUMPY[kind]
+    tensors = {n: w.astype(dtype) for n, w in reached(tensors).items()}
+    write(files, tmp_path / "meta", tensors)
+    between = tmp_path / "meta"
+    if kind == "BF16":
+        between = tmp_path / "run"
+        convert(tmp_path / "meta", between, to="puna")
+    convert(between, tmp_path / "again", to="meta")
+    assert stored(tmp_path / "again") == {
+        n: (w.dtype, w.shape, w.tobytes()) for n, w in tensors.items()
+    }
+    hf = {n: w.astype(dtype) for n, w in hf.items()}
+    src = files.write_hf(tmp_path / "hf", tiled_vision_table.to_hf(config), hf)
+    convert(src, tmp_path / "from_hf", to="meta")
+    assert stored(tmp_path / "from_hf") == stored(tmp_path / "again")
+    convert(tmp_path / "from_hf", tmp_path / "back")
+    assert files.read_safetensors(tmp_path / "back") == files.read_safetensors(src)
+    assert open_weights(tmp_path / "again").config == config
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ((1, 0), "row 0, column 0 of tiles has other values in other grids"),
+        ((1, 3), "has values for tiles beyond a grid"),  # of a grid of one tile
+        ((0, 0), "has values for tiles beyond a grid"),  # where there is no image
+    ],
+)
+def test_grids_with_values_of_their_own_are_refused(files, model, tmp_path, entry, words):
+    config, hf, _ = model
+    name = "vision_model.gated_positional_embedding.tile_embedding.weight"
+    table = hf[name].copy()
+    table.reshape(9, 4, -1)[entry] += 1
+    src = files.write_hf(tmp_path / "hf", tiled_vision_table.to_hf(config), hf | {name: table})
+    with pytest.raises(UserError, match=f"gated_positional_embedding: .*{words}.*use --to=hf"):
+        convert(src, tmp_path / "meta", to="meta")
+    assert not (tmp_path / "meta").exists()
+
+
 def test_a_part_is_that_of_the_whole(files, model, tmp_path):
     found = open_weights(write(files, tmp_path, model[2], 2))
     rng = np.random.default_rng(0)
@@ -224,7 +283,7 @@ def test_published_models(tmp_path, variant, dim, layers, heads, multiple, cross
     parts = {"tok_embeddings.weight": [nothing], "output.weight": [nothing],
              f"{ENCODER}class_embedding": [np.empty(1280)],
              "learnable_embedding.weight": [np.empty((8, 1))]}  # fmt: skip
-    found = meta._config(tmp_path, params, parts)
+    found = meta.config_of(tmp_path, params, parts)
     wanted = schema.from_dict(get_config(f"llama3:3.2-{variant}-vision")).model
     assert found == dataclasses.replace(wanted, remat=found.remat)
 
