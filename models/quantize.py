@@ -279,18 +279,21 @@ def _int4_quantizer(dim: int, size: int, place):
         x = _split(x.astype(jnp.float32), dim, x.shape[dim] // size)
         low, high = (f(x, axis=dim + 1, keepdims=True) for f in (jnp.min, jnp.max))
         middle, half = (low + high) / 2, (high - low) / 2
-        best = None
-        for below, above in itertools.product(_ENDS, _ENDS):
-            scale, least = rounded(half * (below + above) / 15), rounded(middle - half * below)
+
+        def try_ends(best, ends):
+            width, below = ends
+            scale, least = rounded(half * width / 15), rounded(middle - half * below)
             off = steps(x, scale, least) * scale + least - x
             found = jnp.sum(off * off, axis=dim + 1, keepdims=True), scale, least
-            if best is None:
-                best = found
-            else:
-                is_better = found[0] < best[0]
-                best = [
-                    jnp.where(is_better, new, old) for new, old in zip(found, best, strict=True)
-                ]
+            is_better = found[0] < best[0]
+            return [
+                jnp.where(is_better, new, old) for new, old in zip(found, best, strict=True)
+            ], None
+
+        # No error is less than infinity where a number is NaN: such a group stays NaN.
+        start = [jnp.full_like(half, value) for value in (jnp.inf, jnp.nan, jnp.nan)]
+        ends = [(below + above, below) for below, above in itertools.product(_ENDS, _ENDS)]
+        best, _ = jax.lax.scan(try_ends, start, jnp.array(ends, jnp.float32))
         _, scale, least = best
         values = _packed(steps(x, scale, least).astype(jnp.uint8), dim)
         return Int4(values, *(jnp.squeeze(s, dim + 1).astype(jnp.bfloat16) for s in (scale, least)))

@@ -60,7 +60,8 @@ def numpy_sum(path, base, adapter):
     if adapter.m is not None:
         summed = tuple(spec.split("->")[1].index(letter) for letter in spec.split(",")[0]
                        if letter not in "LEr")  # fmt: skip
-        made *= adapter.m / np.sqrt(np.sum(made**2, axis=summed, keepdims=True))
+        m = np.asarray(adapter.m, np.float64)
+        made *= m / np.sqrt(np.sum(made**2, axis=summed, keepdims=True))
     return np.float32(made)
 
 
@@ -73,13 +74,13 @@ def made(name):
     def draw(path, x):
         value = rng.normal(size=x.shape)
         if "norm" in str(path[-2]):
-            return jnp.array(1 + 0.1 * value, jnp.float32)
-        return jnp.array(config.embed_dim**-0.5 * value, jnp.float32)
+            return jax.device_put(np.float32(1 + 0.1 * value))
+        return jax.device_put(np.float32(config.embed_dim**-0.5 * value))
 
     base = jax.tree.map_with_path(draw, sharding.unbox(boxed))
     box = adapters.box(boxed, lora(name))
     trains = jax.tree.map(
-        lambda p: jnp.array(0.2 * rng.normal(size=p.value.shape), jnp.float32),
+        lambda p: jax.device_put(np.float32(0.2 * rng.normal(size=p.value.shape))),
         box, is_leaf=lambda x: isinstance(x, sharding.Param),
     )  # fmt: skip
     params = adapters.attach(trains, base)
@@ -151,7 +152,7 @@ def test_over_a_quantised_base_it_is_the_numbers_it_stands_for(name, kind):
         lambda x, y: x.replace(base=y) if adapters.is_adapted(x) else y,
         params, held, is_leaf=adapters.is_adapted,
     )  # fmt: skip
-    same = jax.tree.map(leaf.dense, held, is_leaf=is_quantized)
+    same = jax.jit(lambda held: jax.tree.map(leaf.dense, held, is_leaf=is_quantized))(held)
     wanted = jax.tree.map_with_path(
         lambda path, x, y: numpy_sum(sharding.path_name(path), y, x)
         if adapters.is_adapted(x) else y,
@@ -263,7 +264,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(name, axes):
     boxed = abstract_params(config)
     trains = adapters.box(boxed, lora(name))
     places = adapters.attach(sharding.shardings(trains, mesh), sharding.shardings(boxed, mesh))
-    spread = jax.tree.map(jax.device_put, params, places)
+    spread = jax.device_put(jax.tree.map(np.asarray, params), places)
     gate = spread["blocks"]["layer_1"]["moe"]["w_gate_EDF"]
     if "expert" in axes:
         assert gate.a.sharding.shard_shape(gate.a.shape)[1] == config.num_experts // 2
@@ -289,9 +290,9 @@ def beside(name):
         number += 1
         if not adapters.is_adapted(leaf_) or number % 2:
             return None
-        a, b = (jnp.array(0.3 * rng.normal(size=x.shape), jnp.float32) for x in (leaf_.a, leaf_.b))
+        a, b = (np.float32(0.3 * rng.normal(size=x.shape)) for x in (leaf_.a, leaf_.b))
         stacked = a.ndim + b.ndim - 2 - leaf_.base.ndim
-        return a[..., :2], jnp.take(b, np.arange(2), stacked), stacked
+        return a[..., :2], np.take(b, np.arange(2), stacked), stacked
 
     leaves, tree = jax.tree.flatten(first, is_leaf=adapters.is_adapted)
     seconds = [second(x) for x in leaves]
@@ -299,18 +300,19 @@ def beside(name):
     def both(path, x, new):
         if not adapters.is_adapted(x):
             return x
-        a, b, owner = x.a, x.b * x.scale, [0] * x.a.shape[-1]
+        a, b, owner = np.asarray(x.a), np.asarray(x.b) * np.float32(x.scale), [0] * x.a.shape[-1]
         if new:
-            a, b = jnp.concatenate([a, new[0]], -1), jnp.concatenate([b, new[1]], new[2])
+            a, b = np.concatenate([a, new[0]], -1), np.concatenate([b, new[1]], new[2])
             owner += [1] * 2
         if sharding.path_name(path).startswith("blocks"):
             owner = np.tile(owner, (len(a), 1))
-        return adapters.Adapted(x.base, a, b, 1.0, owner_r=jnp.array(owner, jnp.int32))
+        a, b, owner_r = jax.device_put((a, b, np.int32(owner)))
+        return adapters.Adapted(x.base, a, b, 1.0, owner_r=owner_r)
 
     def alone(x, new):
         if not adapters.is_adapted(x):
             return x
-        return adapters.Adapted(x.base, *new[:2], 1.0) if new else x.base
+        return adapters.Adapted(x.base, *jax.device_put(new[:2]), 1.0) if new else x.base
 
     paths = [path for path, _ in jax.tree.leaves_with_path(first, is_leaf=adapters.is_adapted)]
     together = [both(*three) for three in zip(paths, leaves, seconds, strict=True)]

@@ -1,5 +1,6 @@
 """Traces of steps: what an operation is, where its time goes, and the files of a run."""
 
+import gc
 import gzip
 import json
 
@@ -18,6 +19,9 @@ from puna.train.resilience.mirror import Mirror
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory):
     """A program of a loop with products, and one of a sort; a trace of two calls of each."""
+    # A trace holds every program of its process: after other tests, thousands.
+    jax.clear_caches()
+    gc.collect()
 
     def products(x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ x), None), x, length=5)[0]
