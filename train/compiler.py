@@ -1,7 +1,7 @@
 """Options that the compiler of a training step is given, without environment variables.
 
-The table is in models/hardware.py. Of it a compiler that has never heard of an option is not
-given it, with a note; an option that a user names must be known.
+The table is in models/hardware.py. An option of it that a compiler does not know, or refuses on
+these devices, is left out with a note; an option that a user names must be taken.
 """
 
 import functools
@@ -52,17 +52,19 @@ def _value(text):
 
 @functools.cache
 def _of_table(device) -> dict[str, Value]:
-    """Those of the table that the compiler of a device knows."""
-    known: dict[str, Value] = {
-        option.name: option.value for option in hardware.options(device.device_kind)
-    }
-    while known and (trouble := _trouble(device, tuple(known.items()))):
-        unknown = next((name for name in known if f"'{name}'" in trouble), None)
-        if unknown is None:
-            raise ConfigError(f"train.compiler_options=auto: {trouble}")
-        del known[unknown]
-        print(f"the compiler of {device.device_kind} has no option {unknown}", file=sys.stderr)
-    return known
+    """Those of the table that the compiler of a device takes."""
+    table = {option.name: option.value for option in hardware.options(device.device_kind)}
+    if not _trouble(device, tuple(table.items())):
+        return table
+    taken: dict[str, Value] = {}
+    for name, value in table.items():
+        trouble = _trouble(device, ((name, value), *taken.items()))
+        if trouble:
+            print(f"the compiler of {device.device_kind} does not take {name}: {trouble}",
+                  file=sys.stderr)  # fmt: skip
+        else:
+            taken[name] = value
+    return taken
 
 
 @functools.cache
@@ -73,5 +75,5 @@ def _trouble(device, chosen: tuple[tuple[str, Value], ...]) -> str:
     try:
         jax.jit(lambda x: x).lower(scalar).compile(compiler_options=dict(chosen))
     except jax.errors.JaxRuntimeError as e:
-        return str(e).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        return re.sub(r"^[A-Z_]+: ", "", str(e).splitlines()[0])
     return ""

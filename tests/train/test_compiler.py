@@ -35,6 +35,21 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out_with_one_note(mon
     assert len(lines) == 1 and "xla_no_such" in lines[0]
 
 
+def test_an_option_that_is_refused_beside_another_is_left_out(monkeypatch, capsys):
+    """Newer TPU compilers refuse two of the table together, on some generations."""
+    first, second, third = (hardware.Option(f"xla_{n}", True, "one") for n in "abc")
+    monkeypatch.setattr(hardware, "options", lambda kind: (first, second, third))
+    refused = {first.name, second.name}
+    monkeypatch.setattr(
+        compiler, "_trouble",
+        lambda device, chosen: "Precondition" if refused <= dict(chosen).keys() else "",
+    )  # fmt: skip
+    compiler._of_table.cache_clear()
+    assert compiler.options("auto", CPU) == {first.name: True, third.name: True}
+    compiler._of_table.cache_clear()
+    assert f"does not take {second.name}: Precondition" in capsys.readouterr().err
+
+
 def test_what_a_user_names_stands_over_the_table(monkeypatch):
     monkeypatch.setattr(compiler, "_of_table", lambda device: {KNOWN: 1})
     assert compiler.options("auto", CPU) == {KNOWN: 1}
