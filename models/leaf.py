@@ -119,10 +119,14 @@ def with_magnitudes(adapters: dict, base: dict) -> dict:
             return with_magnitudes(new, under)
         if new.m is None:
             return new
-        norm = jax.jit(lambda leaf: _norm(leaf, leaf.m.shape), out_shardings=new.m.sharding)
-        return new.replace(m=norm(new.replace(base=under)))
+        return new.replace(m=_measurer(new.m.sharding)(new.replace(base=under)))
 
     return {name: one(new, base[name]) for name, new in adapters.items()}
+
+
+@functools.cache
+def _measurer(place):
+    return jax.jit(lambda leaf: _norm(leaf, leaf.m.shape), out_shardings=place)
 
 
 def settled(params):
@@ -131,9 +135,14 @@ def settled(params):
     def one(leaf):
         if not is_adapted(leaf) or leaf.m is None:
             return leaf
-        return leaf.replace(m=None, gain=jax.jit(lambda leaf: settle(leaf).gain)(leaf))
+        return leaf.replace(m=None, gain=_gain(leaf))
 
     return jax.tree.map(one, params, is_leaf=is_adapted)
+
+
+@jax.jit
+def _gain(leaf: Adapted):
+    return settle(leaf).gain
 
 
 def of_rows(leaves, arrange):

@@ -55,9 +55,10 @@ def changed(params):
 def test_products_are_those_of_the_weight(spec, kind):
     shape, names = SPECS[spec]
     boxed = {"blocks": sharding.Param(jax.ShapeDtypeStruct(shape, jnp.float32), names)}
-    weight = jax.random.normal(jax.random.key(1), shape)
-    dtype = "float32" if kind == "int8" else kind
-    held = {"blocks": jax.device_put(weight.astype(dtype), jax.devices()[0])}
+    rng = np.random.default_rng(1)
+    dtype = jnp.float32 if kind == "int8" else jnp.dtype(kind)
+    weight = rng.normal(size=shape).astype(dtype)
+    held = {"blocks": jax.device_put(weight, jax.devices()[0])}
     if kind == "int8":
         held = quantize_tree(held, boxed)
     plain = jax.tree.map(jnp.copy, held)["blocks"]
@@ -66,19 +67,25 @@ def test_products_are_those_of_the_weight(spec, kind):
     assert isinstance(turned, Turned)
     assert turned.shape == plain.shape == shape
     np.testing.assert_array_equal(dense(turned), dense(plain))
+    xs = []
     for rows in ((1, 1), (1, 3), (2, 1)):
-        x = jax.random.normal(jax.random.key(2), (*rows, *shape[: len(left) - 2]))
-        x = x.at[0, 0].multiply(-1).at[..., 0].set(-0.0)
-        for compute in ("float32", "bfloat16"):
+        x = rng.normal(size=(*rows, *shape[: len(left) - 2])).astype(np.float32)
+        x[..., 0] = -0.0
+        xs.append(x)
 
-            def product(x, w, compute=compute):
-                return contract(spec, x, w, compute, "float32")
+    @jax.jit
+    def products(weight, xs):
+        """Of each input in each dtype, and the gradients of their sums."""
 
-            # Sums of the same products in another order.
-            options = {"rtol": 1e-5, "atol": 1e-5}
-            np.testing.assert_allclose(product(x, turned), product(x, plain), **options)
-            of_x = [jax.grad(lambda x, w=w: product(x, w).sum())(x) for w in (turned, plain)]
-            np.testing.assert_allclose(*of_x, **options)
+        def product(x, compute):
+            return contract(spec, x, weight, compute, "float32")
+
+        of_x = jax.grad(lambda x, compute: product(x, compute).sum())
+        return [f(x, c) for f in (product, of_x) for x in xs for c in ("float32", "bfloat16")]
+
+    for found, wanted in zip(products(turned, xs), products(plain, xs), strict=True):
+        # Sums of the same products in another order.
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 CASES = [("dense", "int8"), ("dense", ""), ("tied", ""), ("experts", "")] + [
