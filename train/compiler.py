@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..configs.errors import ConfigError
 from ..configs.patterns import names
@@ -53,7 +54,8 @@ def _value(text):
 @functools.cache
 def _of_table(device) -> dict[str, Value]:
     """Those of the table that the compiler of a device takes."""
-    table = {option.name: option.value for option in hardware.options(device.device_kind)}
+    options = hardware.options(device.device_kind)
+    table: dict[str, Value] = {option.name: option.value for option in options}
     if not _trouble(device, tuple(table.items())):
         return table
     taken: dict[str, Value] = {}
@@ -70,10 +72,14 @@ def _of_table(device) -> dict[str, Value]:
 @functools.cache
 def _trouble(device, chosen: tuple[tuple[str, Value], ...]) -> str:
     """What a compiler says against some options; empty where it takes them."""
-    place = jax.sharding.SingleDeviceSharding(device)
+    if not chosen:
+        return ""
+    alone = jax.sharding.Mesh(np.array([device]), "device")
+    place = jax.NamedSharding(alone, jax.P())
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
     try:
-        jax.jit(lambda x: x).lower(scalar).compile(compiler_options=dict(chosen))
+        with jax.set_mesh(alone):  # a training run asks on a mesh of many
+            jax.jit(lambda x: x).lower(scalar).compile(compiler_options=dict(chosen))
     except jax.errors.JaxRuntimeError as e:
         return re.sub(r"^[A-Z_]+: ", "", str(e).splitlines()[0])
     return ""

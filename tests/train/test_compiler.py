@@ -35,6 +35,13 @@ def test_an_option_that_the_compiler_does_not_know_is_left_out_with_one_note(mon
     assert len(lines) == 1 and "xla_no_such" in lines[0]
 
 
+def test_a_run_on_several_devices_asks_as_well():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    compiler._trouble.cache_clear()
+    with jax.set_mesh(mesh):
+        assert compiler.options(f"auto,{KNOWN}=1", mesh) == {KNOWN: 1}
+
+
 def test_an_option_that_is_refused_beside_another_is_left_out(monkeypatch, capsys):
     """Newer TPU compilers refuse two of the table together, on some generations."""
     first, second, third = (hardware.Option(f"xla_{n}", True, "one") for n in "abc")
