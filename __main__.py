@@ -72,7 +72,7 @@ def _audit(args):
 def _generate(args):
     import jax
 
-    from .models.decode import pictures
+    from .models.decode import clips, fused, pictures
     from .models.decode.engine import round_up
     from .models.decode.generate import begin_rows
     from .models.parallel import processes
@@ -81,22 +81,33 @@ def _generate(args):
         raise errors.UserError("--prompt is needed; --help shows the flags")
     tokenizer, mesh = _open_tokenizer(args)
     sampling = _sampling(args, tokenizer)
-    if args.image:
-        ids = pictures.with_places(tokenizer, args.prompt, len(args.image))
-    else:
-        [ids], _ = begin_rows(tokenizer, [args.prompt], args.stop)
+    images, audio, media = args.image, args.audio, {}
+
+    def begun(config):
+        """The ids of the prompt, one for each picture and clip."""
+        places = {}
+        if images:
+            places[pictures.PLACE] = pictures.place_id(tokenizer), len(images)
+        if audio:
+            places[clips.PLACE] = clips.place_id(config), len(audio)
+        if places:
+            return fused.with_places(tokenizer, args.prompt, places)
+        return begin_rows(tokenizer, [args.prompt], args.stop)[0][0]
 
     def length(config):
-        of_pictures = len(args.image) * pictures.longest(config)
-        return round_up(len(ids) + of_pictures + args.max_tokens)
+        of_media = len(images) * pictures.longest(config) + len(audio) * config.audio.max_tokens
+        return round_up(len(begun(config)) + of_media + args.max_tokens)
 
-    engine = _open_engine(args, tokenizer, mesh, 1, length, max_images=len(args.image))
-    tiles = None
-    if args.image:
-        ids, tiles = pictures.expand(engine.config, tokenizer, ids, args.image, engine.max_length)
+    engine = _open_engine(args, tokenizer, mesh, 1, length, max_images=len(images))
+    config, longest = engine.config, engine.max_length
+    ids = begun(config)
+    if audio:
+        ids, media["clips"] = clips.expand(config, ids, audio, longest)
+    if images:
+        ids, media["tiles"] = pictures.expand(config, tokenizer, ids, images, longest)
     text, show = "", processes.is_first()
     with jax.set_mesh(mesh):
-        tokens = engine.stream(ids, sampling, args.max_tokens, args.stop, tiles=tiles)
+        tokens = engine.stream(ids, sampling, args.max_tokens, args.stop, **media)
         if show:
             print(args.prompt, end="", flush=True)
         for token in tokens:

@@ -164,6 +164,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
             "image", [], "picture for the next <|image|> of the prompt, or before it all; can be "
             "repeated", **text,
         )  # fmt: skip
+        flags.DEFINE_multi_string(
+            "audio", [], "WAV file of 16 kHz for the next <|audio|> of the prompt, or before it "
+            "all; can be repeated", **text,
+        )  # fmt: skip
         flags.DEFINE_integer("max_tokens", 64, "most tokens to write", **text)
         flags.DEFINE_multi_string("stop", [], "end before this text; can be repeated", **text)
     if command == "chat":

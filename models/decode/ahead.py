@@ -78,7 +78,7 @@ def lower(config: ModelConfig, mesh, params, cache) -> Programs:
         piece_BT = _ints(sharding.parts("batch", mesh), min(PIECES[-1], longest))
         slot = source = keep = adapter = _ints()
         prefill = read_piece.lower(
-            model, kept, cache, slot, piece_BT, piece_BT, source, keep, adapter, None, None
+            model, kept, cache, slot, piece_BT, piece_BT, source, keep, adapter, None, None, None
         )
         rows_B, inputs_BT = _ints(rows), _ints(rows, 1)
         sampling = jax.eval_shape(lambda: per_row(Sampling(), 1, rows))

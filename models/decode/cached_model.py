@@ -62,7 +62,8 @@ class CachedModel:
         self._cache = jax.jit(lambda: constrain_cache(init_cache(*shape)))()
 
     def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int, adapter: int,
-             images: Features | None = None, before_BS=None) -> None:  # fmt: skip
+             images: Features | None = None, before_BS=None,
+             audio: Features | None = None) -> None:  # fmt: skip
         """Put a piece of a prompt into a slot, after the first `keep` tokens of slot `source`.
 
         Only the first of B rows counts: the others let a mesh that splits rows do so.
@@ -71,11 +72,13 @@ class CachedModel:
           images: features of the patch tokens in the piece; with `model.cross` those of all images
             of the prompt, where the slot does not have them.
           before_BS: with `model.cross` the prompt, if it has images.
+          audio: features of the tokens of clips in the piece.
         """
         attends = before_BS is not None
         cache = read_piece(
             self.model, self._kept, self._part(attends), np.int32(slot), self._known(tokens_BT),
             segments_BT, np.int32(source), np.int32(keep), np.int32(adapter), images, before_BS,
+            audio,
         )  # fmt: skip
         self._put(cache, attends)
 
@@ -126,7 +129,7 @@ class CachedModel:
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images,
-               before_BS):  # fmt: skip
+               before_BS, audio):  # fmt: skip
     """The program of `CachedModel.read`: the new cache."""
 
     def take(axis, x):
@@ -160,6 +163,7 @@ def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, a
         segment_ids_BT=segments_BT,
         cache=rows,
         images=images,
+        audio=audio,
         method="states",
     ).cache
     return constrain_cache(over_rows(put, cache, rows))

@@ -19,6 +19,7 @@ from ..media.images import image_ids, image_tokens, tile_image, tile_together
 from ..tiled_vision import TiledImages
 from ..tiled_vision import encode_images as encode_together
 from ..vision import Images, encode_images, features_per_tile
+from .fused import Reader
 
 # What stands for a picture in a text.
 PLACE = "<|image|>"
@@ -34,24 +35,6 @@ def place_id(tokenizer) -> int:
         raise UserError(f"the tokenizer has no {PLACE}, which stands for a picture; use that of "
                         "Llama 3.2 Vision or 4")  # fmt: skip
     return tokenizer.special[PLACE]
-
-
-def with_places(tokenizer, text: str, count: int) -> list[int]:
-    """A prompt for `count` pictures, as in training: each takes the next `<|image|>` of the text.
-
-    Those without a place come first.
-
-    Raises:
-      UserError: more places than pictures; a tokenizer without such a token.
-    """
-    place, parts = place_id(tokenizer), text.split(PLACE)
-    first = count - (len(parts) - 1)
-    if first < 0:
-        raise UserError(f"the prompt has {len(parts) - 1} {PLACE} and there are {count} pictures")
-    ids = [*tokenizer.begin_ids, *[place] * first, *tokenizer.encode(parts[0])]
-    for part in parts[1:]:
-        ids += [place, *tokenizer.encode(part)]
-    return ids
 
 
 def reads(config: ModelConfig) -> bool:
@@ -131,56 +114,11 @@ def reader(config: ModelConfig, params, ids: Sequence[int], tiles, rows: int, ro
     """
     if config.cross.interval:
         return Attended(config, params, ids, tiles, rows, room)
-    return Reader(config, params, ids, tiles, rows)
-
-
-class Reader:
-    """Features of the tiles of one prompt, computed where they are needed."""
-
-    def __init__(self, config: ModelConfig, params, ids: Sequence[int], tiles, rows: int):
-        """Check that they fit.
-
-        Args:
-          params: of the model; `rows`: tiles at a time, as many as the mesh splits a batch into.
-
-        Raises:
-          UserError: not as many patch tokens as the tiles give features; one at the end.
-        """
-        self._config, self._params, self._tiles, self._rows = config, params, tiles, rows
-        self._size = features_per_tile(config.vision)
-        token_id = config.vision.token_id
-        check_count("tiles", "model.vision.token_id", token_id, [ids], [len(tiles) * self._size])
-        if ids[-1] == token_id:
-            raise UserError("a prompt must not end within a picture")
-        self._is_patch = np.asarray(ids) == token_id
-        self._tile = functools.lru_cache(2)(self._encoded)
-
-    def keys(self, ids: Sequence[int]) -> np.ndarray:
-        """The ids, with a number below 0 for each patch that only the same one has, int64 [T]."""
-        keys, made = np.asarray(ids, np.int64), []
-        for tile in self._tiles:
-            digest = hashlib.blake2b(np.ascontiguousarray(tile).tobytes(), digest_size=8).digest()
-            made.append((int.from_bytes(digest) >> 2) + np.arange(self._size))
-        keys[self._is_patch] = -1 - np.concatenate(made)
-        return keys
-
-    def piece(self, start: int, stop: int, size: int) -> Features | None:
-        """What `Transformer` takes for the tokens from `start` to `stop`; None for text alone.
-
-        Of `rows` rows, the first of which counts, and `size` features, so that few are compiled.
-        """
-        first, count = int(self._is_patch[:start].sum()), int(self._is_patch[start:stop].sum())
-        if not count:
-            return None
-        patches = [divmod(k, self._size) for k in range(first, first + count)]
-        values_UD = np.stack([self._tile(tile)[patch] for tile, patch in patches])
-        values_BUD = np.zeros((self._rows, size, values_UD.shape[-1]), values_UD.dtype)
-        valid_BU = np.zeros((self._rows, size), bool)
-        values_BUD[0, :count], valid_BU[0, :count] = values_UD, True
-        return Features(values_BUD, valid_BU)
-
-    def _encoded(self, number: int) -> np.ndarray:
-        return encode_tile(self._config, self._params, self._tiles[number], self._rows)
+    size = features_per_tile(config.vision)
+    return Reader(
+        "tiles", "model.vision.token_id", config.vision.token_id, ids, tiles, [size] * len(tiles),
+        functools.partial(encode_tile, config, params, rows=rows), rows,
+    )  # fmt: skip
 
 
 class Attended:
@@ -200,11 +138,9 @@ class Attended:
             )
         self._is_place = np.asarray(ids) == token_id
 
-    def keys(self, ids: Sequence[int]) -> np.ndarray:
-        """The ids, with a number below 0 for each picture that only the same one has, int64 [T]."""
-        keys = np.asarray(ids, np.int64)
+    def mark(self, keys: np.ndarray) -> None:
+        """As `Reader.mark`, a number for each picture."""
         keys[self._is_place] = [-1 - picture_key(picture) for picture in self._pictures]
-        return keys
 
     def whole(self, known: int) -> Features | None:
         """What `Transformer` takes; None if all are among the first `known` tokens.

@@ -22,6 +22,7 @@ import numpy as np
 from ...configs.errors import UserError
 from ..parallel import sharding
 from ..vision import COLOURS
+from . import clips as sound
 from .cached_model import BASE, EVERY, TOP, CachedModel, Place
 from .engine import check_fit, check_ids, check_prompts
 from .generate import begin_rows
@@ -62,11 +63,14 @@ class Token(NamedTuple):
 class _Request:
     """What a slot holds: a prompt that is being read, then a text that is being written."""
 
-    def __init__(self, prompt, row, max_tokens, top, constraint, pictures):
+    def __init__(self, prompt, row, max_tokens, top, constraint, pictures, clips):
         self.prompt, self.row, self.max_tokens, self.top = prompt, row, max_tokens, top
-        self.constraint, self.pictures = constraint, pictures
+        self.constraint, self.pictures, self.clips = constraint, pictures, clips
         # What is the same in prompts that begin alike, of all tokens but the last.
-        self.keys = pictures.keys(prompt)[:-1] if pictures else np.asarray(prompt[:-1], np.int64)
+        keys = np.asarray(prompt, np.int64)
+        for media in filter(None, (pictures, clips)):
+            media.mark(keys)
+        self.keys = keys[:-1]
         self.read, self.begun = 0, False  # tokens of the prompt, and whether any have been sought
         self.shown = 0  # characters
 
@@ -173,8 +177,8 @@ class Engine:
 
     def insert(self, prompt_ids: Sequence[int], sampling: Sampling | None = None,
                max_tokens: int = 64, stop=(), number: int = 0, top: int = 0,
-               constraint: Constraint | None = None, adapter: str = "",
-               tiles=None) -> int:  # fmt: skip
+               constraint: Constraint | None = None, adapter: str = "", tiles=None,
+               clips: Sequence = ()) -> int:  # fmt: skip
         """Take a request and return its slot; `step` does the work.
 
         Args:
@@ -190,6 +194,7 @@ class Engine:
           adapter: the name of the adapter that answers; empty for the model without any.
           tiles: of the pictures whose tokens are in the prompt, see `pictures.expand`; what a draft
             proposes, it proposes without having seen them.
+          clips: likewise of sound, see `clips.expand`.
 
         Raises:
           Full: every slot is taken.
@@ -209,12 +214,12 @@ class Engine:
             mask = constraint.allowed(self.config.vocab_size)
             row.follows_text = True  # the grammar counts the blank of a first word
         chosen = self.adapters.index(adapter) if adapter else BASE
-        pictures = None
+        pictures, heard, params = None, None, self._model.params
         if tiles is not None and len(tiles):
-            pictures = reader(
-                self.config, self._model.params, prompt, tiles, self._parts, self.max_images
-            )
-        request = _Request(prompt, row, max_tokens, top, constraint, pictures)
+            pictures = reader(self.config, params, prompt, tiles, self._parts, self.max_images)
+        if len(clips):
+            heard = sound.reader(self.config, params, prompt, clips, self._parts)
+        request = _Request(prompt, row, max_tokens, top, constraint, pictures, heard)
         slot = self._place(request.keys, chosen)
         self.requests[slot] = request
         self._masks[slot] = mask
@@ -408,7 +413,9 @@ class Engine:
         tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
         place = slot, tokens_BT, segments_BT, source, request.read, chosen
-        self._model.read(*place, *self._pictures_of(request, first, stop, size))
+        images, before_BS = self._pictures_of(request, first, stop, size)
+        clips = request.clips and request.clips.piece(request.read, stop, size)
+        self._model.read(*place, images, before_BS, clips)
         if self._draft:
             self._draft.read(*place)
         self._held.add(slot, request.keys[request.read : stop])
@@ -417,10 +424,10 @@ class Engine:
             self._reading.popleft()
 
     def _pictures_of(self, request, first: bool, stop: int, size: int):
-        """The last arguments of `CachedModel.read` for a piece up to `stop`."""
+        """`images` and `before_BS` of `CachedModel.read` for a piece up to `stop`."""
         pictures = request.pictures
         if not isinstance(pictures, Attended):
-            return [pictures.piece(request.read, stop, size)] if pictures else []
+            return pictures and pictures.piece(request.read, stop, size), None
         before_BS = np.zeros((self._parts, self.max_length), np.int32)
         before_BS[0, : len(request.prompt)] = request.prompt
         return pictures.whole(request.read) if first else None, before_BS

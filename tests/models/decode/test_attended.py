@@ -11,7 +11,7 @@ from puna.configs.architecture import CrossConfig, ModelConfig, VisionConfig
 from puna.configs.errors import UserError
 from puna.configs.schema import MeshConfig
 from puna.models import tiled_vision, transformer
-from puna.models.decode import chat, pictures, slots
+from puna.models.decode import chat, fused, pictures, slots
 from puna.models.decode.slots import Engine
 from puna.models.parallel import sharding
 from puna.tests.models.decode.test_pictures import TOKENIZER, picture
@@ -43,7 +43,8 @@ def engine(params):
 
 def prompt(text, files):
     """`text` with its places, as `Engine.insert` takes it."""
-    ids = pictures.with_places(TOKENIZER, text, len(files))
+    places = {pictures.PLACE: (pictures.place_id(TOKENIZER), len(files))}
+    ids = fused.with_places(TOKENIZER, text, places)
     return pictures.expand(CONFIG, TOKENIZER, ids, files, 128) if files else (ids, None)
 
 

@@ -123,15 +123,6 @@ def test_a_chat_keeps_its_pictures(engine, tmp_path):
     assert engine.reused > before
 
 
-def test_places_in_a_prompt():
-    image, begin = image_ids(TOKENIZER).image, [*TOKENIZER.begin_ids]
-    the, puna = TOKENIZER.encode("the"), TOKENIZER.encode("puna")
-    found = pictures.with_places(TOKENIZER, "the<|image|>puna", 2)
-    assert found == [*begin, image, *the, image, *puna]
-    with pytest.raises(UserError, match="has 1 <|image|> and there are 0 pictures"):
-        pictures.with_places(TOKENIZER, "the<|image|>puna", 0)
-
-
 def test_no_picture_is_longer_than_said():
     for size in ((8, 8), (8, 100), (16, 16), (24, 9)):
         ids, _ = pictures.expand(CONFIG, TOKENIZER, [image_ids(TOKENIZER).image],
