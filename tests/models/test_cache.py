@@ -37,7 +37,8 @@ def random_params(config):
 
     def draw(path, shape):
         x = rng.normal(size=shape.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.3 * x, shape.dtype)
+        x = 1 + 0.1 * x if "norm" in str(path[-2]) else 0.3 * x
+        return jax.device_put(np.float32(x).astype(shape.dtype))
 
     shapes = sharding.unbox(transformer.abstract_params(config))
     return jax.tree.map_with_path(draw, shapes)

@@ -71,7 +71,7 @@ def oracle(config, used_BTE, chosen_BTE, params, x_BTD):
 
 def assert_close(a, b, tolerance=1e-5):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(x, y, atol=tolerance * max(1e-3, float(jnp.abs(y).max())))
+        np.testing.assert_allclose(x, y, atol=tolerance * max(1e-3, np.abs(y).max()))
 
 
 def slow(*values):

@@ -156,9 +156,9 @@ def test_a_row_times_int4_is_the_product_with_its_numbers(spec, names, shape):
     rng = np.random.default_rng(0)
     made = quantize(jnp.array(rng.normal(size=shape), jnp.float32), names, "int4")
     rows = shape[: 2 if names[0] == "heads" else 1]
-    x = jnp.array(rng.normal(size=(1, 1, *rows)), jnp.float32)
-    want = jnp.einsum(spec, x, leaf.dense(made), precision="highest")
-    found = contract(spec, x, made, "float32")
+    x = np.float32(rng.normal(size=(1, 1, *rows)))
+    want = np.einsum(spec, x, numbers(made), dtype=np.float64)
+    found = jax.jit(lambda x, made: contract(spec, x, made, "float32"))(x, made)
     assert found.shape == want.shape
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
 
@@ -248,35 +248,43 @@ def test_each_product_is_that_of_the_rounded_weight(kind):
     rng = np.random.default_rng(0)
 
     def draw(*shape):
-        return jnp.array(rng.normal(size=shape), jnp.float32)
+        return np.float32(rng.normal(size=shape))
 
     def close(found, wanted):
         np.testing.assert_allclose(found, wanted, atol=2e-5)
 
-    x_BTNH, w_NHD = draw(2, 3, 4, 6), quantize(draw(4, 6, 6), ("heads", "head_dim", "embed"), kind)
-    wanted = np.einsum("BTNH,NHD->BTD", x_BTNH, leaf.dense(w_NHD))
-    close(contract("BTNH,NHD->BTD", x_BTNH, w_NHD, "float32"), wanted)
-    # The gradient reaches what the weight is multiplied with.
-    pull = jax.grad(lambda x: contract("BTNH,NHD->BTD", x, w_NHD, "float32").sum())
-    close(pull(x_BTNH), np.broadcast_to(leaf.dense(w_NHD).sum(-1), x_BTNH.shape))
+    def held(names, *shape):
+        return quantize(jax.device_put(draw(*shape)), names, kind)
+
+    def value_and_slopes(product, x):
+        """A product, and the gradient of its sum: it reaches what a weight is multiplied with."""
+        value, pull = jax.vjp(product, x)
+        return value, pull(jnp.ones_like(value))[0]
+
+    x_BTNH, w_NHD = draw(2, 3, 4, 6), held(("heads", "head_dim", "embed"), 4, 6, 6)
+    dense_NHD = np.asarray(numbers(w_NHD))
+    found, slopes = jax.jit(
+        lambda x, w: value_and_slopes(lambda x: contract("BTNH,NHD->BTD", x, w, "float32"), x)
+    )(x_BTNH, w_NHD)
+    close(found, np.einsum("BTNH,NHD->BTD", x_BTNH, dense_NHD))
+    close(slopes, np.broadcast_to(dense_NHD.sum(-1), x_BTNH.shape))
 
     names = ("experts", "expert_embed", "mlp")
-    x_MD, w_EDF, sizes_E = draw(7, 6), quantize(draw(3, 6, 5), names, kind), jnp.array([2, 0, 4])
-    w = np.asarray(leaf.dense(w_EDF))
+    x_MD, w_EDF, sizes_E = draw(7, 6), held(names, 3, 6, 5), np.array([2, 0, 4], np.int32)
+    w = np.asarray(numbers(w_EDF))
     wanted = np.concatenate([x_MD[:2] @ w[0], x_MD[2:6] @ w[2], np.zeros((1, 5))])
 
-    def grouped(x_MD):
-        return grouped_matmul(x_MD, w_EDF, sizes_E, dtype="float32")
-
-    close(grouped(x_MD), wanted)
-    slopes = jax.grad(lambda x: grouped(x).sum())(x_MD)
+    found, slopes = jax.jit(
+        lambda x, w: value_and_slopes(lambda x: grouped_matmul(x, w, sizes_E, dtype="float32"), x)
+    )(x_MD, w_EDF)
+    close(found, wanted)
     close(slopes, np.concatenate([np.tile(w[0].sum(-1), (2, 1)), np.tile(w[2].sum(-1), (4, 1)),
                                   np.zeros((1, 6))]))  # fmt: skip
 
     assert isinstance(w_EDF, Grouped) == isinstance(w_NHD, Grouped) == (kind != "int8")
-    table_VD = quantize(draw(9, 6), ("vocab", "embed"), kind)
-    rows = look_up(table_VD, jnp.array([[8, 0, 9]]), "float32")
-    close(rows[0, :2], np.asarray(leaf.dense(table_VD))[[8, 0]])
+    table_VD, ids = held(("vocab", "embed"), 9, 6), np.array([[8, 0, 9]], np.int32)
+    rows = np.asarray(jax.jit(lambda table, ids: look_up(table, ids, "float32"))(table_VD, ids))
+    close(rows[0, :2], np.asarray(numbers(table_VD))[[8, 0]])
     assert np.isnan(rows[0, 2]).all()
 
 

@@ -5,7 +5,6 @@ import contextlib
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,7 +22,8 @@ def drawn():
 
         def draw(path, shape):
             x = rng.normal(size=shape.shape)
-            return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else spread * x, shape.dtype)
+            x = 1 + 0.1 * x if "norm" in str(path[-2]) else spread * x
+            return jax.device_put(np.float32(x).astype(shape.dtype))
 
         return jax.tree.map_with_path(draw, sharding.unbox(transformer.abstract_params(config)))
 

@@ -4,7 +4,6 @@ import functools
 import random
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -35,7 +34,8 @@ def params():
 
     def draw(path, shape):
         x = rng.normal(size=shape.shape)
-        return jnp.array(1 + 0.1 * x if "norm" in str(path[-2]) else 0.5 * x, shape.dtype)
+        x = 1 + 0.1 * x if "norm" in str(path[-2]) else 0.5 * x
+        return jax.device_put(np.float32(x).astype(shape.dtype))
 
     shapes = sharding.unbox(transformer.abstract_params(CONFIG))
     return jax.tree.map_with_path(draw, shapes)
@@ -114,7 +114,10 @@ def test_requests_that_come_and_go_get_what_generate_gives():
 def a_draft():
     """Parameters near those of the model, so that about half of what they propose is right."""
     rng = np.random.default_rng(3)
-    return jax.tree.map(lambda x: x + jnp.array(0.02 * rng.normal(size=x.shape)), params())
+    return jax.tree.map(
+        lambda x: jax.device_put(np.asarray(x) + np.float32(0.02 * rng.normal(size=x.shape))),
+        params(),
+    )
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_paper(tiny, oracle):
     D, eps = model.config.embed_dim, model.json["rms_norm_eps"]
     objective = multi_token.MultiToken(0.0, 8, np.ones(model.config.vocab_size, int), WEIGHT)
     config = schema.Config(model=model.config)
-    shapes = objective.init_added(config, jax.random.key(0))["mtp"]
+    shapes = jax.jit(lambda key: objective.init_added(config, key))(jax.random.key(0))["mtp"]
     rng = np.random.default_rng(0)
     own = jax.tree.map(lambda x: np.array(x) + 0.1 * rng.standard_normal(x.shape), shapes)
 
