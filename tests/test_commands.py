@@ -301,6 +301,7 @@ NOT_RUN = {
     "python benchmarks/compile_depth": ("compiles for minutes", "tests/train/test_ahead.py"),
     "python benchmarks/fine_tune_memory": ("compiles for minutes", "tests/train/test_ahead.py"),
     "python benchmarks/plan_table": ("compiles for minutes", "tests/train/plan/test_plan.py"),
+    "python benchmarks/maxtext_ahead": ("compiles for minutes", "tests/train/plan/test_timing.py"),
     "python benchmarks/experts": ("compiles for minutes", "tests/models/kernels/test_experts.py"),
     "python benchmarks/eight_bits": ("trains for minutes", "tests/models/test_eight_bits.py"),
     "python benchmarks/predicted_time": ("minutes", "tests/train/plan/test_timing.py"),
