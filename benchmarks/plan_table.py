@@ -37,6 +37,10 @@ ROWS = {
     "405b-h100": "--config=llama3:3.1-405b --topology=h100-512 --config.mesh.data=1 "
     "--config.mesh.fsdp=512 --config.train.batch_size=512 "
     "--config.train.compiler_options=",
+    # A picture of four tiles a row; on eight H100 the text model is frozen, or all but adapters.
+    "90b-vision-v5p": "--config=llama3:3.2-90b-vision --topology=v5p-64 --config.mesh.data=1 "
+    "--config.mesh.fsdp=32 --config.train.batch_size=32 --config.data.images=4 "
+    "--config.train.compiler_options=",
     "behemoth-v5p": "--config=llama4:behemoth --topology=2xv5p-4096 --config.mesh.slices=2 "
     "--config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.expert=16 "
     "--config.mesh.context=2 --config.train.batch_size=2048 "

@@ -132,6 +132,11 @@ def open_file(path: pathlib.Path) -> Weights:
     """
     metadata, tensors = gguf_files.open_model(path)
     kind = metadata.get("general.architecture")
+    if kind == "clip":
+        raise UserError(
+            f"{path}: is an image encoder alone (mmproj), which is not read: give the file of the "
+            "text model, or the Hugging Face directory, which has both"
+        )
     if kind not in ("llama", "llama4"):
         raise UserError(f"{path}: general.architecture={kind!r} must be llama or llama4")
     config = _config(path, metadata, tensors)

@@ -139,6 +139,7 @@ def test_any_slice_is_that_of_the_whole():
         ({"quant_method": "fp8", "weight_block_size": "128"}, {}, "weight_block_size='128'"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {}, "the weights are quantized"),
         ({"quant_method": "gptq", "bits": 4}, {}, "load the unquantized model, or a GGUF"),
+        ({"quant_method": "awq", "bits": 4}, {}, "load the unquantized model, or a GGUF"),
         (COMPRESSED | {"format": "pack-quantized"}, {}, "the weights are quantized"),
         (COMPRESSED | {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}, {},
          "must be symmetric floats of 8 bits"),

@@ -254,6 +254,10 @@ HOSTILE = {
         container(keys=text("general.architecture") + struct.pack("<I", 8) + text("qwen2"),
                   num_keys=1), "general.architecture='qwen2' must be llama or llama4",
     ),
+    "mmproj": (
+        container(keys=text("general.architecture") + struct.pack("<I", 8) + text("clip"),
+                  num_keys=1), "is an image encoder alone (mmproj)",
+    ),
     "dims without end": (one(shape=(1,) * 7), "has 7 dims"),
     "absurd shape": (one(shape=(2**62, 2**62)), "beyond its end"),
     "absurd offset": (one(offset=2**63), "beyond its end"),
