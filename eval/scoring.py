@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..configs.errors import UserError
-from ..models.cache import init_cache
+from ..models.cache import Cache, init_cache
 from ..models.decode.engine import constrain_cache
 from ..models.fusion import Features
 from ..models.parallel import sharding
@@ -73,6 +73,11 @@ class _Group(NamedTuple):
         return len(self.prefix) + max(len(row.tail) for row in self.rows)
 
     @property
+    def pictures(self) -> int:
+        """Most ids below 0 of a row."""
+        return max(sum(i < 0 for i in (*self.prefix, *row.tail)) for row in self.rows)
+
+    @property
     def shares(self) -> bool:
         """Whether the prefix has a pass of its own, for several rows after it."""
         return len(self.rows) > 1 and len(self.rest) >= _SHORTEST
@@ -80,6 +85,20 @@ class _Group(NamedTuple):
     @property
     def numbers(self) -> list[int]:
         return [n for row in self.rows for found in row.ends.values() for n in found]
+
+
+class _Room(NamedTuple):
+    """What a row of a cache has room for: tokens, and pictures that layers attend to."""
+
+    tokens: int
+    pictures: int
+
+
+class _Kept(NamedTuple):
+    """A cache, and the ids below 0 of each of its rows."""
+
+    cache: Cache
+    keys: list[Ids]
 
 
 def padded(length: int, shortest: int = _SHORTEST) -> int:
@@ -102,7 +121,8 @@ def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
       known: numbers of texts whose scores are there already. A batch of such texts alone is passed
         over; the others are as they would be otherwise, so that each score is the same to the bit.
       features: of ids below 0, which may stand in contexts for patches of pictures, the same id for
-        the same patch: their features [number of ids, D].
+        the same patch: their features [number of ids, D]. Of a model whose layers attend to
+        pictures an id stands for a whole one: [number of ids, U, D], and which exist [.., U].
 
     Raises:
       UserError: an id outside the vocabulary, or a model that gives NaN.
@@ -115,13 +135,18 @@ def score(model, params, texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     for group in groups:
         by_stem[group.prefix[: group.stem]].append(group)
     for stem, of_stem in sorted(by_stem.items(), key=lambda item: (-len(item[0]), item[0])):
-        room, cache = padded(max(g.length for g in of_stem)), None
+        room, cache = _room(model.config, of_stem), None
         for batch in _batches(of_stem, batch_size):
             if all(n in known for group in batch for n in group.numbers):
                 continue
             if stem and cache is None:
                 cache, _ = run(room, None, [0] * parts, [stem] * parts, None)
             yield from _scored(run, batch, cache, room, batch_size)
+
+
+def _room(config, groups: list[_Group]) -> _Room:
+    most = max(group.pictures for group in groups) if config.cross.interval else 0
+    return _Room(padded(max(g.length for g in groups)), padded(most, 1) if most else 0)
 
 
 def _groups(texts, vocab_size: int, patches: bool = False) -> list[_Group]:
@@ -182,7 +207,7 @@ def _batches(groups: list[_Group], batch_size: int) -> Iterator[list[_Group]]:
             yield several[first : first + batch_size]
 
 
-def _scored(run, batch: list[_Group], cache, room: int, batch_size: int):
+def _scored(run, batch: list[_Group], cache, room: _Room, batch_size: int):
     """Score a batch; `cache` holds its stem, if it has one."""
     zeros = [0] * batch_size
     if batch[0].shares:
@@ -221,29 +246,37 @@ def _read(found, rows: list[_Row]) -> Iterator[tuple[int, Score]]:
             yield from ((number, Score(logprob, greedy)) for number in numbers)
 
 
-def _pass(model, params, features, room: int, cache, places, ids: list[Ids],
+def _pass(model, params, features, room: _Room, kept: _Kept | None, places, ids: list[Ids],
           rows: list[_Row] | None):  # fmt: skip
     """Rows of ids through the model, each after a row of the cache if there is one.
 
     Args:
       features: see `score`.
-      room: tokens that a cache has room for.
+      room: what a cache has room for.
       places: of each row, the row of the cache.
       rows: what is predicted at the end of each row; None to make a cache instead.
 
     Returns:
       (the new cache, None), or (None, what `_predict` gives).
     """
-    shortest = _SHORTEST if rows is None or cache is None else _SHORTEST_TAIL
+    shortest = _SHORTEST if rows is None or kept is None else _SHORTEST_TAIL
     R, T = len(ids), padded(max(map(len, ids)), shortest)
     tokens_RT = np.zeros((R, T), np.int32)
     lengths_R = np.array([len(row) for row in ids], np.int32)
     for r, row in enumerate(ids):
         tokens_RT[r, : len(row)] = row
     places_R = np.array(places, np.int32)
-    images = _patches(model.config.vision.token_id, features, tokens_RT)
+    before = [kept.keys[place] if kept else () for place in places]
+    keys = [first + tuple(i for i in row if i < 0) for first, row in zip(before, ids, strict=True)]
+    cache = kept and kept.cache
+    if room.pictures:
+        images = _whole(features, keys, room.pictures) if (tokens_RT < 0).any() else None
+    else:
+        images = _patches(features, tokens_RT)
+    tokens_RT[tokens_RT < 0] = model.config.vision.token_id
     if rows is None:
-        return _extend(model, room, params, cache, places_R, tokens_RT, lengths_R, images), None
+        cache = _extend(model, room, params, cache, places_R, tokens_RT, lengths_R, images)
+        return _Kept(cache, keys), None
     t = min(padded(max(len(row.tail) for row in rows), _SHORTEST_TAIL), T)
     nexts_Rt = np.zeros((R, t), np.int32)
     tails_R = np.ones(R, np.int32)
@@ -257,8 +290,8 @@ def _pass(model, params, features, room: int, cache, places, ids: list[Ids],
     )
 
 
-def _patches(token_id: int, features, tokens_RT) -> Features | None:
-    """The features of ids below 0, which become `token_id`; None for text alone."""
+def _patches(features, tokens_RT) -> Features | None:
+    """The features of ids below 0; None for text alone."""
     here_RT = tokens_RT < 0
     if not here_RT.any():
         return None
@@ -271,8 +304,20 @@ def _patches(token_id: int, features, tokens_RT) -> Features | None:
     for r, values_UD in enumerate(found):
         if values_UD is not None:
             values_RUD[r, : len(values_UD)] = values_UD
-    tokens_RT[here_RT] = token_id
     return Features(values_RUD, np.arange(U) < counts_R[:, None])
+
+
+def _whole(features, keys: list[Ids], room: int) -> Features:
+    """The features of all pictures of each row, those that a cache knows too."""
+    found = {key: [x[0] for x in features((key,))] for key in {k for row in keys for k in row}}
+    values_UD, _ = next(iter(found.values()))
+    U, D = values_UD.shape
+    values_RMUD = np.zeros((len(keys), room, U, D), np.float32)
+    valid_RMU = np.zeros((len(keys), room, U), bool)
+    for r, row in enumerate(keys):
+        for m, key in enumerate(row):
+            values_RMUD[r, m], valid_RMU[r, m] = found[key]
+    return Features(values_RMUD.reshape(len(keys), -1, D), valid_RMU.reshape(len(keys), -1))
 
 
 def _states(model, params, cache, tokens_RT, lengths_R, images):
@@ -284,10 +329,10 @@ def _states(model, params, cache, tokens_RT, lengths_R, images):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "room"))
-def _extend(model, room: int, params, cache, places_R, tokens_RT, lengths_R, images):
+def _extend(model, room: _Room, params, cache, places_R, tokens_RT, lengths_R, images):
     """The cache of rows that continue rows of another cache, or of empty ones."""
     if cache is None:
-        cache = init_cache(model.config, len(tokens_RT), room)
+        cache = init_cache(model.config, len(tokens_RT), room.tokens, images=room.pictures)
     else:
         cache = cache.take(places_R)
     return _states(model, params, constrain_cache(cache), tokens_RT, lengths_R, images).cache

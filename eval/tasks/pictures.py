@@ -1,8 +1,9 @@
-"""Pictures in questions, for models with Llama 4's tower.
+"""Pictures in questions, for Llama 4 and Llama 3.2 Vision.
 
 A request names its pictures by a hash of their files, which the workdir keeps: a record replays
-without the data it was made from. For log-likelihoods each patch becomes an id below 0 that only
-the same patch has, so that texts share what they begin with, pictures included.
+without the data it was made from. For log-likelihoods each patch of Llama 4, and each picture that
+layers attend to, becomes an id below 0 that only the same one has, so that texts share what they
+begin with, pictures included.
 """
 
 import base64
@@ -11,15 +12,16 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from ...configs import files
 from ...configs.errors import UserError
 from ...configs.schema import ModelConfig
-from ...models.decode.pictures import encode_tile, expand
+from ...models.decode.pictures import encode_picture, encode_tile, expand
 from ...models.fusion import check_count
-from ...models.media.images import tile_image
+from ...models.media.images import tile_image, tile_together
 from ...models.parallel import processes, sharding
 from ...models.vision import features_per_tile
 
@@ -59,6 +61,14 @@ def _data(file: str | bytes) -> bytes:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
+def _digest(part) -> bytes:
+    """A hash of a tile, or of a picture's tiles with their grid."""
+    tiles, grid = part if isinstance(part, tuple) else (part, 0)
+    found = hashlib.sha256(np.ascontiguousarray(tiles).tobytes())
+    found.update(bytes([grid]))
+    return found.digest()
+
+
 class Pictures:
     """The pictures of an evaluation by name.
 
@@ -70,7 +80,8 @@ class Pictures:
     def __init__(self, config: ModelConfig, tokenizer, folder: pathlib.Path | None = None):
         self.config, self.tokenizer, self._folder = config, tokenizer, folder
         self._files: dict[str, str | bytes] = {}
-        # The numbers of a picture's tiles, equal ones having one, and where each was found first.
+        # The numbers of a picture's tiles, or of the picture, equal ones having one, and where each
+        # was found first.
         self._numbers: dict[str, list[int]] = {}
         self._places: dict[bytes, int] = {}
         self._found: list[tuple[str, int]] = []
@@ -108,53 +119,69 @@ class Pictures:
         found = [self._file(one) for one in names]
         return tuple(expand(self.config, self.tokenizer, ids, found, most)[0])
 
-    def tiles(self, names: Sequence[str]) -> np.ndarray:
-        """Tiles [n, Y, X, 3] of pictures in order."""
-        return np.concatenate([self._cut(one) for one in names])
+    def tiles(self, names: Sequence[str]):
+        """Tiles of pictures in order, as `Engine.insert` takes them."""
+        found = [self._cut(one) for one in names]
+        return found if self._attends else np.concatenate(found)
 
     def keyed(self, ids: Sequence[int], names: Sequence[str]) -> tuple[int, ...]:
-        """Ids with one below 0 for each patch, which `features` takes.
+        """Ids with one below 0 for each patch, or picture attended to, which `features` takes.
 
         Raises:
-          UserError: not as many patches as the pictures have.
+          UserError: not as many of them as the pictures have.
         """
-        size = features_per_tile(self.config.vision)
         numbers = [number for one in names for number in self._numbered(one)]
         token_id = self.config.vision.token_id
         check_count(
-            "pictures", "model.vision.token_id", token_id, [list(ids)], [len(numbers) * size]
+            "pictures", "model.vision.token_id", token_id, [list(ids)], [len(numbers) * self._size]
         )
-        patches = iter(-1 - number * size - patch for number in numbers for patch in range(size))
-        return tuple(next(patches) if i == token_id else i for i in ids)
+        keys = iter(-1 - n * self._size - part for n in numbers for part in range(self._size))
+        return tuple(next(keys) if i == token_id else i for i in ids)
 
-    def features(self, params) -> Callable[[Sequence[int]], np.ndarray]:
-        """What gives the features [number of keys, D] of patches; works under `jax.set_mesh`."""
-        size = features_per_tile(self.config.vision)
+    def features(self, params) -> Callable[[Sequence[int]], Any]:
+        """What `scoring.score` takes of such ids; works under `jax.set_mesh`."""
 
         @functools.lru_cache(64)
-        def encoded(number: int) -> np.ndarray:
+        def encoded(number: int):
             one, index = self._found[number]
-            tile_YXC = self._cut(one)[index]
-            return encode_tile(self.config, params, tile_YXC, sharding.parts("batch"))
+            rows = sharding.parts("batch")
+            if self._attends:
+                return encode_picture(self.config, params, self._cut(one), rows)
+            return encode_tile(self.config, params, self._cut(one)[index], rows)
 
-        def of(keys):
-            where = [divmod(-1 - key, size) for key in keys]
+        def pictures(keys):
+            values, valid = zip(*(encoded(-1 - key) for key in keys), strict=True)
+            return np.stack(values), np.stack(valid)
+
+        def patches(keys):
+            where = [divmod(-1 - key, self._size) for key in keys]
             return np.stack([encoded(number)[patch] for number, patch in where])
 
-        return of
+        return pictures if self._attends else patches
 
     def _numbered(self, one: str) -> list[int]:
         if one not in self._numbers:
-            found = []
-            for index, tile_YXC in enumerate(self._cut(one)):
-                digest = hashlib.sha256(np.ascontiguousarray(tile_YXC).tobytes()).digest()
+            found, parts = [], self._cut(one)
+            for index, part in enumerate([parts] if self._attends else parts):
+                digest = _digest(part)
                 found.append(self._places.setdefault(digest, len(self._found)))
                 if found[-1] == len(self._found):
                     self._found.append((one, index))
             self._numbers[one] = found
         return self._numbers[one]
 
-    def _tiles_of(self, one: str) -> np.ndarray:
+    @property
+    def _attends(self) -> bool:
+        return self.config.cross.interval > 0
+
+    @property
+    def _size(self) -> int:
+        """Ids of what is numbered."""
+        return 1 if self._attends else features_per_tile(self.config.vision)
+
+    def _tiles_of(self, one: str):
+        if self._attends:
+            return tile_together(self.config.vision, self._file(one))
         return tile_image(self.config.vision, self._file(one))[0]
 
     def _file(self, one: str) -> str | bytes:

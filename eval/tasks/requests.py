@@ -19,10 +19,9 @@ from tqdm import tqdm
 
 from ...configs.errors import UserError
 from ...models.decode.generate import complete
-from ...models.decode.pictures import PLACE
+from ...models.decode.pictures import PLACE, place_id
 from ...models.decode.sampling import Sampling
 from ...models.decode.slots import Engine
-from ...models.media.images import image_ids
 from ...models.parallel import processes
 from ...models.text import chat
 from ...train.data.examples import RecordError
@@ -50,7 +49,7 @@ class Request(NamedTuple):
     continuation: ids; none of the others. size: bytes that the continuation stands for.
     max_tokens, stop, temperature: of a text; one at a temperature above 0 is drawn by its index.
     cut: tokens of the prompt that had no room, from its beginning.
-    pictures: names of those whose patches are in the context, see `pictures.py`.
+    pictures: names of those in the context, see `pictures.py`.
     """
 
     task: str
@@ -198,7 +197,7 @@ class Asking:
     def _encode(self, document: Document, text: str) -> list[int]:
         if not document.pictures:
             return self.tokenizer.encode(text)
-        place = image_ids(self.tokenizer).image
+        place = place_id(self.tokenizer)
         first, *rest = text.split(PLACE)
         ids = self.tokenizer.encode(first) if first else []
         for part in rest:
@@ -343,7 +342,7 @@ class Asker:
         ]
 
     def _context(self, request: Request) -> tuple[int, ...]:
-        """The ids that `score` takes: patches are told apart."""
+        """The ids that `score` takes: pictures are told apart."""
         if any(i < 0 for i in request.context):
             raise UserError(f"{request.task}: a request has an id below 0: its record is damaged")
         if not request.pictures:
@@ -357,7 +356,10 @@ class Asker:
         assert kind == "text" and self.pictures is not None
         # The first is the longest; few lengths compile little.
         room = padded(len(asked[0].context) + max_tokens)
-        engine = Engine(self.model, self.params, self.tokenizer, self.batch_size, room)
+        most = max(len(r.pictures) for r in asked)
+        engine = Engine(
+            self.model, self.params, self.tokenizer, self.batch_size, room, max_images=most
+        )
         slots = []
         for r in asked:
             sampling = Sampling(temperature, seed=(r.document * 1000 + r.index) % 2**31)
