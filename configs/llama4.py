@@ -7,6 +7,11 @@
 released: 288B active of nearly 2T parameters and 16 experts are Meta's figures, its shape here is
 ASSUMED, one of few in Llama 4's structure that gives both. `scout-tiny` and `maverick-tiny` have
 every feature, scaled down so that chunks, temperature and NoPE layers matter within 100 tokens.
+
+    python benchmarks/media_demo.py --workdir=runs/media
+
+trains `vision-demo` on made pictures and `sound-demo` on made sound, scout-tiny both, and compares
+what is held out with its own picture or clip and with another's.
 """
 
 from puna.configs import base
@@ -29,6 +34,8 @@ VARIANTS = {
     },
     "scout-tiny": SCOUT,
     "maverick-tiny": MAVERICK,
+    "vision-demo": SCOUT,
+    "sound-demo": SCOUT,
 }  # fmt: skip
 TINY = {
     "vocab_size": 512, "embed_dim": 64, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
@@ -39,6 +46,10 @@ TINY = {
 TINY_VISION = {
     "num_layers": 2, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64, "image_size": 28,
     "patch_size": 7, "adapter_dim": 32, "max_tiles": 4, "token_id": 510,
+}  # fmt: skip
+TINY_AUDIO = {
+    "num_layers": 2, "embed_dim": 32, "num_heads": 2, "mlp_dim": 64, "num_mels": 16,
+    "frames_per_token": 4, "max_tokens": 16, "token_id": 509,
 }  # fmt: skip
 
 
@@ -68,8 +79,19 @@ def get_config(variant: str = "scout"):
     config.data.seq_len = 8192
     if variant in ("scout", "maverick"):
         config.model.vision.num_layers = 34
-    if variant.endswith("-tiny"):
+    if variant.endswith(("-tiny", "-demo")):
         config.model.update(TINY)
         config.model.vision.update(TINY_VISION)
         config.data.seq_len = 64
+    if variant.endswith("-demo"):
+        config.data.update(tokenizer="train", tokenizer_vocab=512, validation="")
+        config.optimizer.update(learning_rate=3e-3, warmup_steps=20)
+        config.train.update(steps=100, batch_size=16, log_every=10, save_every=100, eval_every=0)
+    if variant == "vision-demo":
+        config.data.images = 4
+        config.model.vision.max_tiles = 1
+    if variant == "sound-demo":
+        config.data.clips = 4
+        config.model.vision.num_layers = 0
+        config.model.audio.update(TINY_AUDIO)
     return config
