@@ -41,6 +41,10 @@ ROWS = {
     "90b-vision-v5p": "--config=llama3:3.2-90b-vision --topology=v5p-64 --config.mesh.data=1 "
     "--config.mesh.fsdp=32 --config.train.batch_size=32 --config.data.images=4 "
     "--config.train.compiler_options=",
+    "90b-vision-h100": "--config=llama3:3.2-90b-vision --topology=h100-8 --config.mesh.data=1 "
+    "--config.mesh.fsdp=8 --config.train.batch_size=8 --config.data.images=4 "
+    "--config.adapter.rank=16 --config.model.param_dtype=bfloat16 "
+    "--config.train.compiler_options=",
     "behemoth-v5p": "--config=llama4:behemoth --topology=2xv5p-4096 --config.mesh.slices=2 "
     "--config.mesh.data=1 --config.mesh.fsdp=64 --config.mesh.expert=16 "
     "--config.mesh.context=2 --config.train.batch_size=2048 "

@@ -305,6 +305,7 @@ NOT_RUN = {
     "python benchmarks/eight_bits": ("trains for minutes", "tests/models/test_eight_bits.py"),
     "python benchmarks/predicted_time": ("minutes", "tests/train/plan/test_timing.py"),
     "python benchmarks/fine_tune.py": ("minutes", "tests/models/weights/test_real_model.py"),
+    "python benchmarks/media_demo": ("trains for minutes", "tests/train/test_media.py"),
     "python benchmarks/teach": ("trains for minutes", "tests/train/objectives"),
     "python benchmarks/serving.py --rounds": ("minutes", "tests/models/decode/server/test_app.py"),
     "python benchmarks/decode.py --rounds": ("minutes", "tests/models/decode/test_generate.py"),

@@ -1,7 +1,9 @@
 """Training on pictures and clips: read, packed, learnt, resumed, on a mesh."""
 
 import base64
+import importlib.util
 import json
+import pathlib
 import wave
 
 import jax
@@ -109,6 +111,27 @@ def test_the_picture_is_what_is_learnt(config, tmp_path):
     config.data.validation = str(write_set(tmp_path / "shuffled", 32, shuffled=True))
     wrong = puna.evaluate(config, tmp_path / "run")["loss"]
     assert right < 0.8 * wrong, (right, wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vision", "sound"])
+def test_the_demos_look_and_listen(tmp_path, kind):
+    """`benchmarks/media_demo.py`, shortened."""
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "media_demo.py"
+    spec = importlib.util.spec_from_file_location("media_demo", path)
+    assert spec is not None and spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    demo.write_sets(tmp_path, kind, 640, 64)
+    config = puna.get_config(f"llama4:{kind}-demo")
+    config.data.train = str(tmp_path / "train.jsonl")
+    config.train.update(steps=40, save_every=40)
+    train(config, tmp_path / "run")
+    found = {}
+    for name in ("right", "shuffled"):
+        config.data.validation = str(tmp_path / f"{name}.jsonl")
+        found[name] = puna.evaluate(config, tmp_path / "run")["loss"]
+    assert found["right"] < 0.5 * found["shuffled"], found
 
 
 @pytest.fixture
