@@ -206,8 +206,9 @@ def _serve(args):
     tokenizer, mesh = _open_tokenizer(args)
     with app.listen(args.host, args.port) as socket:
         engine = _open_engine(
-            args, tokenizer, mesh, args.slots, args.max_length, max_images=args.max_images
-        )
+            args, tokenizer, mesh, args.slots, args.max_length, max_images=args.max_images,
+            cache_tokens=args.cache_tokens,
+        )  # fmt: skip
         name = args.name or pathlib.Path(args.checkpoint).resolve().name
         key = args.api_key or os.environ.get("PUNA_API_KEY", "")
         with _guard(args, mesh) as guard:

@@ -37,7 +37,7 @@ def measure(config: schema.Config, args) -> dict:
     params, cache = engine_ahead.abstract_inputs(
         model, mesh, args.slots, args.max_length, args.quantize, args.cache_dtype
     )
-    programs = engine_ahead.lower(model, mesh, params, cache)
+    programs = engine_ahead.lower(model, mesh, params, cache, args.max_length)
     limit = ahead.memory_limit(args.topology)
     facts = {"devices": len(devices), "limit": limit, "fits": True}
     facts["params_bytes"] = sharding.bytes_per_device(params)

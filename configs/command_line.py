@@ -196,6 +196,10 @@ def define(command: str, arguments: list[str]) -> flags.FlagValues:
             "asked and what is answered", **text,
         )  # fmt: skip
         flags.DEFINE_integer("slots", 8, "texts written at a time", **text)
+        flags.DEFINE_integer(
+            "cache_tokens", 0, "of all texts together that there is room for, in layers without "
+            "chunks; 0 = --slots times --max_length", **text,
+        )  # fmt: skip
         flags.DEFINE_integer("max_waiting", 64, "texts that may wait for a slot", **text)
     if command in ("chat", "serve"):
         flags.DEFINE_integer("max_length", 4096, "tokens of a prompt and its answer", **text)

@@ -101,7 +101,7 @@ class LayerCache(flax.struct.PyTreeNode):
             kept &= positions // self.chunk_size == last // self.chunk_size
             slots = positions % self.chunk_size
         # Slot S is out of range: dropped.
-        at = (*self._index(), jnp.arange(B)[:, None], jnp.where(kept, slots, S))
+        at = (*_index(self), jnp.arange(B)[:, None], jnp.where(kept, slots, S))
         arrays = (self.k_BSKH, self.v_BSKH, self.positions_BS)
         new = (_pack(k_BTKH, self.k_BSKH), _pack(v_BTKH, self.v_BSKH), positions)
         lost = []
@@ -124,15 +124,12 @@ class LayerCache(flax.struct.PyTreeNode):
             lost = [(Tokens(out[2], seen.astype(jnp.int32)), _taker(*out[:2]))]
         k, v, p = jax.tree.map(lambda x, n: x.at[at].set(n, mode="drop"), arrays, new)
         cache = self.replace(k_BSKH=k, v_BSKH=v, positions_BS=p)
-        return cache, [(cache.tokens(), _taker(k, v, *self._index())), *lost]
+        return cache, [(cache.tokens(), _taker(k, v, *_index(self))), *lost]
 
     def tokens(self) -> Tokens:
         """Of the layer's slots."""
-        positions_BS = self.positions_BS[self._index()]
+        positions_BS = self.positions_BS[_index(self)]
         return Tokens(positions_BS, (positions_BS >= 0).astype(jnp.int32))
-
-    def _index(self):
-        return () if self.layer is None else (self.layer,)
 
     def specs(self):
         """A `LayerCache` of the `PartitionSpec` of each array on the current mesh."""
@@ -149,6 +146,19 @@ class LayerCache(flax.struct.PyTreeNode):
         )  # fmt: skip
 
 
+def _index(cache):
+    return () if cache.layer is None else (cache.layer,)
+
+
+def _in_order(part):
+    """A part of the cache, as the cache lies in memory."""
+    if sharding.platform() != "gpu":
+        return part
+    # XLA would turn the cache, all of it, into the order that the product with a block likes, and
+    # back, at each token.
+    return with_layout_constraint(part, Layout(tuple(range(part.ndim))))
+
+
 def _taker(k, v, *layer):
     """A function that gives the keys and values [B, size, K, H] of `size` slots from `start` on."""
 
@@ -158,16 +168,94 @@ def _taker(k, v, *layer):
             zero = jnp.zeros((), jnp.int32)
             start_at = (*layer, zero, start, zero, zero)
             part = jax.lax.dynamic_slice(x, start_at, (1,) * len(layer) + (B, size, K, H))
-            part = part.reshape(B, size, K, H)
-            if sharding.platform() == "gpu":
-                # XLA would turn the cache, all of it, into the order that the product with a block
-                # likes, and back, at each token.
-                part = with_layout_constraint(part, Layout(tuple(range(part.ndim))))
-            return part
+            return _in_order(part.reshape(B, size, K, H))
 
         return _unpack(jax.tree.map(of, k)), _unpack(jax.tree.map(of, v))
 
     return take
+
+
+class PagedCache(flax.struct.PyTreeNode):
+    """Keys and values of one layer without chunks, or of a stack of such, in pages that rows share.
+
+    A page holds S tokens; pages are split over the mesh as rows are, and a row has pages of its own
+    part only. `table_BN` has their numbers within that part, in order, and one beyond the last
+    where there is none: nothing is written there, and what is read there no query may see.
+    `None` where the cache is not in use: it comes with each call. `layer` as in `LayerCache`.
+    """
+
+    k_PSKH: jax.Array | Bytes
+    v_PSKH: jax.Array | Bytes
+    table_BN: jax.Array | None = None
+    layer: jax.Array | None = None
+    chunk_size: int = flax.struct.field(pytree_node=False, default=0)
+
+    def extend(self, k_BTKH, v_BTKH, tokens: Tokens):
+        """As `LayerCache.extend`."""
+        assert self.table_BN is not None
+        arrays = (self.k_PSKH, self.v_PSKH)
+        P, S = jax.tree.leaves(arrays)[0].shape[-4:-2]
+        at_BT = tokens.positions_BT
+        page_BT = jnp.take_along_axis(self.table_BN, at_BT // S, axis=1, mode="fill", fill_value=P)
+        page_BT = jnp.where(tokens.segments_BT != 0, page_BT, P)
+        at = (*_index(self), page_BT, at_BT % S)
+        new = (_pack(k_BTKH, self.k_PSKH), _pack(v_BTKH, self.v_PSKH))
+        k, v = jax.tree.map(lambda x, n: x.at[at].set(n, mode="drop"), arrays, new)
+        # All up to a query is written, and nothing behind it is seen.
+        B, N = self.table_BN.shape
+        held = Tokens(
+            jnp.broadcast_to(jnp.arange(N * S), (B, N * S)), jnp.ones((B, N * S), jnp.int32)
+        )
+        return self.replace(k_PSKH=k, v_PSKH=v), [(held, self._taker(k, v, S))]
+
+    def _taker(self, k, v, S):
+        """As `_taker`, of whole pages."""
+
+        def take(start, size):
+            pages_BN = jax.lax.dynamic_slice_in_dim(self.table_BN, start // S, size // S, 1)
+
+            def of(x):
+                part = x.at[(*_index(self), pages_BN)].get(mode="clip")
+                return _in_order(part.reshape(len(pages_BN), size, *x.shape[-2:]))
+
+            return _unpack(jax.tree.map(of, k)), _unpack(jax.tree.map(of, v))
+
+        return take
+
+    def copy(self, pages_G2):
+        """Copy in each part of the mesh the first page of its pair to the second."""
+
+        def local(arrays, pages_G2):
+            source, target = pages_G2[0]
+
+            def of(x):
+                axis = x.ndim - 4
+                page = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
+                return jax.lax.dynamic_update_slice_in_dim(x, page, target, axis)
+
+            return jax.tree.map(of, arrays)
+
+        arrays = (self.k_PSKH, self.v_PSKH)
+        if not sharding.split_axes():
+            k, v = local(arrays, pages_G2)
+        else:
+            specs = self.specs()
+            specs = (specs.k_PSKH, specs.v_PSKH)
+            pairs = sharding.activation(pages_G2.shape, ("batch", None))
+            k, v = sharding.per_device(local, (specs, pairs), specs)(arrays, pages_G2)
+        return self.replace(k_PSKH=k, v_PSKH=v)
+
+    def specs(self):
+        """A `PagedCache` of the `PartitionSpec` of each array on the current mesh."""
+
+        def spec(x):
+            stack = (None,) * (x.ndim - 4)
+            return sharding.activation(x.shape, (*stack, "batch", None, "act_kv_heads", None))
+
+        k, v = jax.tree.map(spec, (self.k_PSKH, self.v_PSKH))
+        table = self.table_BN
+        table = table if table is None else sharding.activation(table.shape, ("batch", None))
+        return PagedCache(k, v, table, None if self.layer is None else PartitionSpec())
 
 
 class ImageCache(flax.struct.PyTreeNode):
@@ -184,15 +272,12 @@ class ImageCache(flax.struct.PyTreeNode):
         """The cache with these in it, in place where the buffers may be used again."""
         old = (self.k_BUKH, self.v_BUKH)
         new = (_pack(k_BUKH, self.k_BUKH), _pack(v_BUKH, self.v_BUKH))
-        k, v = jax.tree.map(lambda x, n: x.at[(*self._index(), ...)].set(n), old, new)
+        k, v = jax.tree.map(lambda x, n: x.at[(*_index(self), ...)].set(n), old, new)
         return self.replace(k_BUKH=k, v_BUKH=v)
 
     def part(self, tokens: Tokens):
         """What `blockwise.attend_parts` takes, by the `Tokens` of the features."""
-        return tokens, _taker(self.k_BUKH, self.v_BUKH, *self._index())
-
-    def _index(self):
-        return () if self.layer is None else (self.layer,)
+        return tokens, _taker(self.k_BUKH, self.v_BUKH, *_index(self))
 
     def specs(self):
         """An `ImageCache` of the `PartitionSpec` of each array on the current mesh."""
@@ -228,6 +313,10 @@ def nothing_seen(num_images: int, valid_BU) -> Seen:
     return Seen(zero_B, jnp.zeros_like(zero_B), zero_B != 0, runs_BM, valid_BU)
 
 
+# Caches of a layer.
+KINDS = LayerCache | PagedCache | ImageCache
+
+
 class Cache(flax.struct.PyTreeNode):
     """Caches of all layers, how many tokens each row has seen, and which images they name."""
 
@@ -238,6 +327,20 @@ class Cache(flax.struct.PyTreeNode):
     def take(self, rows_R):
         """The cache whose r-th row is a copy of row `rows_R[r]` of this one."""
         return over_rows(lambda axis, x: jnp.take(x, rows_R, axis=axis, mode="clip"), self)
+
+    def paged(self, table_BN) -> "Cache":
+        """With the pages of each row, see `PagedCache`; None takes them out."""
+        return self._over_pages(lambda layer: layer.replace(table_BN=table_BN))
+
+    def copy_pages(self, pages_G2) -> "Cache":
+        """See `PagedCache.copy`."""
+        return self._over_pages(lambda layer: layer.copy(pages_G2))
+
+    def _over_pages(self, change):
+        def one(layer):
+            return change(layer) if isinstance(layer, PagedCache) else layer
+
+        return self.replace(layers=jax.tree.map(one, self.layers, is_leaf=_is_layer))
 
     def without_images(self) -> "Cache":
         """What layers need that attend to the text, for rows that have no image."""
@@ -257,29 +360,41 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def _is_layer(x):
-    return isinstance(x, LayerCache | ImageCache)
+    return isinstance(x, KINDS)
 
 
 def over_rows(change, *caches: Cache) -> Cache:
-    """Apply `change(axis of rows, array, ...)` to the arrays of caches that are alike."""
+    """Apply `change(axis of rows, array, ...)` to the arrays of caches that are alike.
+
+    Of what rows share, the result has the last cache's.
+    """
 
     def one(path, *arrays):
         # The letters of the field say where its rows are: `k_BSKH`, perhaps with axes before.
         names = (part.name for part in path if isinstance(part, jax.tree_util.GetAttrKey))
-        letters = next(name for name in names if "_B" in name).rpartition("_")[2]
+        name = next((name for name in names if "_B" in name), None)
+        if name is None:
+            return arrays[-1]
+        letters = name.rpartition("_")[2]
         return change(arrays[0].ndim - len(letters), *arrays)
 
     return jax.tree.map_with_path(one, *caches)
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, max_length: int, dtype=None, images: int = 0
+    config: ModelConfig,
+    batch_size: int,
+    max_length: int,
+    dtype=None,
+    images: int = 0,
+    pages: tuple[int, int] | None = None,
 ) -> Cache:
     """An empty cache for `batch_size` rows of at most `max_length` tokens.
 
     Args:
       dtype: one of `DTYPES`; the model's activations' when left out.
       images: most images of a row, where layers attend to those; 0 for a text alone.
+      pages: how many, and tokens of each, where layers without chunks have a `PagedCache`.
     """
     dtype = jnp.dtype(dtype or config.activation_dtype).name
     num_features = images * features_per_image(config.vision)
@@ -296,6 +411,9 @@ def init_cache(
             shape = (*stack, batch_size, num_features, config.num_kv_heads, config.head_dim)
             return ImageCache(kept(shape), kept(shape))
         chunk = config.chunk_size if config.uses_rope(index) else 0
+        if pages and not chunk:
+            shape = (*stack, *pages, config.num_kv_heads, config.head_dim)
+            return PagedCache(kept(shape), kept(shape))
         slots = min(chunk, max_length) if chunk else max_length
         shape = (*stack, batch_size, slots, config.num_kv_heads, config.head_dim)
         # Two arrays, not one twice: a donated cache may hold each buffer once.

@@ -52,23 +52,27 @@ class CachedModel:
     """A model, its parameters and a cache that its methods change; works under `jax.set_mesh`."""
 
     def __init__(self, model, params, num_rows: int, max_length: int, vocab_size: int,
-                 cache_dtype: str = "", max_images: int = 0):  # fmt: skip
+                 cache_dtype: str = "", max_images: int = 0,
+                 pages: tuple[int, int] | None = None):  # fmt: skip
         """Make the cache, see `init_cache`; ids from `vocab_size` on are never made."""
         self.model, self.params = for_decoding(model), settled(params)
         self.vocab_size = min(vocab_size, model.config.vocab_size)
         self._kept = bits.view(self.params)
         config = self.model.config
-        shape = (config, num_rows, max_length, cache_dtype, max_images)
+        shape = (config, num_rows, max_length, cache_dtype, max_images, pages)
         self._cache = jax.jit(lambda: constrain_cache(init_cache(*shape)))()
 
     def read(self, slot: int, tokens_BT, segments_BT, source: int, keep: int, adapter: int,
-             images: Features | None = None, before_BS=None,
+             table_N, copy, images: Features | None = None, before_BS=None,
              audio: Features | None = None) -> None:  # fmt: skip
-        """Put a piece of a prompt into a slot, after the first `keep` tokens of slot `source`.
+        """Put a piece of a prompt into a slot, after its first `keep` tokens.
 
         Only the first of B rows counts: the others let a mesh that splits rows do so.
 
         Args:
+          source: the slot that has those tokens, in what is not in pages.
+          table_N: the pages of the slot, see `PagedCache`.
+          copy: a page, and the one that becomes a copy of it before.
           images: features of the patch tokens in the piece; with `model.cross` those of all images
             of the prompt, where the slot does not have them.
           before_BS: with `model.cross` the prompt, if it has images.
@@ -77,18 +81,19 @@ class CachedModel:
         attends = before_BS is not None
         cache = read_piece(
             self.model, self._kept, self._part(attends), np.int32(slot), self._known(tokens_BT),
-            segments_BT, np.int32(source), np.int32(keep), np.int32(adapter), images, before_BS,
-            audio,
+            segments_BT, np.int32(source), np.int32(keep), np.int32(adapter),
+            np.array(table_N, np.int32), np.array(copy, np.int32), images, before_BS, audio,
         )  # fmt: skip
         self._put(cache, attends)
 
-    def write(self, inputs_BT, counts_B, place: Place, tops_B, masks_BTW, images_B):
+    def write(self, inputs_BT, counts_B, place: Place, tops_B, masks_BTW, images_B, table_BN):
         """Draw the id that follows each of the first `counts_B` of T inputs, none for count 0.
 
         Args:
           tops_B: more than 0 where a row wants the likeliest ids.
           masks_BTW: bits of the ids that may follow, see `grammar.Constraint.allowed`.
           images_B: rows that attend to images.
+          table_BN: the pages of each row, see `PagedCache`.
 
         Returns:
           On the host: ids_BT, see `engine.check_ids`; logprobs_BT, see `engine.Block`; and, if
@@ -97,12 +102,12 @@ class CachedModel:
         attends = bool(np.any(images_B))
         cache, found = write_tokens(
             self.model, self.params, self._kept, self._part(attends), inputs_BT, counts_B, place,
-            tops_B, masks_BTW, self.vocab_size, images_B if attends else None,
+            tops_B, masks_BTW, self.vocab_size, images_B if attends else None, table_BN,
         )  # fmt: skip
         self._put(cache, attends)
         return jax.device_get(found)
 
-    def propose(self, last_B, limits_B, place: Place, masks_BW, num_tokens: int):
+    def propose(self, last_B, limits_B, place: Place, masks_BW, num_tokens: int, table_BN):
         """The `num_tokens` ids [B, num_tokens] that would follow `last_B`, in the cache with it.
 
         Args:
@@ -111,7 +116,7 @@ class CachedModel:
         """
         self._cache, ids_BT = _propose(
             self.model, self.params, self._kept, self._cache, self._known(last_B), limits_B, place,
-            masks_BW, self.vocab_size, num_tokens,
+            masks_BW, self.vocab_size, num_tokens, table_BN,
         )  # fmt: skip
         return np.asarray(ids_BT)
 
@@ -128,16 +133,27 @@ class CachedModel:
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
-def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, images,
-               before_BS, audio):  # fmt: skip
+def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, adapter, table_N,
+               copy, images, before_BS, audio):  # fmt: skip
     """The program of `CachedModel.read`: the new cache."""
+    parts = len(tokens_BT)
+    # The row that counts must be computed where the slot's pages are.
+    part = slot // (len(cache.lengths_B) // parts)
+
+    def placed(tree):
+        return jax.tree.map(lambda x: jnp.roll(x, part, axis=0), tree)
+
+    tokens_BT, segments_BT, images, before_BS, audio = placed(
+        (tokens_BT, segments_BT, images, before_BS, audio)
+    )
+    copies_G2 = jnp.where((jnp.arange(parts) == part)[:, None], copy, 0)
 
     def take(axis, x):
         row = jax.lax.dynamic_slice_in_dim(x, source, 1, axis)
         return jnp.repeat(row, len(tokens_BT), axis)
 
     def put(axis, x, rows):
-        row = jax.lax.slice_in_dim(rows, 0, 1, axis=axis)
+        row = jax.lax.dynamic_slice_in_dim(rows, part, 1, axis)
         return jax.lax.dynamic_update_slice_in_dim(x, row, slot, axis)
 
     def cut(layer):
@@ -155,7 +171,8 @@ def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, a
         known_BS = jnp.broadcast_to(known_S, before_BS.shape)
         _, seen = look(model.config, before_BS, known_BS, None, seen)
     lengths_B = jnp.full(len(tokens_BT), keep, cache.lengths_B.dtype)
-    rows = constrain_cache(rows.replace(layers=layers, lengths_B=lengths_B, seen=seen))
+    rows = rows.replace(layers=layers, lengths_B=lengths_B, seen=seen).copy_pages(copies_G2)
+    rows = constrain_cache(rows.paged(jnp.broadcast_to(table_N, (parts, len(table_N)))))
     kept = choose(kept, jnp.full(len(tokens_BT), adapter))
     rows = model.apply(
         {"params": kept},
@@ -166,7 +183,7 @@ def read_piece(model, kept, cache, slot, tokens_BT, segments_BT, source, keep, a
         audio=audio,
         method="states",
     ).cache
-    return constrain_cache(over_rows(put, cache, rows))
+    return constrain_cache(over_rows(put, cache, rows.paged(None)))
 
 
 def _nothing(seen, where_B):
@@ -191,9 +208,10 @@ def _states(model, kept, cache, tokens_BT, segments_BT, place, step=0):
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
 def write_tokens(model, params, kept, cache, inputs_BT, counts_B, place, tops_B, masks_BTW,
-                 vocab_size, images_B):  # fmt: skip
+                 vocab_size, images_B, table_BN):  # fmt: skip
     """The program of `CachedModel.write`: the new cache, and what that returns."""
     B, T = inputs_BT.shape
+    cache = cache.paged(table_BN)
     if images_B is not None:  # a text may lie where another request had images
         cache = cache.replace(seen=_nothing(cache.seen, ~images_B))
     segments_BT = jnp.arange(T) < counts_B[:, None]
@@ -216,13 +234,16 @@ def write_tokens(model, params, kept, cache, inputs_BT, counts_B, place, tops_B,
 
     top_logprobs, top_ids = jax.lax.cond(jnp.any(tops_B > 0), likeliest, nothing)
     found = (x.reshape(B, T, *x.shape[1:]) for x in (ids, logprobs, top_ids, top_logprobs))
-    return constrain_cache(states.cache), tuple(
+    return constrain_cache(states.cache.paged(None)), tuple(
         sharding.constrain(x, *[None] * x.ndim) for x in found
     )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens"), donate_argnames="cache")
-def _propose(model, params, kept, cache, last_B, limits_B, place, masks_BW, vocab_size, num_tokens):
+def _propose(model, params, kept, cache, last_B, limits_B, place, masks_BW, vocab_size, num_tokens,
+             table_BN):  # fmt: skip
+    cache = constrain_cache(cache.paged(table_BN))
+
     def step(carry, i):
         cache, last_B = carry
         segments_BT = (i <= limits_B)[:, None]
@@ -236,4 +257,4 @@ def _propose(model, params, kept, cache, last_B, limits_B, place, masks_BW, voca
 
     # The last step draws nothing that is used: it brings its input into the cache.
     (cache, _), ids_TB = jax.lax.scan(step, (cache, last_B), jnp.arange(num_tokens + 1))
-    return constrain_cache(cache), sharding.constrain(ids_TB[:num_tokens].T, None, None)
+    return constrain_cache(cache.paged(None)), sharding.constrain(ids_TB[:num_tokens].T, None, None)

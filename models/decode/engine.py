@@ -15,7 +15,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 from .. import bits
-from ..cache import ImageCache, LayerCache, init_cache
+from ..cache import KINDS, init_cache
 from ..fusion import check_count
 from ..leaf import settled
 from ..parallel import sharding
@@ -50,8 +50,7 @@ def cache_specs(cache):
     def of_rows(x):
         return sharding.activation(x.shape, ("batch",) + (None,) * (x.ndim - 1))
 
-    kinds = LayerCache | ImageCache
-    layers = jax.tree.map(lambda x: x.specs(), cache.layers, is_leaf=lambda x: isinstance(x, kinds))
+    layers = jax.tree.map(lambda x: x.specs(), cache.layers, is_leaf=lambda x: isinstance(x, KINDS))
     lengths_B, seen = jax.tree.map(of_rows, (cache.lengths_B, cache.seen))
     return cache.replace(layers=layers, lengths_B=lengths_B, seen=seen)
 

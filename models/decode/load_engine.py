@@ -21,7 +21,8 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int,
                 max_length: int | Callable[[ModelConfig], int],
                 speculate: int | None = None, draft: str = "", dtype: str = "float32",
                 quantize: str = "", adapter: str | Sequence[str] = "",
-                cache_dtype: str = "", max_images: int = 1) -> Engine:  # fmt: skip
+                cache_dtype: str = "", max_images: int = 1,
+                cache_tokens: int = 0) -> Engine:  # fmt: skip
     """Read a model, and perhaps a draft model, onto the mesh and make an engine of it.
 
     Args:
@@ -29,8 +30,8 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int,
         `adapter_sum.of_flags`.
       tokenizer: of the checkpoint.
       max_length: see `Engine`, or what gives it for a model's config.
-      speculate, draft, cache_dtype, max_images: see `Engine`; the draft model as a path, loaded
-        like the model but without an adapter. None for 4 with a draft model, else 0.
+      speculate, draft, cache_dtype, max_images, cache_tokens: see `Engine`; the draft model as a
+        path, loaded like the model but without an adapter. None for 4 with a draft model, else 0.
 
     Raises:
       UserError: see `load`, `Engine` and `check_draft`.
@@ -51,4 +52,4 @@ def load_engine(checkpoint: str, tokenizer, mesh, num_slots: int,
     params = turn(params, abstract_params(model.config), num_slots * (1 + speculate))
     with jax.set_mesh(mesh):
         return Engine(model, params, tokenizer, num_slots, max_length, names, speculate, second,
-                      cache_dtype, max_images)  # fmt: skip
+                      cache_dtype, max_images, cache_tokens)  # fmt: skip

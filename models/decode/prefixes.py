@@ -50,10 +50,12 @@ class Prefixes:
                 return start
         return count
 
-    def copy(self, source: int, row: int, count: int, adapter: int) -> None:
-        """Let a row hold the first `count` tokens of another one, or of itself, for an adapter."""
-        assert not count or self._adapters[source] == adapter
-        self._ids[row, :count] = self._ids[source, :count]
-        since = int(self._since[source])
-        self._since[row] = since if self._chunk and count % self._chunk else count
+    def copy(self, source: int, row: int, ids: np.ndarray, adapter: int) -> None:
+        """Let a row hold these tokens, for an adapter, of their chunk what another one, or itself
+        has: `source` is without meaning where a chunk begins after them."""
+        count = len(ids)
+        within = self._chunk and count % self._chunk
+        assert not within or self._adapters[source] == adapter
+        self._ids[row, :count] = ids
+        self._since[row] = int(self._since[source]) if within else count
         self._sizes[row], self._adapters[row] = count, adapter

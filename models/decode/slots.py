@@ -1,15 +1,14 @@
 """Continuous batching: requests come and go while others are answered.
 
-A fixed number of slots share one cache. A prompt is read in pieces of few sizes, one piece between
-two tokens of the others, so a long prompt delays the others little and no request compiles anything
-new. A prompt that begins as what a slot holds, or has held and is not overwritten, takes its
-keys and values from there. What a request gives does not depend on the requests beside or before
-it, beyond the rounding of matmuls of another size; greedy ids are those of `generate`.
+A fixed number of slots share one cache. Its layers without chunks have pages, see `pages`: a
+request takes as many as its tokens need, or waits where others have them. A prompt is read in
+pieces of few sizes, one piece between two tokens of the others, so a long prompt delays the others
+little and no request compiles anything new. A prompt that begins as another did, whose pages are
+still there, shares them; of layers with chunks, it copies its last chunk from a slot that has it.
+What a request gives does not depend on the requests beside or before it, beyond the rounding of
+matmuls of another size; greedy ids are those of `generate`.
 
 With `speculate`, tokens are proposed and checked several at a time, see `speculation`.
-
-Left out on purpose: paging (a slot has room for `max_length` tokens whatever it holds, and a shared
-beginning is copied).
 """
 
 import collections
@@ -27,6 +26,7 @@ from .cached_model import BASE, EVERY, TOP, CachedModel, Place
 from .engine import check_fit, check_ids, check_prompts
 from .generate import begin_rows
 from .grammar import Constraint, Constraints
+from .pages import Pools
 from .pictures import Attended, reader, without_places
 from .prefixes import Prefixes
 from .sampling import Sampling, check, per_row
@@ -37,7 +37,7 @@ PIECES = (16, 128, 1024)
 
 
 class Full(UserError):
-    """There is no free slot now; one becomes free when a request ends."""
+    """There is no free slot now, or no room in the cache; a request that ends leaves some."""
 
 
 class Token(NamedTuple):
@@ -90,14 +90,14 @@ class Engine:
 
     Attributes:
       adapters: the names that a request can have one of.
-      free: how many requests can be inserted now.
-      reused: tokens of prompts that were copied and not computed.
+      free: how many requests can be inserted now, if there is room for their tokens.
+      reused: tokens of prompts that were there and not computed.
       proposed, accepted: tokens of texts that were proposed, and of those, that were right.
     """
 
     def __init__(self, model, params, tokenizer, num_slots: int = 8, max_length: int = 4096,
                  adapters: Sequence[str] = (), speculate: int = 0, draft=None,
-                 cache_dtype: str = "", max_images: int = 1):  # fmt: skip
+                 cache_dtype: str = "", max_images: int = 1, cache_tokens: int = 0):  # fmt: skip
         """Make the cache.
 
         Args:
@@ -137,11 +137,13 @@ class Engine:
         self.reused = self.proposed = self.accepted = 0
         rows, length = self._rows, self.max_length
         shape = (rows, length, self.vocab_size, cache_dtype)
+        self._pages = Pools(rows, length, self._parts, cache_tokens)
         # A text is then that of the text model, whatever is written beside it.
         attends = model.config.cross.interval and not model.config.cross.imageless
         self.max_images = max_images if attends else 0
-        self._model = CachedModel(model, params, *shape, self.max_images)
-        self._speculate, self._draft = speculate, draft and CachedModel(*draft, *shape)
+        self._model = CachedModel(model, params, *shape, self.max_images, self._pages.shape)
+        self._draft = draft and CachedModel(*draft, *shape, 0, self._pages.shape)
+        self._speculate = speculate
         self._held = Prefixes(rows, length, model.config.chunk_size)
         # By the time they became free, the latest last.
         self._unused = list(range(num_slots))
@@ -197,7 +199,7 @@ class Engine:
           clips: likewise of sound, see `clips.expand`.
 
         Raises:
-          Full: every slot is taken.
+          Full: every slot is taken, or the cache.
           UserError: an impossible setting; a prompt that is empty, too long or outside the
             vocabulary.
         """
@@ -220,7 +222,7 @@ class Engine:
         if len(clips):
             heard = sound.reader(self.config, params, prompt, clips, self._parts)
         request = _Request(prompt, row, max_tokens, top, constraint, pictures, heard)
-        slot = self._place(request.keys, chosen)
+        slot = self._place(request, chosen)
         self.requests[slot] = request
         self._masks[slot] = mask
         self._reading.append(slot)
@@ -233,6 +235,7 @@ class Engine:
         """Free a slot whose request is not wanted any more; does nothing if it is free."""
         if self.requests.pop(slot, None) is not None:
             self._unused.append(slot)
+            self._pages.of(slot).remove(slot)
             self._set(slot, Sampling())
             self._tops[slot], self._masks[slot] = 0, EVERY
             if slot in self._reading:
@@ -269,6 +272,7 @@ class Engine:
                 for _ in self.stream(prompt, max_tokens=most, tiles=tiles):
                     pass
                 self._held.forget()
+                self._pages.forget()
         self.proposed = self.accepted = 0
 
     def step(self) -> list[tuple[int, Token]]:
@@ -297,7 +301,7 @@ class Engine:
             inputs_BT[slot, : 1 + len(found)] = self._last[slot], *found
         ids_BT, logprobs_BT, top_ids, top_logprobs = self._model.write(
             inputs_BT, counts_B, self._place_of_rows(), np.copy(self._tops), masks_BTW,
-            self._attending(active),
+            self._attending(active), self._pages.table(),
         )  # fmt: skip
         made = []
         for slot in active:
@@ -307,11 +311,11 @@ class Engine:
                 pairs = zip(top_ids[slot, t].tolist(), top_logprobs[slot, t].tolist(), strict=True)
                 top = list(pairs)[: request.top]
                 new = int(ids_BT[slot, t])
+                self._add(slot, inputs_BT[slot, t : t + 1])  # before the slot may become free
                 made.append((slot, self._token(slot, new, float(logprobs_BT[slot, t]), top)))
                 if made[-1][1].finish_reason or new != (proposed[t] if t < len(proposed) else None):
                     break
             count = len(made) - before
-            self._held.add(slot, inputs_BT[slot, :count])
             self.proposed += len(proposed)
             self.accepted += count - 1
         return made
@@ -343,7 +347,7 @@ class Engine:
         limits_B[active] = list(limits.values())
         ids_BT = self._draft.propose(
             np.copy(self._last), limits_B, self._place_of_rows(), np.copy(self._masks),
-            self._speculate,
+            self._speculate, self._pages.table(),
         )  # fmt: skip
         for slot, limit in limits.items():
             check_ids(ids_BT[slot, :limit])
@@ -387,50 +391,87 @@ class Engine:
         for array, value in zip(self._sampling, per_row(sampling, 1, 1), strict=True):
             np.asarray(array)[slot] = np.asarray(value)[0]
 
-    def _place(self, keys, chosen: int) -> int:
-        """Take a free slot: one that holds the beginning of a prompt, else the longest unused."""
-        shared = [self._held.shared(slot, keys, chosen) for slot in range(self.num_slots)]
-        best = max(shared)
-        found = [slot for slot in self._unused if best and shared[slot] == best]
-        slot = found[0] if found else self._unused[0]
-        self._unused.remove(slot)
-        return slot
+    def _add(self, slot, keys):
+        """Note what a slot has in its cache, from where it was on."""
+        self._held.add(slot, keys)
+        self._pages.of(slot).add(slot, keys)
+
+    def _place(self, request, chosen: int) -> int:
+        """Take a free slot where there is room, and pages for it.
+
+        The one that holds the beginning of the prompt, else the longest unused.
+        """
+        keys = request.keys
+        found = {pool: pool.match(keys, chosen).count for pool in self._pages.parts}
+        shared = {
+            slot: (found[self._pages.of(slot)], self._held.shared(slot, keys, chosen))
+            for slot in self._unused
+        }
+        most = len(request.prompt) + request.max_tokens
+        for slot in sorted(self._unused, key=lambda slot: shared[slot], reverse=True):
+            if self._pages.of(slot).admit(slot, chosen, most):
+                self._unused.remove(slot)
+                return slot
+        raise Full(f"there is no room now for {most} tokens: step, or evict a request")
+
+    def _begin(self, slot, request, chosen: int) -> tuple[int, bool, tuple[int, int]]:
+        """Find what there is of a prompt, only now: more may have been read since it came.
+
+        Returns:
+          the slot that has what is not in pages; whether that is all that is found, pictures too;
+          and a page to copy, see `Pages.begin`.
+        """
+        pool = self._pages.of(slot)
+        found = pool.match(request.keys, chosen)
+        keys = request.keys[: found.count]
+        shared = [self._held.shared(row, keys, chosen) for row in range(self.num_slots)]
+        source = max(range(self.num_slots), key=lambda row: (shared[row], row == slot))
+        chunk = self.config.chunk_size
+        # Where a chunk begins nothing of those before is needed.
+        begins = found.count // chunk * chunk if chunk else found.count
+        request.begun, request.read = True, max(begins, shared[source])
+        holds = shared[source] == request.read
+        source = source if holds else slot
+        copy = pool.begin(slot, found, request.read)
+        self._held.copy(source, slot, request.keys[: request.read], chosen)
+        self.reused += request.read
+        return source, holds, copy
 
     def _read_piece(self, slot):
         request, chosen = self.requests[slot], int(self._chosen[slot])
-        source, first = slot, not request.begun
-        if first:
-            # Only now: what was inserted before may have been read in the meantime.
-            shared = [self._held.shared(row, request.keys, chosen) for row in range(self.num_slots)]
-            source = max(range(self.num_slots), key=lambda row: (shared[row], row == slot))
-            request.begun, request.read = True, shared[source]
-            self._held.copy(source, slot, request.read, chosen)
-            self.reused += request.read
+        source, holds, copy = slot, True, (0, 0)
+        if first := not request.begun:
+            source, holds, copy = self._begin(slot, request, chosen)
         ids = request.prompt[request.read : request.to_read]
         size = next((size for size in PIECES if len(ids) <= size), PIECES[-1])
         ids = ids[:size]
         stop = request.read + len(ids)
         tokens_BT, segments_BT = np.zeros((2, self._parts, size), np.int32)
         tokens_BT[0, : len(ids)], segments_BT[0, : len(ids)] = ids, 1
-        place = slot, tokens_BT, segments_BT, source, request.read, chosen
-        images, before_BS = self._pictures_of(request, first, stop, size)
+        table_N = self._pages.table()[slot]
+        place = slot, tokens_BT, segments_BT, source, request.read, chosen, table_N, copy
+        known = request.read if holds else 0
+        images, before_BS = self._pictures_of(request, first, known, stop, size)
         clips = request.clips and request.clips.piece(request.read, stop, size)
         self._model.read(*place, images, before_BS, clips)
         if self._draft:
             self._draft.read(*place)
-        self._held.add(slot, request.keys[request.read : stop])
+        self._add(slot, request.keys[request.read : stop])
         request.read = stop
         if request.read >= request.to_read:
             self._reading.popleft()
 
-    def _pictures_of(self, request, first: bool, stop: int, size: int):
-        """`images` and `before_BS` of `CachedModel.read` for a piece up to `stop`."""
+    def _pictures_of(self, request, first: bool, known: int, stop: int, size: int):
+        """`images` and `before_BS` of `CachedModel.read` for a piece up to `stop`.
+
+        Of pictures that layers attend to those among the first `known` tokens are in the cache.
+        """
         pictures = request.pictures
         if not isinstance(pictures, Attended):
             return pictures and pictures.piece(request.read, stop, size), None
         before_BS = np.zeros((self._parts, self.max_length), np.int32)
         before_BS[0, : len(request.prompt)] = request.prompt
-        return pictures.whole(request.read) if first else None, before_BS
+        return pictures.whole(known) if first else None, before_BS
 
     def _token(self, slot, new, logprob, top) -> Token:
         request = self.requests[slot]

@@ -12,7 +12,7 @@ import numpy as np
 from ....configs.errors import UserError
 from ..grammar import Constraint
 from ..sampling import Sampling
-from ..slots import Engine, Token
+from ..slots import Engine, Full, Token
 
 _TOO_COMPLEX = UserError("the format that is asked for is too complex to be followed")
 
@@ -149,6 +149,9 @@ class Worker(threading.Thread):
                         job.top, job.constraint, job.adapter, job.tiles,
                     )  # fmt: skip
                     self._held[slot] = job
+                except Full:  # of tokens; who comes later does not overtake
+                    self._waiting.appendleft(job)
+                    break
                 except UserError as error:
                     self._tell(job, error)
             return True

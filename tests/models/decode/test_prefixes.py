@@ -69,7 +69,7 @@ def test_what_is_given_is_in_the_cache_and_nothing_more_would_be(data):
             assert max(common, default=0) <= count
         source = int(np.argmax(shared))
         count = shared[source]
-        cache.copy(source, row, count), held.copy(source, row, count, adapter)
+        cache.copy(source, row, count), held.copy(source, row, wanted[:count], adapter)
         # A request may be cancelled while its prompt is read, or after.
         rest = wanted[count : data.draw(st.integers(count, len(wanted)))]
         cache.add(row, count, [(i, adapter) for i in rest]), held.add(row, rest)

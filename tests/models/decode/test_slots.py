@@ -10,7 +10,7 @@ import pytest
 from puna.configs.errors import UserError
 from puna.configs.schema import MeshConfig, ModelConfig
 from puna.models import transformer
-from puna.models.decode import cached_model, slots
+from puna.models.decode import cached_model, pages, slots
 from puna.models.decode.generate import complete
 from puna.models.decode.sampling import Sampling
 from puna.models.decode.slots import Engine, Full
@@ -43,8 +43,9 @@ def params():
 
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch):
-    """Pieces that cross borders of chunks, of two sizes only."""
+    """Pieces that cross borders of chunks and pages, of two sizes only."""
     monkeypatch.setattr(slots, "PIECES", (4, 16))
+    monkeypatch.setattr(pages, "PAGE", 4)
 
 
 def engine(num_slots=4, **options):
@@ -83,7 +84,12 @@ def come_and_go(running, count, cancel):
         while waiting and running.free and dice.random() < 0.5:
             r = waiting.pop()
             sampling = Sampling(float(heats[r]), seed=7)
-            slot = running.insert(prompts[r], sampling, int(most[r]), number=r)
+            try:
+                slot = running.insert(prompts[r], sampling, int(most[r]), number=r)
+            except Full:  # of tokens
+                assert held
+                waiting.append(r)
+                break
             held[slot], made[r] = r, []
         for slot, token in running.step():
             made[held[slot]].append(token)
@@ -108,7 +114,8 @@ def come_and_go(running, count, cancel):
 
 
 def test_requests_that_come_and_go_get_what_generate_gives():
-    come_and_go(engine(), 60, cancel=0.05)
+    # Room for some two of four.
+    come_and_go(engine(cache_tokens=168), 60, cancel=0.05)
 
 
 def a_draft():
@@ -243,30 +250,37 @@ def test_mistakes_take_no_slot(options, message):
 def test_impossible_engines():
     with pytest.raises(UserError, match="num_slots=0 must be at least 1"):
         engine(0)
+    with pytest.raises(UserError, match="cache_tokens=80 must be at least 84: for one request of"):
+        engine(cache_tokens=80)
     assert Engine(MODEL, params(), TOKENIZER, 1, max_length=10**9).max_length == 128
 
 
 def test_on_a_mesh():
     ids = TOKENIZER.encode("the llama herd", bos=True)
+    prompts = [ids, ids[::-1], [*ids[:9], *ids[:4]]]
     alone = engine(1, cache_dtype="int8")
-    alone.insert(ids, max_tokens=8)
-    # Two rows for one slot: the mesh splits rows and heads.
+    want = []
+    for prompt in prompts:
+        alone.insert(prompt, max_tokens=8)
+        want.append([token.id for token in finish(alone)[0]])
+    # Four rows for three slots: the mesh splits rows, and with them pages, and heads.
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     specs = sharding.shardings(transformer.abstract_params(CONFIG), mesh)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params(), specs)
-        split = Engine(MODEL, placed, TOKENIZER, 1, LENGTH, cache_dtype="int8")
+        split = Engine(MODEL, placed, TOKENIZER, 3, LENGTH, cache_dtype="int8")
         split.warm_up()
         counts = cached_model.read_piece._cache_size(), cached_model.write_tokens._cache_size()
-        split.insert(ids, max_tokens=8)
+        slots = [split.insert(prompt, max_tokens=8) for prompt in prompts]
         assert split.free == 0
-        got = [token.id for token in finish(split)[0]]
-        split.insert([*ids, *got[:3]], max_tokens=5)
-        after = [token.id for token in finish(split)[0]]
+        made = finish(split)
+        assert [[token.id for token in made[slot]] for slot in slots] == want
+        got, reused = want[0], split.reused
+        again = split.insert([*ids, *got[:3]], max_tokens=5)
+        after = [token.id for token in finish(split)[again]]
     # The slot has left the chunk that 17 ids end in: it gives the chunks of 6 before.
-    assert after == got[3:] and split.reused == 12
+    assert after == got[3:] and split.reused - reused == 12
     assert counts == (
         cached_model.read_piece._cache_size(),
         cached_model.write_tokens._cache_size(),
     )
-    assert got == [token.id for token in finish(alone)[0]]
