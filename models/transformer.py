@@ -254,13 +254,17 @@ def unembed_table(config: ModelConfig, params):
 
 def unembed(config: ModelConfig, params, hidden_BTD):
     """Logits of normed states, in float32: rounding would cost what accumulating in it has won."""
-    table_DV = unembed_table(config, params)
+    table, spec = unembed_table(config, params), "BTD,DV->BTV"
+    if config.tie_embeddings and isinstance(table, jax.Array):
+        # As it lies: XLA for CPUs would make one product of its gradient in bfloat16 and the
+        # transposition, which it then cannot run.
+        table, spec = bits.unpack(params["embed"]["table_VD"]), "BTD,VD->BTV"
     one_row = hidden_BTD.shape[:2] == (1, 1) and not sharding.split_axes()
     if one_row and bits.dtype(config.activation_dtype) != config.activation_dtype:
         # XLA of jax 0.12 for CPUs multiplies one row with a float32 copy of the table, which it
         # makes at every token, and two rows with the table itself.
         hidden_BTD = jnp.concatenate([hidden_BTD, hidden_BTD])
-    logits_BTV = contract("BTD,DV->BTV", hidden_BTD, table_DV, config.activation_dtype, "float32")
+    logits_BTV = contract(spec, hidden_BTD, table, config.activation_dtype, "float32")
     logits_BTV = logits_BTV[:1] if one_row else logits_BTV
     return constrain(logits_BTV, "batch", "length", "act_vocab")
 

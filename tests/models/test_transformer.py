@@ -101,11 +101,13 @@ def test_logits_are_part_of_every_output(tied):
     assert (shape.dtype, shape.shape) == (whole.dtype, whole.shape)
     returned = jax.jit(model.apply)({"params": params}, tokens_BT)
     np.testing.assert_array_equal(returned.logits_BTV, whole)
-    each = jax.vmap(lambda tokens_T: model.apply({"params": params}, tokens_T[None]))(tokens_BT)
+    each = jax.jit(jax.vmap(lambda p, t: model.apply({"params": p}, t[None]), (None, 0)))(
+        params, tokens_BT
+    )
     np.testing.assert_allclose(each.logits_BTV[:, 0], whole, atol=0.05)
     states = jax.jit(lambda p, t: model.apply({"params": p}, t, method="states"))(params, tokens_BT)
     np.testing.assert_array_equal(unembed(c, params, states.hidden_BTD), whole)
-    grads = jax.grad(lambda p: jnp.sum(logits(p, tokens_BT) ** 2))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(logits(p, tokens_BT) ** 2)))(params)
     assert all(np.any(np.asarray(g)) for g in jax.tree.leaves(grads))
 
 
