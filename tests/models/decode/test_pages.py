@@ -128,7 +128,7 @@ def test_many_texts_share_one_beginning():
     # Four pages each, three of them the same.
     assert hold(pages, 1, [*begin, 8]) == 6 and pages.room == 3
     assert pages.table(0)[:3] == pages.table(1)[:3]
-    # Before it begins nobody knows what a text will share.
+    # What a text will share is known when it begins, not before.
     assert hold(pages, 2, [*begin, 9]) is None
     pages.remove(1)
     assert hold(pages, 2, [*begin, 9]) == 6
