@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from ..masks import Tokens, visible
+from ..parallel import sharding
 
 # Scores of this many (query, key) pairs are small enough to hold at once.
 _ONE_BLOCK = 256 * 256
@@ -39,6 +40,13 @@ def attend(q_BTNH, k_BSKH, v_BSKH, q_tokens: Tokens, k_tokens: Tokens, *, chunk_
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     one = T * S <= _ONE_BLOCK
+    if B > 1 and not one and sharding.platform() == "cpu":
+        # One row after the other: its block of scores stays in the processor's cache.
+        return jax.lax.map(
+            lambda row: attend(*jax.tree.map(lambda x: x[None], row), chunk_size=chunk_size,
+                               start=start)[0],
+            (q_BTNH, k_BSKH, v_BSKH, q_tokens, k_tokens),
+        )  # fmt: skip
     bq, bk = (T, S) if one else (min(T, _BLOCK), min(S, _BLOCK))
     q = _pad(q_BTNH, bq).reshape(B, -1, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = (_pad(x, bk).transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
