@@ -66,6 +66,26 @@ def few_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_device():
+    """A mesh of which nothing is said has one device here: tests of meshes say theirs.
+
+    A program for eight devices takes half as long again to compile, and eight turns to run.
+    """
+    from puna.models.parallel import sharding
+
+    make_mesh = sharding.make_mesh
+
+    def make(config, devices=None):
+        if devices is None and config == type(config)():
+            devices = sys.modules["jax"].devices()[:1]
+        return make_mesh(config, devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", make)
+        yield
+
+
 @pytest.fixture(scope="session")
 def one_line():
     """Context in which a user's mistake may be found, if one line says what it is."""
