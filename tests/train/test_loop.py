@@ -238,7 +238,7 @@ def test_another_config_is_refused(whole, config, tmp_path):
     [
         ({"mesh": {"fsdp": 3}}, "mesh.fsdp=3 = 3 does not divide the 8 devices"),
         ({"mesh": {"data": 1, "tensor": 4}}, "mesh.tensor=4 = 4 must equal the 8 devices"),
-        ({"train": {"batch_size": 12}}, "must be a multiple of mesh.data=8"),
+        ({"train": {"batch_size": 12}, "mesh": {"data": 8}}, "must be a multiple of mesh.data=8"),
         ({"mesh": {"tensor": 8}}, "must be a multiple of mesh.tensor=8"),
         ({"model": {"vocab_size": 100}}, "model.vocab_size=100 must be at least the 259 ids"),
         ({"data": {"train": "nowhere/*.txt"}}, "nowhere"),

@@ -94,10 +94,10 @@ def test_a_record_that_replays(folder, capsys):
 
 def test_batches_and_devices_change_no_answer(folder, monkeypatch):
     make_mesh = sharding.make_mesh
-    spread = run(folder, "spread", "--batch_size=32")
+    alone = run(folder, "alone", "--batch_size=1")
     with monkeypatch.context() as m:
-        m.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        alone = run(folder, "alone", "--batch_size=1")
+        m.setattr(sharding, "make_mesh", lambda config: make_mesh(config, jax.devices()))
+        spread = run(folder, "spread", "--batch_size=32")
     meshes = [json.loads((out / "record.json").read_text())["mesh"] for out in (spread, alone)]
     assert [math.prod(mesh.values()) for mesh in meshes] == [8, 1]
     same_answers(spread, alone)
