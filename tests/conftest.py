@@ -17,6 +17,7 @@ from puna.models.hardware import known_xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+SLOW = pytest.StashKey[bool]()  # whether the test that runs is a slow one
 
 assert "jax" not in sys.modules, "a pytest plugin imported jax before the tests could set it up"
 
@@ -66,9 +67,14 @@ def few_programs():
         gc.collect()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    item.config.stash[SLOW] = item.get_closest_marker("slow") is not None
+
+
 @pytest.fixture(scope="session", autouse=True)
-def one_device():
-    """A mesh of which nothing is said has one device here: tests of meshes say theirs.
+def one_device(request):
+    """A mesh of which nothing is said has one device in fast tests: those of meshes say theirs.
 
     A program for eight devices takes half as long again to compile, and eight turns to run.
     """
@@ -77,7 +83,7 @@ def one_device():
     make_mesh = sharding.make_mesh
 
     def make(config, devices=None):
-        if devices is None and config == type(config)():
+        if devices is None and config == type(config)() and not request.config.stash[SLOW]:
             devices = sys.modules["jax"].devices()[:1]
         return make_mesh(config, devices)
 
