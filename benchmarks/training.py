@@ -1,8 +1,8 @@
 """Tokens a second of training on CPU cores, beside `transformers` and the rate of bare products.
 
     pip install 'puna[reference]'
-    python benchmarks/training.py [--models=dense,experts,lora --dtypes=bfloat16,float32
-                                   --rounds=3 --json=FILE]
+    python benchmarks/training.py [--models=dense,experts,lora --dtypes=bfloat16,float32]
+    python benchmarks/training.py --models=dense --rounds=5 --json=training.json
 
 Models of width 512, 8 layers, 8 query and 4 key heads, MLP 1408, vocabulary 32,000: dense, and with
 8 experts of that width, top-1, and a shared one in every layer. 8 rows of 512 tokens, AdamW; `lora`
