@@ -63,9 +63,8 @@ def scores(mesh_config, devices, params, texts, batch_size, config=CONFIG):
         return dict(scoring.score(Transformer(config), params, texts, batch_size))
 
 
-@pytest.mark.parametrize(
-    "config", [CONFIG, pytest.param(LLAMA4, marks=pytest.mark.slow)], ids=["dense", "llama4"]
-)
+@pytest.mark.parametrize("config", [CONFIG, LLAMA4], ids=["dense", "llama4"])
+@pytest.mark.slow
 def test_they_are_those_of_the_whole_pass_on_one_device_and_on_eight(config, texts):
     params, one = drawn(config), schema.MeshConfig(fsdp=1)
     alone = scores(one, jax.devices()[:1], params, texts, 1, config)

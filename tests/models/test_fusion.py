@@ -124,6 +124,7 @@ def alone(params, gradient):
     return gradient(params, *rows())
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(params, gradient, alone):
     tokens, images, clips = rows()
     vision.check_images(CONFIG, tokens, images.num_tiles_B)

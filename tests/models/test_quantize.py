@@ -322,7 +322,7 @@ def test_decoding_and_the_loss_give_the_forward_pass_s_log_probabilities(name, k
 @pytest.mark.parametrize(("kind", "axes"), [
     ("int8", {"fsdp": 2, "tensor": 2, "data": 2}),
     pytest.param("int8", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-    ("int4", {"expert": 2, "fsdp": 2, "tensor": 2}),
+    pytest.param("int4", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_mesh_gives_the_numbers_of_one_device(files, tmp_path, monkeypatch, kind, axes):
     """Loaded onto eight devices or one, from files or from a run."""

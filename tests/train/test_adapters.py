@@ -62,7 +62,7 @@ def set_in(config, **keys):
 @pytest.mark.parametrize(
     ("quantize", "dora", "optimizer", "model", "axes"),
     [
-        ("int4", False, "adamw", {}, {"data": 8}),
+        pytest.param("int4", False, "adamw", {}, {"data": 8}, marks=pytest.mark.slow),
         # That every number is the same on a mesh, tests/models/test_adapters.py shows.
         pytest.param(
             "int8",
@@ -137,6 +137,7 @@ def hf(lora, folder):
     return folder / "hf"
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_resumes_bit_for_bit(lora, tmp_path, cut):
     set_in(lora, **{"adapter.quantize": "int8", "adapter.dora": True})
     lora.model.update(dict.fromkeys(DENSE, 0))

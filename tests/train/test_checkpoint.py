@@ -131,7 +131,7 @@ def damage(rng, folder):
     return file, before, f"{file} ^ {bits:#x} at {place} of {len(before)}"
 
 
-@pytest.mark.parametrize("times", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_damage_loads_silently(config, tmp_path, times):
     """Whatever is wrong in whichever file: an error of one line, or the very same state."""
     here = Run(config, tmp_path)

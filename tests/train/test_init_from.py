@@ -118,6 +118,7 @@ def test_tables_grow_where_new_tokens_need_it(first, plain, tmp_path, kind):
     assert np.all(np.abs(leaf.dense(table)[:, 259:269] - wanted) <= table.scale[:, 259:269])
 
 
+@pytest.mark.slow
 def test_new_tokens_are_learnt_and_exported(first, plain, tmp_path):
     config = plain(init_from=f"{first}/hf", seed=1)
     config.data.new_tokens = NEW

@@ -47,17 +47,20 @@ def losses(workdir):
     return np.array([m["loss"] for m in metrics.read(workdir / "metrics.jsonl")])
 
 
-# Each is two programs; the numbers of muon and Adafactor have fast tests below.
+SPREAD = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+# Each is two programs; the numbers of Adafactor on a mesh have a fast test below.
 @pytest.mark.parametrize(
-    ("name", "tied"),
+    ("name", "tied", "axes"),
     [
-        pytest.param("adamw", False, marks=pytest.mark.slow),
-        ("adamw", True),
-        pytest.param("adafactor", True, marks=pytest.mark.slow),
-        pytest.param("muon", False, marks=pytest.mark.slow),
+        ("adamw", True, {}),
+        pytest.param("adamw", False, SPREAD, marks=pytest.mark.slow),
+        pytest.param("adafactor", True, SPREAD, marks=pytest.mark.slow),
+        pytest.param("muon", False, SPREAD, marks=pytest.mark.slow),
     ],
 )
-def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied):
+def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied, axes):
     """Within a hundredth of what is learned, and the same weights change.
 
     At this rate an update is far below the step between two bfloat16 of a weight's size.
@@ -65,7 +68,7 @@ def test_bfloat16_learns_as_float32_does_and_moves(config, tmp_path, name, tied)
     config.model.tie_embeddings = tied
     config.optimizer.update(name=name, learning_rate=3e-4, warmup_steps=0, schedule="constant")
     config.train.update(steps=30, save_every=30, eval_every=0, microbatches=2)
-    config.mesh.update(data=2, fsdp=2, tensor=2)
+    config.mesh.update(axes)
     exact = train(config, tmp_path / "float32")
     config.model.param_dtype = "bfloat16"
     start = leaves(setup(config)[0].params)
@@ -101,7 +104,9 @@ def setup(config, devices=8):
 EXPERTS = {"moe_interval": 2, "num_experts": 4, "expert_dim": 16, "bias_update_rate": 1e-4}
 MESHES = [
     pytest.param("adamw", {}, {"data": 2, "fsdp": 2, "tensor": 2}, 3, marks=pytest.mark.slow),
-    ("muon", EXPERTS, {"fsdp": 2, "expert": 2, "context": 2}, 3),
+    pytest.param(
+        "muon", EXPERTS, {"fsdp": 2, "expert": 2, "context": 2}, 3, marks=pytest.mark.slow
+    ),
     # Its steps are of one size, so differences do not stay small for long.
     ("adafactor", {"tie_embeddings": True}, {"pipeline": 2, "fsdp": 4}, 1),
 ]
@@ -150,9 +155,8 @@ def at(tree, path):
     return tree
 
 
-@pytest.mark.parametrize(
-    "name", ["adafactor", *(pytest.param(x, marks=pytest.mark.slow) for x in ("adamw", "muon"))]
-)
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "muon"])
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_with_frozen_parameters(config, tmp_path, cut, name):
     config.model.update(param_dtype="bfloat16", tie_embeddings=True)
     config.optimizer.name = name

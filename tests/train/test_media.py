@@ -100,6 +100,7 @@ def test_training_on_pictures_is_the_same_on_a_mesh(config, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "mesh"), losses(tmp_path / "whole"), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_picture_is_what_is_learnt(config, tmp_path):
     """The loss on captions with the right picture is clearly below that with shuffled ones."""
     config.train.update(steps=60, save_every=1000)

@@ -114,6 +114,7 @@ def test_what_is_kept_is_of_the_same_picture(engine, likeliest):
     assert texts[0] == texts[1] and reused[2] <= place < reused[1] == len(ids) - 1
 
 
+@pytest.mark.slow
 def test_proposals_change_nothing(engine, params, drawn, monkeypatch):
     monkeypatch.setattr(slots, "PIECES", (8,))
     ids, found = prompt("the puna the puna <|image|> the puna the", [FIRST])
@@ -139,6 +140,7 @@ def test_a_text_is_that_of_an_engine_without_room_for_pictures(engine, params):
         plain.insert(ids, tiles=found)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same(engine, params):
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     ids, found = prompt(*TALKS[2])

@@ -58,9 +58,10 @@ def model(files, tiny, tmp_path):
 # --- every bit ----------------------------------------------------------------------------------
 
 
-# Scout has the same tensors as top2.
+# Maverick has a layer of every kind that scout and top2 have.
 @pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=pytest.mark.slow if x == "scout" else []) for x in FAMILIES]
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow if x in ("scout", "top2") else []) for x in FAMILIES],
 )
 def test_hugging_face_to_puna_and_back(files, tmp_path, name):
     """Through a run on disk and back into several shards, and straight from one to the other."""

@@ -228,6 +228,7 @@ TEACHER = dataclasses.replace(STUDENT, embed_dim=32, num_layers=1, tie_embedding
 
 
 @pytest.mark.parametrize("axes", MESHES, ids=str)
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(axes):
     objective = objective_of(TEACHER, **VARIANTS[-1])
     one = sharding.make_mesh(schema.MeshConfig(data=1), jax.devices()[:1])
@@ -255,6 +256,7 @@ def test_eight_devices_give_the_numbers_of_one(axes):
         close(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.slow
 def test_a_recipe_learns_and_resumes_bit_for_bit(config, corpus, tmp_path, cut):
     """A student of another shape comes nearer to its teacher, which stays what it is."""
     config.train.update(steps=6, save_every=6, eval_every=0)

@@ -124,6 +124,7 @@ def experts(config):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_resumes(experts, tmp_path):
     state = train(experts, tmp_path / "run")
     found = numbers(tmp_path / "run")

@@ -126,6 +126,7 @@ def write(path, count, first=0):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_recipe_learns_resumes_and_is_loaded(config, tmp_path, cut):
     found = puna.get_config("reward")
     found.model.update(config.model)
