@@ -248,8 +248,14 @@ def over_logits(of_logits: OfLogits, hidden_BTD, table_DV, tokens, tables, dtype
                 dtable_DV = jax.lax.psum_scatter(
                     dtable_DV, scattered, scatter_dimension=0, tiled=True
                 )
-            dtable_DV = jax.lax.psum(dtable_DV, added)
-        return found._replace(total=jax.lax.psum(found.total, token_axes), dtable_DV=dtable_DV)
+            # Added up before the layers' gradients are made. Left to itself the compiler for TPUs
+            # waits until after them, with the whole table in float32 beside them, and then adds
+            # it up whole on every device, since more than one operation reads a part of it.
+            dtable_DV, dhidden_BTD = jax.lax.optimization_barrier(
+                (jax.lax.psum(dtable_DV, added), found.dhidden_BTD)
+            )
+            found = found._replace(dtable_DV=dtable_DV, dhidden_BTD=dhidden_BTD)
+        return found._replace(total=jax.lax.psum(found.total, token_axes))
 
     out = OverLogits(PartitionSpec(), each, rows, PartitionSpec(scattered or None, table[1]))
     if not with_gradient:
