@@ -6,6 +6,7 @@ A model that is given tools may call them; each call and its result are one line
 
 import contextlib
 import json
+import pathlib
 import signal
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import NamedTuple
 
 from ...configs.errors import UserError
-from .pictures import expand, place_id
+from .conversation import Prompt, check_place, with_media
 from .profile import Profile
 from .sampling import Sampling
 from .slots import Engine
@@ -21,9 +22,9 @@ from .toolbox import Tool
 from .tools import MARKS, Call, Calls
 
 HELP = (
-    "/reset forgets the conversation, /image FILE shows a picture with the next message, /speed "
-    "tells how fast the last answer was, /think shows or hides what is thought, /exit or Ctrl-D "
-    "ends; Ctrl-C stops an answer"
+    "/reset forgets the conversation, /image FILE shows a picture with the next message, /audio "
+    "FILE plays a clip to it, /speed tells how fast the last answer was, /think shows or hides "
+    "what is thought, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 )
 PROFILE_HELP = (
     "/profile shows what you told about yourself, /profile TEXT adds to it, /forget clears it"
@@ -94,7 +95,8 @@ class Chat:
     """A conversation with one engine, of which it takes one slot at a time.
 
     Attributes:
-      messages: what has been said, as `Tokenizer.chat` takes it; without the system message.
+      messages: what has been said, as `Tokenizer.chat` takes it; without the system message. A clip
+        is a part of type image in it, too.
       adapter: the name of the engine's adapter that answers next; empty for none.
       profile: what the user has told about themselves, which follows the system message; or None.
       thinking: whether what a reasoning model thinks is shown.
@@ -137,17 +139,19 @@ class Chat:
     def reset(self) -> None:
         """Forget all but the system message."""
         self.messages: list[dict] = []
-        self._pictures, self._attached, self._turn = [], [], 0
+        self._media, self._attached, self._turn = [], [], 0
 
-    def attach(self, path: str) -> None:
-        """Let the next message have a picture.
+    def attach(self, path: str, kind: str = "image") -> None:
+        """Let the next message have a picture, or a clip where `kind` is "audio".
 
         Raises:
           UserError: it cannot be read, or the model reads none.
         """
         config, tokenizer = self.engine.config, self.engine.tokenizer
-        expand(config, tokenizer, [place_id(tokenizer)], [path], self.engine.max_length)
-        self._attached.append(path)
+        place = check_place(config, tokenizer, kind)
+        with_media(config, tokenizer, [place], [(kind, path)], self.engine.max_length)
+        # The file may be another one at the next turn.
+        self._attached.append((kind, pathlib.Path(path).read_bytes()))
 
     def say(self, text: str, stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Yield the answer as it is written; it is remembered as far as it was, thoughts included.
@@ -158,11 +162,11 @@ class Chat:
         Raises:
           UserError: no room for the message, which is dropped; the chat can continue.
         """
-        begun, pictures = len(self.messages), self._pictures
+        begun, media = len(self.messages), self._media
         parts = [{"type": "image"}] * len(self._attached)
         content = [*parts, {"type": "text", "text": text}] if parts else text
         self.messages.append({"role": "user", "content": content})
-        self._pictures, self._attached = [*pictures, *self._attached], []
+        self._media, self._attached = [*media, *self._attached], []
         try:
             for _ in range(_ROUNDS):
                 said, calls = yield from self._answer(stopped)
@@ -180,12 +184,12 @@ class Chat:
             yield f"[no answer after {_ROUNDS} rounds of calls]"
         except UserError:
             del self.messages[begun:]
-            self._pictures = pictures
+            self._media = media
             raise
 
     def _answer(self, stopped) -> Generator[str, None, tuple[str, list[Call]]]:
         """Yield what the model says next, remember it, and give it with the calls in it."""
-        ids, tiles, max_tokens = self._prompt(self.messages, self._pictures)
+        (ids, tiles, clips), max_tokens = self._prompt(self.messages, self._media)
         sampling = self.sampling._replace(seed=self.sampling.seed + self._turn)
         tail = self.engine.tokenizer.decode(ids[-8:]).rstrip()
         thought = Thought(begun=tail.endswith(_OPEN))
@@ -198,7 +202,9 @@ class Chat:
             said += text
             return text if self.thinking else thought.rest(text, final)
 
-        slot = self.engine.insert(ids, sampling, max_tokens, adapter=self.adapter, tiles=tiles)
+        slot = self.engine.insert(
+            ids, sampling, max_tokens, adapter=self.adapter, tiles=tiles, clips=clips
+        )
         began = time.perf_counter()
         try:
             while slot in self.engine.requests and not stopped():
@@ -240,24 +246,24 @@ class Chat:
         ]
         return f"[{call.name} {_line(arguments)} -> {_line(result)}]\n"
 
-    def _prompt(self, messages, pictures):
-        """Ids and tiles of a conversation, and the answer's most tokens."""
-        engine, tiles = self.engine, None
+    def _prompt(self, messages, media) -> tuple[Prompt, int]:
+        """What the engine takes of a conversation, and the answer's most tokens."""
+        engine = self.engine
         about = self.profile.text() if self.profile else ""
         system = "\n\n".join(filter(None, [self._system, about and f"{_ABOUT}\n{about}"]))
         first = [{"role": "system", "content": system}] if system else []
         ids = engine.tokenizer.chat([*first, *messages], self._functions or None)
-        if pictures:
-            ids, tiles = expand(engine.config, engine.tokenizer, ids, pictures, engine.max_length)
-        room = engine.max_length - len(ids)
+        prompt = with_media(engine.config, engine.tokenizer, ids, media, engine.max_length)
+        room = engine.max_length - len(prompt.ids)
         if room < 1:
             raise UserError(
-                f"the conversation has {len(ids)} tokens, which leaves no room for an answer in "
-                f"max_length={engine.max_length}: /reset, or begin with a larger --max_length"
+                f"the conversation has {len(prompt.ids)} tokens, which leaves no room for an "
+                f"answer in max_length={engine.max_length}: /reset, or begin with a larger "
+                "--max_length"
             )
         max_tokens = min(self.max_tokens or _MAX_TOKENS, room)
-        engine.check(ids, self.sampling, max_tokens, tiles=tiles)
-        return ids, tiles, max_tokens
+        engine.check(prompt.ids, self.sampling, max_tokens, tiles=prompt.tiles)
+        return prompt, max_tokens
 
 
 def _line(text):
@@ -300,8 +306,8 @@ def run(chat: Chat) -> None:
             _tell(chat.profile, line)
         elif line.split()[:1] == ["/adapter"]:
             _choose(chat, line.removeprefix("/adapter").strip())
-        elif line.split()[:1] == ["/image"]:
-            _attach(chat, line.removeprefix("/image").strip())
+        elif line.split()[:1] in (["/image"], ["/audio"]):
+            _attach(chat, line)
         elif line.startswith("/"):
             print(f"{line.split()[0]} is not a command: {help_text}")
         elif line:
@@ -332,9 +338,10 @@ def _choose(chat, name):
     print(f"{name or 'the model without an adapter'} answers from here on")
 
 
-def _attach(chat, path):
+def _attach(chat, line):
+    command, path = [*line.split(maxsplit=1), ""][:2]
     try:
-        chat.attach(path)
+        chat.attach(path, command.removeprefix("/"))
         print(f"the next message has {path} with it")
     except UserError as error:
         print(error)

@@ -36,9 +36,11 @@ def read_wav(source) -> np.ndarray:
         with wave.open(io.BytesIO(source) if isinstance(source, bytes) else path, "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             data = file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk is cut
         reason = getattr(error, "strerror", None) or str(error) or "it is cut short"
         raise UserError(f"{path} cannot be read as a PCM WAV file: {reason}") from None
+    if width > 4:
+        raise UserError(f"{path} has samples of {8 * width} bits and must have at most 32")
     if rate != SAMPLE_RATE:
         raise UserError(f"{path} has {rate} samples a second and must have {SAMPLE_RATE}; "
                         f"`ffmpeg -i IN -ar {SAMPLE_RATE} OUT.wav` converts it")  # fmt: skip

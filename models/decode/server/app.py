@@ -287,7 +287,8 @@ class Server:
     async def _openapi(self, request: Request) -> Response:
         names = (self.name, *self.engine.adapters)
         engine, size = self.engine, self.engine.tokenizer.vocab_size
-        return Json(document(names, engine.max_length, size, reads(engine.config)))
+        sound = engine.config.audio.num_layers > 0
+        return Json(document(names, engine.max_length, size, reads(engine.config), sound))
 
     async def _page(self, request: Request) -> Response:
         policy = (

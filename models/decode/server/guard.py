@@ -149,8 +149,8 @@ class Judge:
         """The conversations of a request, one for each prompt; ApiError if one does not pass."""
         if self._guard is None:
             return []
-        if ask.pictures:
-            raise _refused("this server's guard does not see pictures", "messages")
+        if ask.media:
+            raise _refused("this server's guard does not see pictures or sound", "messages")
         prompts = [p if isinstance(p, str) else decode(p) for p in ask.prompts]
         talks = [[{"role": "user", "content": text}] for text in prompts] or [ask.messages]
         for talk in talks:

@@ -24,6 +24,11 @@ _PICTURE = _fields(
     ["type", "image_url"], type={"const": "image_url"},
     image_url=_fields(["url"], url={"type": "string", "pattern": "^data:.*;base64,"}),
 )  # fmt: skip
+_CLIP = _fields(
+    ["type", "input_audio"], type={"const": "input_audio"},
+    input_audio=_fields(["data", "format"], data={**_TEXT, "contentEncoding": "base64"},
+                        format={"const": "wav"}),
+)  # fmt: skip
 _FUNCTION = _fields(
     ["name"], name={"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}, description=_TEXT,
     parameters=_OBJECT, strict=_FLAG,
@@ -84,16 +89,17 @@ _MODEL = _fields(
 )  # fmt: skip
 
 
-def document(models: Sequence[str], max_length: int, vocab_size: int, pictures: bool) -> dict:
+def document(models: Sequence[str], max_length: int, vocab_size: int, pictures: bool,
+             sound: bool) -> dict:  # fmt: skip
     """The document, version 3.1, of a server.
 
     Args:
       models: their names. max_length: most tokens of a text with its prompt.
-      vocab_size: ids are below it. pictures: whether messages may have some.
+      vocab_size: ids are below it. pictures, sound: whether messages may have some.
     """
     ids = _list({"type": "integer", "minimum": 0, "maximum": vocab_size - 1}, minItems=1)
     prompt = {"anyOf": [_TEXT, ids, _list({"anyOf": [_TEXT, ids]}, minItems=1)]}
-    messages = {"messages": _messages(pictures)}
+    messages = {"messages": _messages(pictures, sound)}
     path = {"name": "model", "in": "path", "required": True, "schema": {**_TEXT, "minLength": 1}}
     listed = _fields(["object", "data"], object={"const": "list"}, data=_list(_MODEL))
     health = _fields(["status"], status=_TEXT)
@@ -134,9 +140,9 @@ def _get(schema: dict, *statuses: str) -> dict:
     return {"security": [{"key": []}, {}], "responses": responses}
 
 
-def _messages(pictures: bool) -> dict:
+def _messages(pictures: bool, sound: bool) -> dict:
     part = _fields(["type", "text"], type={"const": "text"}, text=_TEXT)
-    parts = _list({"anyOf": [part, _PICTURE]} if pictures else part)
+    parts = _list({"anyOf": [part, *[_PICTURE] * pictures, *[_CLIP] * sound]})
     content = {"anyOf": [_TEXT, parts]}
     said = _fields(
         ["role", "content"], role={"enum": ["system", "developer", "user", "assistant"]},

@@ -1,15 +1,12 @@
 """From what a request asks for to jobs of the engine."""
 
 import os
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
 
 from ....configs.errors import UserError
 from ...media.images import image_size
-from .. import tools
+from .. import conversation, tools
 from ..generate import sampling_for
-from ..pictures import expand
 from ..slots import Engine
 from .mistakes import ApiError
 from .protocol import Ask
@@ -32,7 +29,7 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
     Raises:
       ApiError: 400 and what is wrong.
     """
-    prompts, tiles = _prompts(ask, engine)
+    prompts = _prompts(ask, engine)
     if len(prompts) * ask.n > most_jobs:
         raise ApiError(
             400, f"{len(prompts)} prompts times n={ask.n} is more than the "
@@ -41,7 +38,7 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
     seed = int.from_bytes(os.urandom(4)) if ask.seed is None else ask.seed
     constraint = _constraint(ask, engine)
     jobs = []
-    for prompt in prompts:
+    for prompt, tiles, clips in prompts:
         most = ask.max_tokens or (engine.max_length - len(prompt) if ask.chat else _MAX_TOKENS)
         if len(prompt) + max(most, 1) > engine.max_length:
             raise ApiError(
@@ -57,36 +54,37 @@ def prepare(ask: Ask, engine: Engine, most_jobs: int,
         for i in range(ask.n):
             job = Job(
                 prompt, sampling, most, deliver_to(len(jobs)), ask.stop, i, ask.top or 0,
-                constraint, ask.adapter, tiles,
+                constraint, ask.adapter, tiles, clips,
             )  # fmt: skip
             jobs.append(job)
-    return jobs, sum(map(len, prompts))
+    return jobs, sum(len(prompt.ids) for prompt in prompts)
 
 
-def _prompts(ask, engine) -> tuple[list[list[int]], Sequence | np.ndarray | None]:
-    """Ids of the prompts, and the tiles of the pictures in them."""
+def _prompts(ask, engine) -> list[conversation.Prompt]:
     tokenizer = engine.tokenizer
     if not ask.chat:
         return [
-            [*tokenizer.begin_ids, *tokenizer.encode(p)] if isinstance(p, str) else p
+            conversation.Prompt(
+                [*tokenizer.begin_ids, *tokenizer.encode(p)] if isinstance(p, str) else p
+            )
             for p in ask.prompts
-        ], None
+        ]
     try:
-        prompt = tokenizer.chat(ask.messages, list(ask.tools) or None)
-        if ask.tools and prompt == tokenizer.chat(ask.messages):
+        ids = tokenizer.chat(ask.messages, list(ask.tools) or None)
+        if ask.tools and ids == tokenizer.chat(ask.messages):
             raise ApiError(400, "this model's chat template knows no tools", "tools")
-        if not ask.pictures:
-            return [prompt], None
-        _check_sizes(ask.pictures)
-        prompt, tiles = expand(engine.config, tokenizer, prompt, ask.pictures, engine.max_length)
+        _check_sizes(ask)
+        prompt = conversation.with_media(
+            engine.config, tokenizer, ids, ask.media, engine.max_length
+        )
     except UserError as error:
         raise ApiError(400, str(error), "messages") from None
-    return [prompt], tiles
+    return [prompt]
 
 
-def _check_sizes(pictures) -> None:
-    """Refuse those of many pixels before they are unpacked: a small file can have very many."""
-    for number, data in enumerate(pictures):
+def _check_sizes(ask) -> None:
+    """Refuse pictures of many pixels before they are unpacked: a small file can have very many."""
+    for number, data in enumerate(data for kind, data in ask.media if kind == "image"):
         width, height = image_size(data)
         if width * height > _MOST_PIXELS:
             raise UserError(

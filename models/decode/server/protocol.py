@@ -54,7 +54,7 @@ class Ask:
 
     model: the name that it asks. adapter: the same where it is that of an adapter, else empty.
     prompts: texts or lists of ids; empty for a chat, which has `messages`.
-    pictures: bytes of those in the messages, in order.
+    media: the pictures and clips in the messages, in order: "image" or "audio", and bytes.
     sampling: what is told of temperature, top_p, top_k and min_p.
     top: likeliest tokens to give beside each; None for no log-probabilities at all.
     grammar: of the text, see `grammar`; None for any text.
@@ -68,7 +68,7 @@ class Ask:
     chat: bool
     prompts: list
     messages: list
-    pictures: tuple[bytes, ...]
+    media: tuple[tuple[str, bytes], ...]
     max_tokens: int | None
     sampling: dict[str, float]
     seed: int | None
@@ -125,14 +125,14 @@ def parse(data: bytes, chat: bool, model: str, adapters: Sequence[str] = ()) -> 
     source = formats.grammar(body)
     if tools and source:
         raise ApiError(400, "tools and a format of the answer cannot be combined", "tools")
-    messages, pictures = _messages(body) if chat else ([], ())
+    messages, media = _messages(body) if chat else ([], ())
     return Ask(
         model=wanted,
         adapter="" if wanted == model else wanted,
         chat=chat,
         prompts=[] if chat else _prompts(body),
         messages=messages,
-        pictures=pictures,
+        media=media,
         max_tokens=max_tokens,
         sampling={name: numbers[name] for name in _SAMPLING if numbers[name] is not None},
         seed=numbers["seed"],
@@ -189,12 +189,12 @@ def _are_ids(value) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def _messages(body) -> tuple[list[dict], tuple[bytes, ...]]:
-    """The messages, with {"type": "image"} for each picture, and the pictures."""
+def _messages(body) -> tuple[list[dict], tuple[tuple[str, bytes], ...]]:
+    """The messages, with {"type": "image"} for each picture and clip, and these."""
     messages = of(body, "messages", list, [])
     if not messages:
         raise ApiError(400, "messages must be a list of at least one message", "messages")
-    checked, pictures = [], []
+    checked, media = [], []
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise ApiError(400, f"messages[{i}] must be an object", "messages")
@@ -203,18 +203,21 @@ def _messages(body) -> tuple[list[dict], tuple[bytes, ...]]:
         for part in content if isinstance(content, list) else []:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "image_url":
-                pictures.append(_picture(part, f"messages[{i}]"))
+                media.append(("image", _picture(part, f"messages[{i}]")))
+                part = {"type": "image"}
+            elif kind == "input_audio":
+                media.append(("audio", _clip(part, f"messages[{i}]")))
                 part = {"type": "image"}
             elif kind != "text":
                 raise ApiError(
-                    400, f"messages[{i}]: only parts of type text and image_url are supported",
-                    "messages",
+                    400, f"messages[{i}]: only parts of type text, image_url and input_audio are "
+                    "supported", "messages",
                 )  # fmt: skip
             parts.append(part)
         # OpenAI's newer name of it.
         role = "system" if message.get("role") == "developer" else message.get("role")
         checked.append({**message, "role": role} | ({"content": parts} if parts else {}))
-    return checked, tuple(pictures)
+    return checked, tuple(media)
 
 
 def _picture(part: dict, name: str) -> bytes:
@@ -224,10 +227,30 @@ def _picture(part: dict, name: str) -> bytes:
     head, _, data = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not (head.lower().startswith("data:") and head.lower().endswith(";base64")):
         raise ApiError(400, f"{name}: a picture must be a data: URL in base64", "messages")
+    return _decoded(data, f"{name}: the picture")
+
+
+def _clip(part: dict, name: str) -> bytes:
+    """The bytes of an input_audio part."""
+    given = part.get("input_audio")
+    given = given if isinstance(given, dict) else {}
+    data = given.get("data")
+    if not isinstance(data, str):
+        raise ApiError(
+            400, f"{name}: input_audio must have data, a WAV file in base64, and format", "messages"
+        )
+    if given.get("format") != "wav":
+        raise ApiError(
+            400, f"{name}: input_audio.format={given.get('format')!r:.40} must be 'wav'", "messages"
+        )
+    return _decoded(data, f"{name}: the clip")
+
+
+def _decoded(data: str, what: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except ValueError:
-        raise ApiError(400, f"{name}: the picture is not base64", "messages") from None
+        raise ApiError(400, f"{what} is not base64", "messages") from None
 
 
 def _stop(body) -> tuple[str, ...]:

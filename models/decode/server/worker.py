@@ -39,6 +39,7 @@ class Job:
     constraint: Constraint | None = None
     adapter: str = ""
     tiles: Sequence | np.ndarray | None = None
+    clips: Sequence[np.ndarray] = ()
     cancelled: bool = False
 
 
@@ -146,7 +147,7 @@ class Worker(threading.Thread):
                 try:
                     slot = self.engine.insert(
                         job.prompt_ids, job.sampling, job.max_tokens, job.stop, job.number,
-                        job.top, job.constraint, job.adapter, job.tiles,
+                        job.top, job.constraint, job.adapter, job.tiles, job.clips,
                     )  # fmt: skip
                     self._held[slot] = job
                 except Full:  # of tokens; who comes later does not overtake

@@ -32,7 +32,7 @@ def drawn():
 
 @pytest.fixture(scope="session")
 def asking():
-    """A context of an engine behind a server: a function that asks about pictures at URLs."""
+    """A context of an engine behind a server: a function that asks about pictures or parts."""
     httpx = pytest.importorskip("httpx", reason="a client")
     app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
     from puna.models.decode.server.worker import Worker
@@ -42,8 +42,11 @@ def asking():
         with Worker(engine) as worker:
             served = app.Server(worker, "tiny").app
 
-            def post(*urls):
-                parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            def post(*given):
+                parts = [
+                    {"type": "image_url", "image_url": {"url": x}} if isinstance(x, str) else x
+                    for x in given
+                ]
                 content = [*parts, {"type": "text", "text": "what is it"}]
                 body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5}
 

@@ -34,7 +34,7 @@ class Echo(Engine):
         self.requests, self.asked, self.num_slots, self.on_step = {}, [], 1, on_step
         self.adapters, self.answered_by = ("poet", "clerk"), []
 
-    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None):
+    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None, clips=()):
         self.asked.append((list(prompt_ids), sampling, max_tokens))
         self.answered_by.append(adapter)
         self.requests[0] = list(self.answer or f"<{len(prompt_ids)}>")
@@ -232,7 +232,7 @@ class Scripted(Echo):
         super().__init__(**{"max_length": 2000, **settings})
         self.answers = list(answers)
 
-    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None):
+    def insert(self, prompt_ids, sampling=None, max_tokens=64, adapter="", tiles=None, clips=()):
         super().insert(prompt_ids, sampling, max_tokens, adapter)
         self.requests[0] = list(self.answers.pop(0))
         return 0

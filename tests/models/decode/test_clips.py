@@ -1,5 +1,6 @@
 """Sound in prompts: text after it is that of the full forward pass, and clips are told apart."""
 
+import base64
 import io
 import wave
 
@@ -11,7 +12,7 @@ from puna.configs.architecture import AudioConfig, ModelConfig
 from puna.configs.errors import UserError
 from puna.models import transformer
 from puna.models.audio import batch_audio
-from puna.models.decode import clips, fused, slots
+from puna.models.decode import chat, clips, conversation, fused, slots
 from puna.models.decode.slots import Engine
 from puna.models.text.tokenizer import train_bpe
 
@@ -42,10 +43,33 @@ def prompt(text, files, config=CONFIG):
     return clips.expand(config, fused.with_places(TOKENIZER, text, places), files, 200)
 
 
-def test_text_is_that_of_the_forward_pass_and_clips_are_told_apart(drawn, monkeypatch):
+@pytest.fixture(scope="module")
+def engine(drawn):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "PIECES", (16,))
+        yield Engine(MODEL, drawn(CONFIG, 0.4), TOKENIZER, 2, 128)
+
+
+def said(texts, files, longest=128):
+    """A conversation whose first message has the clips before its text."""
+    parts = [{"type": "image"}] * len(files)
+    first, *rest = texts
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": first}]}]
+    messages += [
+        {"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(rest)
+    ]
+    media = [("audio", file) for file in files]
+    return conversation.with_media(CONFIG, TOKENIZER, TOKENIZER.chat(messages), media, longest)
+
+
+def answer(engine, texts, files, count=5):
+    ids, tiles, frames = said(texts, files)
+    assert tiles is None
+    return "".join(token.text for token in engine.stream(ids, max_tokens=count, clips=frames))
+
+
+def test_text_is_that_of_the_forward_pass_and_clips_are_told_apart(drawn, engine):
     params = drawn(CONFIG, 0.4)
-    monkeypatch.setattr(slots, "PIECES", (16,))
-    engine = Engine(MODEL, params, TOKENIZER, 2, 128)
 
     @jax.jit
     def run(tokens_BT, audio):
@@ -93,3 +117,51 @@ def test_what_cannot_be_read_is_one_line(text, files, wrong):
 def test_a_model_without_sound_takes_none():
     with pytest.raises(UserError, match="model.audio.num_layers=0"):
         clips.place_id(ModelConfig())
+
+
+def test_a_chat_keeps_its_clips(engine, tmp_path, capsys):
+    path = tmp_path / "a.wav"
+    path.write_bytes(clip(3, 0.3))
+    talk = chat.Chat(engine, max_tokens=4)
+    with pytest.raises(UserError, match="cannot be read as a PCM WAV file: No such file"):
+        talk.attach(str(tmp_path / "b.wav"), "audio")
+    with pytest.raises(UserError, match="reads no pictures"):
+        talk.attach(str(path))
+    chat._attach(talk, f"/audio  {path}")
+    assert capsys.readouterr().out == f"the next message has {path} with it\n"
+    first = "".join(talk.say("what is it"))
+    path.write_bytes(clip(4, 0.3))  # what has been heard is not heard again as something else
+    assert "".join(talk.say("and now")) == answer(
+        engine, ["what is it", first, "and now"], [clip(3, 0.3)], 4
+    )
+
+
+def test_over_http(engine, asking):
+    def part(data, form="wav"):
+        data = base64.b64encode(data).decode() if isinstance(data, bytes) else data
+        return {"type": "input_audio", "input_audio": {"data": data, "format": form}}
+
+    with asking(engine) as post:
+        answers = [post(part(clip(n, 0.3)), part(clip(9, 0.2))) for n in (1, 2)]
+        assert [a.status_code for a in answers] == [200, 200]
+        ids, _, frames = said(["what is it"], [clip(1, 0.3), clip(9, 0.2)])
+        assert answers[0].json()["usage"]["prompt_tokens"] == len(ids) and len(frames) == 2
+        bad = [
+            (part("%%"), "messages[0]: the clip is not base64"),
+            (part(clip(0, 0.1), "mp3"), "messages[0]: input_audio.format='mp3' must be 'wav'"),
+            (part(None), "messages[0]: input_audio must have data"),
+            ({"type": "input_audio"}, "messages[0]: input_audio must have data"),
+            (part(b"ID3"), "cannot be read as a PCM WAV file"),
+            (part(clip(0, 2)), "must be at most 1.2 s long"),
+        ]
+        for wrong, message in bad:
+            refused = post(wrong)
+            error = refused.json()["error"]
+            assert refused.status_code == 400 and message in error["message"], error
+            assert "\n" not in error["message"]
+        refused = post(*[part(clip(0, 0.3))] * 20)
+        assert "more than 128 tokens with its clips" in refused.json()["error"]["message"]
+    for n, given in zip((1, 2), answers, strict=True):
+        text = given.json()["choices"][0]["message"]["content"]
+        assert text == answer(engine, ["what is it"], [clip(n, 0.3), clip(9, 0.2)])
+    assert engine.free == 2

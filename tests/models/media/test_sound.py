@@ -133,10 +133,16 @@ def test_wav_errors(tmp_path):
     write_wav(tmp_path / "fast.wav", [0] * 10, 2, rate=44100)
     (tmp_path / "text.wav").write_text("RIFF, or so it says")
     (tmp_path / "empty.wav").write_bytes(b"")
+    write_wav(tmp_path / "cut.wav", [0] * 10, 2)
+    whole = (tmp_path / "cut.wav").read_bytes()
+    (tmp_path / "wide.wav").write_bytes(whole[:32] + struct.pack("<HH", 8, 64) + whole[36:])
+    (tmp_path / "cut.wav").write_bytes(whole[:36] + b"LIST\xff\xff\x00\x00")
     cases = {
         "fast.wav": "has 44100 samples a second and must have 16000; `ffmpeg",
         "text.wav": "cannot be read as a PCM WAV file",
         "empty.wav": "cannot be read as a PCM WAV file: it is cut short",
+        "cut.wav": "cannot be read as a PCM WAV file: it is cut short",
+        "wide.wav": "has samples of 64 bits and must have at most 32",
         "missing.wav": "cannot be read as a PCM WAV file: No such file",
     }
     for name, message in cases.items():
