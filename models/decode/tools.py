@@ -233,7 +233,8 @@ def form(tokenizer) -> str:
     return "python" if not template and "<|header_start|>" in tokenizer.special else "json"
 
 
-def grammar(tokenizer, functions: Sequence[dict], several: bool, free: bool) -> str:
+def grammar(tokenizer, functions: Sequence[dict], several: bool, free: bool,
+            answer: str = "") -> str:  # fmt: skip
     """The grammar of calls of functions in the model's own form.
 
     Args:
@@ -259,14 +260,19 @@ def grammar(tokenizer, functions: Sequence[dict], several: bool, free: bool) -> 
         head = f'{{{type_}"name": {json.dumps(function["name"])}, "{key}": '
         rules.append(f'call_{i}: {quoted(head)} args_{i} "}}"')
         rules.append(f"args_{i}: {json_rule({'type': 'object', **schema})}")
+    if answer:
+        free = False
+        rules.append(answer.replace("start:", "answer:", 1))
+    instead = " | answer" if answer else ""
     if kind == "tags":
-        return "\n".join([*rules, *_tag_rules(tokenizer, several, free)])
+        first, *more = _tag_rules(tokenizer, several, free)
+        return "\n".join([first + instead, *more, *rules])
     start = "call" if kind == "json" else '"[" call (", " call)* "]"' if several else '"[" call "]"'
     if free:
         start += " | TEXT"
         first = r"\[" if kind == "python" else "{"
         rules.append(rf"TEXT: /\s*([^\s{first}](.|\n)*)?/")
-    return "\n".join([f"start: {start}", *rules])
+    return "\n".join([f"start: {start}{instead}", *rules])
 
 
 def _tag_rules(tokenizer, several, free) -> list[str]:

@@ -93,14 +93,20 @@ def _check_sizes(ask) -> None:
 
 
 def _constraint(ask, engine):
-    """What the text must match: a format, or a call that must be made or is strict."""
+    """What the text must match: a format, or a call that must be made or is strict, or either."""
     source, field = ask.grammar, "response_format"
+    strict = ask.must_call or any(tool.get("strict") for tool in ask.tools)
     try:
-        if ask.must_call or any(tool.get("strict") for tool in ask.tools):
-            field = "tools"
+        if ask.tools and (strict or source):
             functions = [t for t in ask.tools if ask.only in ("", t["name"])]
-            several = ask.several and not ask.only
-            source = tools.grammar(engine.tokenizer, functions, several, not ask.must_call)
+            several, answer = ask.several and not ask.only, source or ""
+            if answer:
+                engine.constraints.compile(answer)  # so that its mistakes are told as its own
+            field = "tools"
+            source = tools.grammar(
+                engine.tokenizer, functions, several, not ask.must_call,
+                "" if ask.must_call else answer,
+            )  # fmt: skip
         return None if source is None else engine.constraints.compile(source)
     except UserError as error:
         raise ApiError(400, f"{field}: {error}", field) from None

@@ -57,7 +57,7 @@ class Ask:
     media: the pictures and clips in the messages, in order: "image" or "audio", and bytes.
     sampling: what is told of temperature, top_p, top_k and min_p.
     top: likeliest tokens to give beside each; None for no log-probabilities at all.
-    grammar: of the text, see `grammar`; None for any text.
+    grammar: of the text, see `grammar`; None for any text. Calls of functions are allowed besides.
     tools: functions that may be called, empty where none shall be.
     must_call: whether one of them must be, and that named `only` where it is not empty.
     several: whether an answer may have more than one call.
@@ -123,8 +123,8 @@ def parse(data: bytes, chat: bool, model: str, adapters: Sequence[str] = ()) -> 
     stream = of(body, "stream", bool, False)
     tools, must_call, only = formats.tools(body) if chat else ((), False, "")
     source = formats.grammar(body)
-    if tools and source:
-        raise ApiError(400, "tools and a format of the answer cannot be combined", "tools")
+    if tools and source and "structured_outputs" in body:
+        raise ApiError(400, "tools and structured_outputs cannot be combined", "tools")
     messages, media = _messages(body) if chat else ([], ())
     return Ask(
         model=wanted,

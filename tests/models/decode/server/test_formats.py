@@ -16,13 +16,12 @@ pytest.importorskip("llguidance", reason="needs the extra grammar")
 from puna.models.decode.server.worker import Worker  # noqa: E402
 
 LLAMA4 = train_bpe(["the llama walks over the puna"] * 9, 280)
-CHATML = Tokenizer(
-    LLAMA4._kind,
-    chat_template=(
-        "{% if tools %}{{ tools|tojson }} Write <tool_call>.{% endif %}{% for m in messages %}"
-        "{{ m.role }}: {{ m.content or m.tool_calls|tojson }}\n{% endfor %}assistant:"
-    ),
+TEMPLATE = (
+    "{% if tools %}{{ tools|tojson }} Write <tool_call>.{% endif %}{% for m in messages %}"
+    "{{ m.role }}: {{ m.content or m.tool_calls|tojson }}\n{% endfor %}assistant:"
 )
+CHATML = Tokenizer(LLAMA4._kind, chat_template=TEMPLATE)
+LLAMA3 = Tokenizer(LLAMA4._kind, chat_template=TEMPLATE.replace("<tool_call>", "JSON"))
 MUTE = Tokenizer(LLAMA4._kind, chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
 CONFIG = ModelConfig(
     vocab_size=288, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
@@ -190,6 +189,23 @@ def test_a_strict_function_may_be_called_or_not(worker):
     assert choice["message"]["content"] or choice["message"]["tool_calls"]
 
 
+@pytest.mark.parametrize("tokenizer", [LLAMA4, CHATML, LLAMA3])
+def test_an_answer_is_of_the_format_asked_for_or_calls(worker, tokenizer):
+    form = {"type": "json_schema", "json_schema": {"name": "llama", "schema": SCHEMA}}
+    asked = {
+        "messages": CHAT, "tools": TOOLS, "response_format": form, "max_tokens": 300,
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    both = choices(post(worker, tokenizer, **asked, temperature=1000, seed=2, n=8))
+    for choice in both:
+        assert choice["finish_reason"] in ("stop", "tool_calls")
+        if choice["finish_reason"] == "stop":
+            check(choice["message"]["content"])
+    assert {choice["finish_reason"] for choice in both} == {"stop", "tool_calls"}
+    [must] = choices(post(worker, tokenizer, **asked, tool_choice="required"))
+    assert must["message"]["tool_calls"]
+
+
 def test_no_tools_where_none_are_wanted(worker):
     body = {"messages": CHAT, "max_tokens": 5}
     plain = choices(post(worker, **body))
@@ -219,7 +235,8 @@ def schema(value):
         ({"structured_outputs": {"lark": "a"}}, "must have one of"),
         ({"structured_outputs": {"choice": []}}, "must be an object, regex a text"),
         ({"structured_outputs": {"regex": "a"}, FORM: {"type": "json_object"}}, "one of them"),
-        ({"tools": TOOLS, FORM: {"type": "json_object"}}, "cannot be combined"),
+        ({"tools": TOOLS, "structured_outputs": {"regex": "a"}}, "cannot be combined"),
+        ({"tools": TOOLS, **schema({"$ref": "#/nowhere"})}, "response_format: .*does not exist"),
         ({"tools": {}}, "tools must be a list"),
         ({"tools": [TOOLS[0], TOOLS[0]]}, "two functions of one name"),
         ({"tools": [tool(f"f{i}") for i in range(129)]}, "at most 128"),
