@@ -18,6 +18,12 @@ from ...configs.errors import UserError
 # Between two tokens of JSON: without a bound, a model can write blanks for ever. Escapes: without
 # the needless one of a slash, the same as Python's.
 _JSON = {"whitespace_pattern": r"( |\n[ ]{0,32})?", "json_allowed_escapes": '"\\bfnrtu'}
+# Formats of the standard. To a validator others are notes: pydantic writes "path" and "binary".
+_FORMATS = {
+    *("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname"),
+    *("ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uri-template", "uuid"),
+    *("json-pointer", "relative-json-pointer", "regex"),
+}
 _LONGEST_MESSAGE = 300
 # The compiler recurses as deep as definitions refer to each other, and an overflow of the stack
 # would end the process. Bytes: of a grammar, and of a stack that suffices for one of that size.
@@ -34,12 +40,29 @@ def json_schema(schema: dict | bool) -> str:
 
 def json_rule(schema: dict | bool) -> str:
     """The same inside a rule of `lark`."""
-    if isinstance(schema, dict):
-        schema = {**schema, "x-guidance": _JSON}
     try:
+        schema = _checked(schema)
+        if isinstance(schema, dict):
+            schema = {**schema, "x-guidance": _JSON}
         return f"%json {json.dumps(schema)}"
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"the schema is not JSON: {error}") from None
+
+
+def _checked(schema):
+    """A schema without what asks for nothing, which the compiler would refuse."""
+    if isinstance(schema, list):
+        return [_checked(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, value in schema.items():
+        idle = value is False if key == "uniqueItems" else key == "format" and (
+            isinstance(value, str) and value not in _FORMATS
+        )  # fmt: skip
+        if not idle:
+            made[key] = value if key in ("enum", "const") else _checked(value)
+    return made
 
 
 def regex(pattern: str) -> str:

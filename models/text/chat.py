@@ -9,6 +9,7 @@ where Meta writes <|eom|>), and its hazards are those of `template.py`.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 
 from ...configs.errors import UserError
@@ -34,6 +35,10 @@ _LLAMA4_TOOLS = (
     "[func1(params_name=params_value, params_name2=params_value2...), func2(params)]\n\n"
     "You SHOULD NOT include any other text in the response."
 )
+
+
+# How a template looks into the parts of a content. One that does not would print their list.
+_PARTS = re.compile(r"""\.text\b|['"]text['"]""")
 
 
 class Control(str):
@@ -256,10 +261,16 @@ def _json(value, indent: int | None = None) -> str:
 def _with_template(
     tokenizer, messages, tools, add_generation_prompt, variables
 ) -> template.Rendered:
+    source = tokenizer.chat_template
+    if isinstance(source, dict):
+        wanted = "tool_use" if tools and "tool_use" in source else "default"
+        if wanted not in source:
+            raise UserError(f"chat_template has no {wanted!r} among {', '.join(source)}")
+        source = source[wanted]
     context = {
         # As transformers does: templates ask whether a key is there, and would print its None.
         "messages": [
-            {key: value for key, value in message["given"].items() if value is not None}
+            {key: value for key, value in _given(message, source).items() if value is not None}
             for message in messages
         ],
         "tools": [t for t in tools if not isinstance(t, str)] or None,
@@ -272,13 +283,15 @@ def _with_template(
         context["tools"] = [{"type": "function", "function": t} for t in context["tools"]]
     if own:
         context["builtin_tools"] = own
-    source = tokenizer.chat_template
-    if isinstance(source, dict):
-        wanted = "tool_use" if tools and "tool_use" in source else "default"
-        if wanted not in source:
-            raise UserError(f"chat_template has no {wanted!r} among {', '.join(source)}")
-        source = source[wanted]
     return template.encode(tokenizer, source, context)
+
+
+def _given(message: dict, source: str) -> dict:
+    """A message as it was given; parts of text as one text where a template asks for no part's."""
+    parts, given = message["content"], message["given"]
+    if not isinstance(given.get("content"), list | tuple) or None in parts or _PARTS.search(source):
+        return given
+    return {**given, "content": "".join(parts)}
 
 
 def _checked_messages(messages) -> list[dict]:

@@ -85,7 +85,7 @@ def tools(body: dict) -> tuple[tuple[dict, ...], bool, str]:
     if len(set(names)) < len(names):
         raise ApiError(400, "tools has two functions of one name", "tools")
     choice = body.get("tool_choice", "auto")
-    if isinstance(choice, dict):
+    if isinstance(choice, dict) and choice.get("type", "function") == "function":
         function = choice.get("function")
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or name not in names:

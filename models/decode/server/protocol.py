@@ -17,13 +17,13 @@ from .mistakes import ApiError, of
 # Accepted, and without effect here.
 IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    "prediction",
+    *("prediction", "prompt_cache_retention", "prompt_cache_options"),
 }
 # Not supported: only the value that asks for nothing.
 ONLY = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "functions": ([],),
     "function_call": ("none", "auto"), "modalities": (["text"],), "echo": (False,),
-    "suffix": ("",), "best_of": (1,),
+    "suffix": ("",), "best_of": (1,), "repetition_penalty": (1,),
 }  # fmt: skip
 # Numbers: kind, least, most, what it is. Those of chat and completions alike.
 NUMBERS = {
@@ -208,6 +208,8 @@ def _messages(body) -> tuple[list[dict], tuple[tuple[str, bytes], ...]]:
             elif kind == "input_audio":
                 media.append(("audio", _clip(part, f"messages[{i}]")))
                 part = {"type": "image"}
+            elif kind == "refusal":  # what an assistant said instead of an answer
+                part = {"type": "text", "text": part.get("refusal")}
             elif kind != "text":
                 raise ApiError(
                     400, f"messages[{i}]: only parts of type text, image_url and input_audio are "
@@ -216,7 +218,10 @@ def _messages(body) -> tuple[list[dict], tuple[tuple[str, bytes], ...]]:
             parts.append(part)
         # OpenAI's newer name of it.
         role = "system" if message.get("role") == "developer" else message.get("role")
-        checked.append({**message, "role": role} | ({"content": parts} if parts else {}))
+        made = {**message, "role": role} | ({"content": parts} if parts else {})
+        if role == "assistant" and content is None and not message.get("tool_calls"):
+            made["content"] = message.get("refusal") or ""  # it may have said nothing
+        checked.append(made)
     return checked, tuple(media)
 
 

@@ -170,7 +170,7 @@ def test_any_walk_through_the_masks_is_an_instance_of_the_schema(schema, seed):
     "source, message",
     [
         (lambda: grammar.json_schema({"type": "nonsense"}), "Invalid type: nonsense"),
-        (lambda: grammar.json_schema({"format": "nonsense"}), "nknown format: nonsense"),
+        (lambda: grammar.json_schema({"format": "regex"}), "nknown format: regex"),
         (lambda: grammar.json_schema({"$ref": "http://x/y"}), "not present in a registry"),
         (lambda: grammar.json_schema({"type": "object", "required": ["a"],
                                       "additionalProperties": False}), "Unsatisfiable"),
@@ -202,3 +202,14 @@ def test_a_text_that_its_grammar_can_follow_no_longer_ends_as_an_error(engine, m
     monkeypatch.setattr(grammar.Constraint, "error", property(lambda self: "too complex"))
     [(_, token)] = engine.step()
     assert token.finish_reason == "error" and engine.free == 4
+
+
+def test_what_asks_for_nothing_is_no_mistake():
+    form = {"type": "string", "format": "path", "maxLength": 3}
+    schema = {
+        "type": "object",
+        "properties": {"format": form, "tags": {"items": form, "uniqueItems": False}},
+        "required": ["format"],
+    }
+    grammar.Constraints(TOKENIZER).compile(grammar.json_schema(schema))
+    assert grammar.json_schema({"const": form}).count("path") == 1

@@ -226,7 +226,8 @@ def schema(value):
         ({FORM: {"type": "xml"}}, "type must be text, json_object or json_schema"),
         ({FORM: {"type": "json_schema"}}, "schema must be an object"),
         (schema({"type": "nonsense"}), "response_format: .*Invalid type: nonsense"),
-        (schema({"type": "string", "format": "nonsense"}), "nknown format: nonsense"),
+        (schema({"type": "string", "format": "regex"}), "nknown format: regex"),
+        (schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
         (schema({"$ref": "#/nowhere"}), "does not exist"),
         (schema({"not": {}}), "response_format: "),
         (schema({"enum": ["x" * 300_000]}), "characters: at most"),
@@ -247,6 +248,7 @@ def schema(value):
         ({"tool_choice": "required"}, "tool_choice=required needs tools"),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice must be none, auto, required"),
         ({"tools": TOOLS, "tool_choice": {"function": {"name": "x"}}}, "that tools lacks"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "must be none, auto, requ"),
         ({"tools": TOOLS, "parallel_tool_calls": 1}, "parallel_tool_calls must be true"),
     ],
 )

@@ -83,3 +83,15 @@ def test_what_is_not_supported_is_never_ignored(name):
     with pytest.raises(ApiError, match=f"{name} is not supported") as error:
         parse(json.dumps({"prompt": "a", name: [1]}).encode(), False, "m")
     assert error.value.body["error"]["code"] == "unsupported_parameter"
+
+
+def test_an_assistant_may_have_said_nothing_or_refused():
+    said = [
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
+    ]
+    asked = [*said, {"role": "user", "content": "a"}]
+    ask = parse(json.dumps({"messages": asked}).encode(), True, "m")
+    want = [{"role": "assistant", "content": text} for text in ("", "no", "no")]
+    assert TOKENIZER.chat(ask.messages) == TOKENIZER.chat([*want, asked[-1]])
