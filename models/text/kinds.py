@@ -35,6 +35,8 @@ LLAMA4_PATTERN = (
 _MAX_BLOCK, _MAX_RUN = 400_000, 25_000
 _LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
 
+_LONG = 50_000  # characters that take a tenth of a second
+
 _JSON_START = re.compile(rb'\s*\{\s*["}]')
 _RANK_LINE = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2} \d+\s*(\n|$)")
 
@@ -153,13 +155,13 @@ class HuggingFaceKind:
 
     def _encode_part(self, text: str, continuation: bool) -> list[int]:
         tokenizer = self._continuing if continuation else self._plain
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return _ids(tokenizer, text)
 
     def encode_special(self, text: str) -> list[int]:
         # A second object, because the switch is a property of the first and threads share it.
         if self._parsing is None:
             self._parsing = self._build()
-        return self._parsing.encode(text, add_special_tokens=False).ids
+        return _ids(self._parsing, text)
 
     def find(self, name: str) -> int | None:
         return self._plain.token_to_id(name)
@@ -310,6 +312,13 @@ def kind_of(data: bytes) -> type:
     if _JSON_START.match(data):
         return HuggingFaceKind
     return TiktokenKind if _RANK_LINE.match(data) else SentencePieceKind
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text. While a batch is encoded other threads go on, which a long text would halt."""
+    if len(text) < _LONG:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def encode_by_names(kind, text: str) -> list[int]:

@@ -1,13 +1,16 @@
 """Meta's own tokenizer files, from the package llama-models: published ids and Meta's own code."""
 
 import importlib.util
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from puna.models.text.tokenizer import load_tokenizer
+from puna.models.text import kinds
+from puna.models.text.tokenizer import load_tokenizer, train_bpe
 
 TEXTS = st.one_of(
     st.text(),
@@ -79,3 +82,23 @@ def test_long_texts_are_cut_where_meta_cuts_them(meta_pair):
     ours, theirs = meta_pair
     for text in LONG:
         assert ours.encode(text) == theirs.encode(text, bos=False, eos=False)
+
+
+def test_a_long_text_halts_no_other_thread(monkeypatch):
+    tokenizer, text = train_bpe(["the llama walks"], 280), "the llama " * 30_000
+    ticks, ended = [], threading.Event()
+
+    def tick():
+        while not ended.wait(0.002):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    begun = time.monotonic()
+    ids = tokenizer.encode(text)
+    done = time.monotonic()
+    ended.set()
+    thread.join()
+    assert sum(begun < t < done for t in ticks) > 3
+    monkeypatch.setattr(kinds, "_LONG", len(text) + 1)
+    assert tokenizer.encode(text) == ids == tokenizer.encode(text, allow_special=True)
