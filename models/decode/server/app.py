@@ -7,6 +7,7 @@ fault or is ending. Left out on purpose: several models, but for adapters of one
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import signal
@@ -76,7 +77,8 @@ class Events(StreamingResponse):
 class Server:
     """The routes over one worker."""
 
-    def __init__(self, worker: Worker, name: str, api_key: str = "", guard: Guard | None = None):
+    def __init__(self, worker: Worker, name: str, api_key: str = "", guard: Guard | None = None,
+                 local: bool = False):  # fmt: skip
         """Prepare.
 
         Args:
@@ -84,10 +86,11 @@ class Server:
           name: of the model, as clients call it; its adapters have their own.
           api_key: that requests to /v1 must have; empty for none.
           guard: may refuse what is asked and what is answered, see `guard`; called in threads.
+          local: it is reached from this machine alone.
         """
         self.worker, self.engine, self.name = worker, worker.engine, name
         self.metrics, self._key, self._since = Metrics(), _digest(api_key), int(time.time())
-        self._open = not api_key
+        self._open, self._local = not api_key, local
         self._judge = Judge(guard, lambda what: self.metrics.add("puna_guard_total", what=what))
         routes = [
             Route(path, handler, methods=["GET"])
@@ -132,8 +135,12 @@ class Server:
     def _admit(self, request: Request) -> None:
         origin = request.headers.get("origin")
         # Another site's page in the browser of who runs this server.
-        if origin and urllib.parse.urlsplit(origin).netloc != request.headers.get("host"):
+        if origin and not _is_own(origin, request.headers.get("host")):
             raise ApiError(403, "requests of other sites' pages are refused", code="origin")
+        if origin and self._open and self._local and not _is_here(origin):
+            raise ApiError(
+                403, "a page under another name than localhost needs an API key", code="origin"
+            )
         kind, _, key = request.headers.get("authorization", "").partition(" ")
         given = key if kind.lower() == "bearer" else ""
         if not (self._open or hmac.compare_digest(_digest(given.strip()), self._key)):
@@ -334,15 +341,16 @@ def serve(engine, listener: socket.socket, mesh, name: str, api_key: str = "",
         raise UserError(f"--max_waiting={max_waiting} must be 0 or more")
     sampling_for(engine.tokenizer, 0)  # refuses a generation_config.json that makes no sense
     worker = Worker(engine, max_waiting, mesh, on_failure=lambda: _end(server))
+    host, port = listener.getsockname()[:2]
+    local = ipaddress.ip_address(host).is_loopback
     config = uvicorn.Config(
-        Server(worker, name, api_key, guard).app, log_level="warning", access_log=False,
+        Server(worker, name, api_key, guard, local).app, log_level="warning", access_log=False,
         lifespan="off", timeout_graceful_shutdown=_GRACE,
     )  # fmt: skip
     server = uvicorn.Server(config)
     with jax.set_mesh(mesh):
         engine.warm_up()
     worker.start()
-    host, port = listener.getsockname()[:2]
     print(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     # uvicorn stops in order on these and then raises them again; ignored, the status is 0.
     before = {s: signal.signal(s, lambda *_: None) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -359,6 +367,27 @@ def serve(engine, listener: socket.socket, mesh, name: str, api_key: str = "",
 
 def _end(server) -> None:
     server.should_exit = True
+
+
+def _is_own(origin: str, host: str | None) -> bool:
+    try:
+        return urllib.parse.urlsplit(origin).netloc == host
+    except ValueError:  # no URL at all
+        return False
+
+
+def _is_here(origin: str) -> bool:
+    """Whether a page's own name is surely that of this machine, or of a proxy with TLS before it.
+
+    Another site can let its name lead to 127.0.0.1, and its pages then count as ours.
+    """
+    url = urllib.parse.urlsplit(origin)
+    if url.scheme == "https" or (url.hostname or "").split(".")[-1] == "localhost":
+        return True
+    try:
+        return bool(ipaddress.ip_address(url.hostname or ""))
+    except ValueError:
+        return False
 
 
 def _digest(key: str) -> bytes:

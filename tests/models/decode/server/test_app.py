@@ -413,8 +413,22 @@ def test_an_api_key_is_needed_where_there_is_one(worker):
 
 def test_pages_of_other_sites_are_refused(worker):
     server = app.Server(worker, "tiny")
-    for origin, status in (("http://evil", 403), ("null", 403), ("http://here", 200)):
+    known = ("http://evil", 403), ("null", 403), ("http://[", 403), ("http://here", 200)
+    for origin, status in known:
         assert asked(server, "GET", "/v1/models", {"origin": origin}).status_code == status
+
+
+def test_a_name_that_was_led_here_is_another_sites(worker):
+    server = app.Server(worker, "tiny", local=True)
+    for url, status in (
+        ("http://evil.example:8000", 403), ("http://localhost:8000", 200),
+        ("http://127.0.0.1:8000", 200), ("http://[::1]:8000", 200), ("https://behind.tls", 200),
+    ):  # fmt: skip
+        headers = {"origin": url, "host": url.partition("//")[2]}
+        assert asked(server, "GET", "/v1/models", headers).status_code == status
+    keyed = app.Server(worker, "tiny", api_key="key", local=True)
+    headers = {"origin": "http://a", "host": "a", "authorization": "Bearer key"}
+    assert asked(keyed, "GET", "/v1/models", headers).status_code == 200
 
 
 def test_a_model_without_a_chat_format(worker):
