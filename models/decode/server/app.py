@@ -5,6 +5,7 @@ fault or is ending. Left out on purpose: several models, but for adapters of one
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -74,6 +75,14 @@ class Events(StreamingResponse):
             self._closed()
 
 
+class _App(Starlette):
+    """What uvicorn cancels when the server has ended for long enough is over, and no error."""
+
+    async def __call__(self, scope, receive, send):
+        with contextlib.suppress(asyncio.CancelledError):
+            await super().__call__(scope, receive, send)
+
+
 class Server:
     """The routes over one worker."""
 
@@ -107,10 +116,7 @@ class Server:
                 ("POST", "/v1/chat/completions", self._chat),
             )
         ]  # fmt: skip
-        self.app = Starlette(
-            routes=routes,
-            exception_handlers={HTTPException: _http_error},
-        )
+        self.app = _App(routes=routes, exception_handlers={HTTPException: _http_error})
 
     def _admitted(self, path: str, handler: Callable[[Request], Awaitable[Response]]):
         """The handler behind the API key, its mistakes in OpenAI's form, all counted."""

@@ -481,16 +481,3 @@ def events_or_error(response):
         return json.loads(response.text.split("\n\n")[0].removeprefix("data: "))["error"]
     assert response.status_code == 503
     return response.json()["error"]
-
-
-def test_an_address_that_is_taken_is_one_line():
-    from puna.configs.errors import UserError
-
-    with app.listen("127.0.0.1", 0) as listener:
-        port = listener.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port={port}: Address already in use"):
-            app.listen("127.0.0.1", port)
-    with pytest.raises(UserError, match="--host=no.such.host.invalid --port=80: "):
-        app.listen("no.such.host.invalid", 80)
-    with pytest.raises(UserError, match=r"--port=70000 must lie in 0\.\.65535"):
-        app.listen("127.0.0.1", 70000)

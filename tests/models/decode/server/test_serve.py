@@ -1,11 +1,13 @@
 """`puna chat` and `puna serve` as commands, on a small release."""
 
+import asyncio
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -95,3 +97,52 @@ def test_serve_asks_a_guard_that_is_a_model(release):
         assert process.returncode == 0 and "not safe or unsafe" in err
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_cut_off_at_the_end_is_no_traceback(stream):
+    app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
+    from puna.models.decode.server.worker import Worker
+
+    # It is not started, so what is submitted stays.
+    engine = types.SimpleNamespace(
+        num_slots=1, max_length=99, adapters=(), tokenizer=byte_tokenizer(),
+        check=lambda *_, **__: None,
+    )  # fmt: skip
+    idle = Worker(engine, max_waiting=0)
+    body = json.dumps({"prompt": "a", "stream": stream}).encode()
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "headers": [],
+        "query_string": b"", "http_version": "1.1", "asgi": {"spec_version": "2.3"},
+    }  # fmt: skip
+    received = [{"type": "http.request", "body": body}]
+
+    async def receive():
+        return received.pop() if received else await asyncio.Event().wait()
+
+    async def send(message):
+        pass
+
+    async def cut():
+        task = asyncio.ensure_future(app.Server(idle, "tiny").app(scope, receive, send))
+        while idle.counts != (0, 1):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await task
+
+    asyncio.run(cut())
+    assert idle.counts == (0, 0)
+
+
+def test_an_address_that_is_taken_is_one_line():
+    app = pytest.importorskip("puna.models.decode.server.app", reason="needs the extra serve")
+
+    with app.listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port={port}: Address already in use"):
+            app.listen("127.0.0.1", port)
+    with pytest.raises(UserError, match="--host=no.such.host.invalid --port=80: "):
+        app.listen("no.such.host.invalid", 80)
+    with pytest.raises(UserError, match=r"--port=70000 must lie in 0\.\.65535"):
+        app.listen("127.0.0.1", 70000)
