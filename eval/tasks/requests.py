@@ -165,7 +165,7 @@ class Asking:
             asked = [*system, {"role": "user", "content": asked}]
             said = [[{"role": "assistant", "content": text}] for text in said]
         try:
-            example = pairs.encode((asked, *said))
+            example = pairs.encode((asked, *said, None))
         except RecordError as error:
             raise UserError(f"{task.name}: record {document.number} {error}") from None
         # A target stands behind each text.

@@ -36,9 +36,8 @@ _LLAMA4_TOOLS = (
     "You SHOULD NOT include any other text in the response."
 )
 
-
 # How a template looks into the parts of a content. One that does not would print their list.
-_PARTS = re.compile(r"""\.text\b|['"]text['"]""")
+_PARTS = re.compile(r"""\.text\b|['"](text|image)['"]""")
 
 
 class Control(str):
@@ -270,8 +269,8 @@ def _with_template(
     context = {
         # As transformers does: templates ask whether a key is there, and would print its None.
         "messages": [
-            {key: value for key, value in _given(message, source).items() if value is not None}
-            for message in messages
+            {key: value for key, value in _given(i, message, source).items() if value is not None}
+            for i, message in enumerate(messages)
         ],
         "tools": [t for t in tools if not isinstance(t, str)] or None,
         "documents": None,
@@ -286,12 +285,12 @@ def _with_template(
     return template.encode(tokenizer, source, context)
 
 
-def _given(message: dict, source: str) -> dict:
+def _given(i: int, message: dict, source: str) -> dict:
     """A message as it was given; parts of text as one text where a template asks for no part's."""
-    parts, given = message["content"], message["given"]
-    if not isinstance(given.get("content"), list | tuple) or None in parts or _PARTS.search(source):
+    given = message["given"]
+    if not isinstance(given.get("content"), list | tuple) or _PARTS.search(source):
         return given
-    return {**given, "content": "".join(parts)}
+    return {**given, "content": "".join(_text_only(i, message, "this tokenizer"))}
 
 
 def _checked_messages(messages) -> list[dict]:

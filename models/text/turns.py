@@ -48,6 +48,8 @@ def assistant_turns(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             _check_shown(i, message, whole.text)
+    _check_offered(tools, whole.text)
+    _check_thoughts(len(messages) - 1, messages[-1], whole.text)
     offsets = tokenizer.spans(whole.ids, whole.text)
     starts, ends = offsets[:, 0].tolist(), offsets[:, 1].tolist()
     spans = []
@@ -103,3 +105,24 @@ def _check_shown(i: int, message: Mapping, text: str) -> None:
                 f"messages[{i}]: the chat template leaves out or changes the text of this "
                 f"{message['role']} message"
             )
+    for call in message.get("tool_calls") or ():
+        name = call.get("function", call).get("name")
+        if name not in text:
+            raise UserError(
+                f"messages[{i}]: the chat template leaves out the call of {name!r}: it has no tools"
+            )
+
+
+def _check_thoughts(i: int, message: Mapping, text: str) -> None:
+    """Of the last message alone: templates leave out what was thought before earlier answers."""
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        thought = message.get(key)
+        if isinstance(thought, str) and thought.strip() not in text:
+            raise UserError(f"messages[{i}]: the chat template leaves out its {key}")
+
+
+def _check_offered(tools, text: str) -> None:
+    for tool in tools or ():
+        name = tool if isinstance(tool, str) else tool.get("function", tool).get("name")
+        if name not in text and name != "code_interpreter":  # is offered without its name
+            raise UserError(f"the chat template leaves out the tool {name!r}: it has no tools")

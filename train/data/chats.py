@@ -5,11 +5,12 @@ A record holds one of these:
     messages                        [{"role": "user", "content": ...}, ...], as OpenAI writes it
     conversations                   [{"from": "human", "value": ...}, ...], as ShareGPT does
     prompt, completion              both text, or both lists of messages: the second is learnt
-    instruction, input, output      Alpaca's fields; `input` may be missing
+    instruction, input, output      Alpaca's fields, `input` may be missing and `history` may hold
+                                    earlier turns in pairs; or Dolly's, with context and response
 
-and beside them `tools` (functions, or their JSON), `system` (a system prompt), and `image` or
-`images` for the pictures of {"type": "image"} parts. `models/text/turns.py` says which tokens are
-the assistant's.
+and beside them `tools` or `functions` (a list or its JSON), `system` (a system prompt), and `image`
+or `images` for the pictures of {"type": "image"} parts. An assistant's message of "weight": 0 is
+read and not learnt. `models/text/turns.py` says which tokens are the assistant's.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ import numpy as np
 from ...configs.errors import UserError
 from ...configs.schema import Config, ModelConfig
 from ...models.text.turns import Turns, assistant_turns
-from .examples import Example, Record, RecordError, json_type, text_of
+from .examples import Example, Record, RecordError, json_type, shown_keys, text_of
 from .transforms import MediaReader
 
 # ShareGPT's names of roles, and others that stand in public data sets.
@@ -43,11 +44,15 @@ _BEFORE = {
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A conversation: messages as `chat.render` takes them; the first `given` are not learnt."""
+    """A conversation: messages as `chat.render` takes them.
+
+    given: so many messages at its beginning are not learnt. muted: numbers of those of weight 0.
+    """
 
     messages: list[dict]
     tools: list | None = None
     given: int = 0
+    muted: frozenset[int] = frozenset()
     media: dict[str, list] = dataclasses.field(default_factory=dict)
 
 
@@ -59,34 +64,85 @@ def chat_of(record: Record) -> Chat:
     """
     if isinstance(record, str):
         raise RecordError("is plain text; a conversation is a record with messages")
+    # A table that was joined from several has nulls where a format is another row's.
+    record = {key: value for key, value in record.items() if value is not None}
     given = 0
-    if "messages" in record:
-        messages = _messages(record["messages"], "messages")
-    elif "conversations" in record:
-        messages = _messages(record["conversations"], "conversations")
-    elif "instruction" in record:
-        more = record.get("input")
-        asked = text_of(record, "instruction")
-        if more is not None and (more := text_of(record, "input").strip()):
-            asked = f"{asked}\n\n{more}"
-        messages = [{"role": "user", "content": asked},
-                    {"role": "assistant", "content": text_of(record, "output")}]  # fmt: skip
-    elif "prompt" in record and "completion" in record:
-        messages = _messages(record["prompt"], "prompt")
-        given = len(messages)
-        messages += _messages(record["completion"], "completion")
+    for key in ("messages", "conversations"):
+        if key in record:
+            messages = messages_of(record[key], key)
+            break
     else:
-        keys = ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) or "none"
+        if "instruction" in record:
+            messages = _instruction(record)
+        elif "prompt" in record and "completion" in record:
+            messages = messages_of(record["prompt"], "prompt", "user")
+            given = len(messages)
+            messages += messages_of(record["completion"], "completion", "assistant")
+        else:
+            raise RecordError(
+                "has none of messages, conversations, prompt and completion, instruction (its "
+                f"keys: {shown_keys(record)})"
+            )
+    begun = with_system(messages, record)
+    given += (len(begun) - len(messages)) * bool(given)
+    muted = frozenset(i for i, message in enumerate(begun) if not message.pop("weight", 1))
+    check_roles(begun)
+    said = {i for i, message in enumerate(begun) if message["role"] == "assistant"}
+    if said <= muted:
+        raise RecordError("has nothing to learn: every assistant turn has weight 0")
+    return Chat(begun, tools_of(record), given, muted & said)
+
+
+def _instruction(record: Mapping) -> list[dict]:
+    """The messages of Alpaca's or Dolly's fields."""
+    turns = record.get("history") or []
+    if not isinstance(turns, list | tuple) or not all(
+        isinstance(turn, list | tuple) and len(turn) == 2 for turn in turns
+    ):
+        raise RecordError("must have a list of pairs under 'history'")
+    asked = text_of(record, "instruction")
+    for key in ("input", "context"):
+        if key in record and (more := text_of(record, key).strip()):
+            asked = f"{asked}\n\n{more}"
+    answer = next((key for key in ("output", "response") if key in record), None)
+    if answer is None:
         raise RecordError(
-            f"has none of messages, conversations, prompt and completion, instruction (its keys: "
-            f"{keys})"
+            f"has an instruction and no output or response (its keys: {shown_keys(record)})"
         )
+    spoken = [text for turn in turns for text in turn] + [asked, text_of(record, answer)]
+    return messages_of(
+        [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(spoken)],
+        "turns",
+    )
+
+
+def with_system(messages: list[dict], record: Mapping) -> list[dict]:
+    """Messages with the system prompt that a record has beside them in front.
+
+    Raises:
+      RecordError: they begin with another one.
+    """
     system = record.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-        given += bool(given)
-    check_roles(messages)
-    return Chat(messages, _tools(record.get("tools")), given)
+    if not isinstance(system, str) or not system.strip():
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0].get("content") != system:
+        raise RecordError("has two system prompts, under 'system' and in its messages")
+    return messages
+
+
+def check_plain(record: Mapping, what: str) -> None:
+    """Refuse what a text without a chat format has no place for.
+
+    Raises:
+      RecordError: a system prompt or tools.
+    """
+    if with_system([{"role": "user"}], record)[1:] or tools_of(record):
+        raise RecordError(
+            f"has a system prompt or tools beside {what}, which have no chat format: make them "
+            "lists of messages"
+        )
 
 
 def check_roles(messages: list[dict]) -> None:
@@ -105,42 +161,83 @@ def check_roles(messages: list[dict]) -> None:
         raise RecordError("has no assistant turn: there is nothing to learn from it")
 
 
-def _messages(value, key: str) -> list[dict]:
-    if isinstance(value, str):
-        role = "assistant" if key == "completion" else "user"
-        return [{"role": role, "content": value}]
+def messages_of(value, key: str, role: str = "") -> list[dict]:
+    """The messages under a key of a record, with the names of roles that templates know.
+
+    Args:
+      value: messages, their JSON, or where `role` is given one message or its text.
+      key: for messages of errors.
+      role: who says a text.
+
+    Raises:
+      RecordError: they are not such.
+    """
+    if isinstance(value, str) and role:
+        value = [{"role": role, "content": value}]
+    elif isinstance(value, str):  # a table has columns of text
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            pass
+    elif isinstance(value, Mapping) and role:
+        value = [value]
     if not isinstance(value, list | tuple) or not value:
-        raise RecordError(f"must have a list of messages under {key!r}, not a {json_type(value)}")
-    made = []
-    for i, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise RecordError(f"{key}[{i}] must be a message, not a JSON {json_type(message)}")
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if not isinstance(role, str):
-            raise RecordError(f"{key}[{i}] has no role")
-        if role in ("function_call", "tool_call"):  # ShareGPT: the call itself, as JSON
-            made.append({"role": "assistant", "tool_calls": [_call(content, f"{key}[{i}]")]})
-            continue
-        own = ("role", "from", "content", "value", "weight")
-        rest = {k: v for k, v in message.items() if k not in own and v is not None}
-        made.append({"role": _ROLES.get(role, role), "content": content} | rest)
-        if content is None and not rest.get("tool_calls"):
-            raise RecordError(f"{key}[{i}] has no content")
-        if role in ("assistant", "gpt") and content == "" and not rest.get("tool_calls"):
-            raise RecordError(f"{key}[{i}] is an assistant turn without text")
+        kind = "n empty" * (value == []) + " " + json_type(value)
+        raise RecordError(f"must have a list of messages under {key!r}, not a{kind}")
+    return [_message(message, f"{key}[{i}]") for i, message in enumerate(value)]
+
+
+def _message(message, where: str) -> dict:
+    if not isinstance(message, Mapping):
+        raise RecordError(f"{where} must be a message, not a JSON {json_type(message)}")
+    message = {key: value for key, value in message.items() if value is not None}
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if not isinstance(role, str):
+        raise RecordError(f"{where} has no role")
+    if role in ("function_call", "tool_call"):  # ShareGPT: the call itself, as JSON
+        return {"role": "assistant", "tool_calls": _calls(content, where)}
+    own = ("role", "from", "content", "value", "weight", "function_call")
+    made = {"role": _ROLES.get(role, role), "content": content}
+    made |= {key: value for key, value in message.items() if key not in own}
+    if "function_call" in message and not made.get("tool_calls"):  # as OpenAI wrote it at first
+        made["tool_calls"] = _calls(message["function_call"], where)
+    if content is None and not made.get("tool_calls"):
+        raise RecordError(f"{where} has no content")
+    if made["role"] == "assistant":
+        if not made.get("tool_calls") and not _says_something(content):
+            raise RecordError(f"{where} is an assistant turn without text")
+        if (weight := message.get("weight", 1)) not in (0, 1):
+            raise RecordError(f"{where} has weight={weight!r:.40}, which must be 0 or 1")
+        if not weight:
+            made["weight"] = 0
     return made
 
 
-def _call(value, where: str) -> dict:
+def _says_something(content) -> bool:
+    parts = content if isinstance(content, list | tuple) else [content]
+    texts = [part.get("text", part) if isinstance(part, Mapping) else part for part in parts]
+    return any(not isinstance(text, str) or text.strip() for text in texts)
+
+
+def _calls(value, where: str) -> list[dict]:
     try:
-        call = json.loads(value) if isinstance(value, str) else value
-        return {"function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        calls = json.loads(value) if isinstance(value, str) else value
+        return [
+            {"function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+            for call in (calls if isinstance(calls, list) and calls else [calls])
+        ]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise RecordError(f"{where} is not a tool call with a name and arguments") from None
 
 
-def _tools(value) -> list | None:
+def tools_of(record: Mapping) -> list | None:
+    """The tools that a record offers, None without any.
+
+    Raises:
+      RecordError: they are not a list, nor the JSON of one.
+    """
+    value = record.get("tools") or record.get("functions")
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
@@ -175,6 +272,7 @@ class Conversations:
             isinstance(record.get(key), str) for key in ("prompt", "completion")
         ):
             prompt, completion = (text_of(record, key) for key in ("prompt", "completion"))
+            check_plain(record, "a prompt and completion of text")
             if not completion:
                 raise RecordError("has an empty completion: there is nothing to learn from it")
             return prompt, completion
@@ -206,6 +304,8 @@ class Conversations:
             return self._text(*parsed) if isinstance(parsed, tuple) else self._chat(parsed)
         except UserError as error:
             raise RecordError(f"cannot be written: {error}") from None
+        except UnicodeEncodeError:  # "\\ud800" alone is legal JSON and no text
+            raise RecordError("has half a surrogate pair in a message") from None
 
     def _text(self, prompt: str, completion: str) -> Example:
         t = self.tokenizer
@@ -229,8 +329,16 @@ class Conversations:
         said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
         spans = turns.spans
         if len(spans) == len(said):
-            spans = [span for span, i in zip(spans, said, strict=True) if i >= chat.given]
-        ids, weights, media, ends = self._expanded(chat, Turns(turns.ids, spans))
+            each = list(zip(spans, said, strict=True))
+            spans = [span for span, i in each if i >= chat.given and i not in chat.muted]
+            muted = [span for span, i in each if i in chat.muted]
+        elif chat.given or chat.muted:
+            raise RecordError(
+                "has turns that are not learnt, and the chat template does not mark one part a turn"
+            )
+        else:
+            muted = []
+        ids, weights, media, ends = self._expanded(chat, Turns(turns.ids, spans), muted)
         if len(ids) <= self.longest:
             stop = len(ids)
         else:
@@ -246,11 +354,13 @@ class Conversations:
             whole=True, cut=len(ids) - stop,
         )  # fmt: skip
 
-    def _expanded(self, chat: Chat, turns: Turns):
+    def _expanded(self, chat: Chat, turns: Turns, muted: list[tuple[int, int]]):
         """ids, weights, media and the ends of turns; a picture is the tokens that stand for it."""
         learnt = np.full(len(turns.ids), float(self.learn_all))
         for start, end in turns.spans:
             learnt[start:end] = 1.0
+        for start, end in muted:
+            learnt[start:end] = 0.0
         ends = {end for _, end in turns.spans}
         if not chat.media:
             return turns.ids, learnt, [], sorted(ends)

@@ -84,8 +84,7 @@ def text_of(record: Record, key: str) -> str:
     if isinstance(record, str):
         return record
     if key not in record:
-        keys = ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) or "none"
-        raise RecordError(f"has no key {key!r} (its keys: {keys}); set data.text_key")
+        raise RecordError(f"has no key {key!r} (its keys: {shown_keys(record)}); set data.text_key")
     value = record[key]
     if not isinstance(value, str):
         raise RecordError(f"has no string under {key!r} but a JSON {json_type(value)}")
@@ -94,6 +93,11 @@ def text_of(record: Record, key: str) -> str:
     except UnicodeEncodeError:  # "\ud800" alone is legal JSON and no text
         raise RecordError(f"has half a surrogate pair under {key!r}") from None
     return value
+
+
+def shown_keys(record: Mapping) -> str:
+    """The keys of a record for a message, not all of them where there are many."""
+    return ", ".join(repr(str(name)[:40]) for name in list(record)[:8]) or "none"
 
 
 def json_type(value) -> str:

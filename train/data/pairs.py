@@ -1,18 +1,21 @@
 """Pairs of a chosen and a rejected answer to one prompt, as one example of two texts.
 
-A record has `prompt`, `chosen` and `rejected`: three texts, or three lists of messages of which the
-answers are one message of the assistant each. Without `prompt` the two lists are conversations that
-differ in their last message. Needs no JAX, as all that readers do.
+A record has `prompt`, `chosen` and `rejected`: three texts, or messages in any of the forms of
+`chats.py`, with `tools` and `system` beside them. The answers are one message of the assistant, or
+whole conversations that differ in their last message; those begin with `prompt`, or have it among
+their messages where it is a text, or need none. Needs no JAX, as all that readers do.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from ...configs.errors import UserError
 from ...models.text.turns import assistant_turns
-from .examples import Example, Record, RecordError, json_type, text_of
+from . import chats
+from .examples import Example, Record, RecordError, text_of
 
 Messages = list[dict[str, Any]]
 
@@ -33,28 +36,35 @@ class PairTransform:
     fields = ("chosen", "rejected", "prompt")
 
     def parse(self, record: Record, folder: str = ""):
-        """Prompt, chosen and rejected: all texts or all lists of messages."""
+        """Prompt, chosen and rejected, all texts or all lists of messages, and tools."""
         if isinstance(record, str):
             raise RecordError("is plain text; pairs need prompt, chosen and rejected")
-        if not any(isinstance(record.get(key), list) for key in self.fields):
+        if not any(isinstance(record.get(key), list | tuple | Mapping) for key in self.fields):
             prompt, *answers = (text_of(record, key) for key in ("prompt", "chosen", "rejected"))
+            chats.check_plain(record, "three texts")
+            tools = None
         else:
             prompt, *answers = _conversation(record)
+            tools = chats.tools_of(record)
         chosen, rejected = answers
         for key, answer in (("chosen", chosen), ("rejected", rejected)):
-            if not answer or not isinstance(answer, str) and not answer[-1].get("content"):
+            if not answer:
                 raise RecordError(f"has an empty answer under {key!r}")
         if chosen == rejected:
             raise RecordError("has the same answer under 'chosen' and 'rejected'")
-        return prompt, chosen, rejected
+        return prompt, chosen, rejected, tools
 
     def encode(self, parsed) -> Example:
-        prompt, *answers = parsed
-        encode = self._text if isinstance(prompt, str) else self._chat
+        prompt, *answers, tools = parsed
         try:
-            texts = [encode(prompt, answer) for answer in answers]
+            if isinstance(prompt, str):
+                texts = [self._text(prompt, answer) for answer in answers]
+            else:
+                texts = [self._chat(prompt, answer, tools) for answer in answers]
         except UserError as error:
             raise RecordError(f"cannot be written: {error}") from None
+        except UnicodeEncodeError:  # "\\ud800" alone is legal JSON and no text
+            raise RecordError("has half a surrogate pair in a message") from None
         for ids, read in texts:
             if max(read, 1) >= len(ids):
                 raise RecordError("has an answer of no token that could be predicted")
@@ -87,39 +97,35 @@ class PairTransform:
         read = len(t.begin_ids) + int(np.sum(ends <= len(prompt.encode())))
         return [*t.begin_ids, *ids, *[t.eos_id] * (t.eos_id is not None)], read
 
-    def _chat(self, prompt: Messages, answer: Messages) -> tuple[list[int], int]:
+    def _chat(self, prompt: Messages, answer: Messages, tools) -> tuple[list[int], int]:
         date = {"date_string": self.date}
-        turns = assistant_turns(self.tokenizer, [*prompt, *answer], variables=date)
+        turns = assistant_turns(self.tokenizer, [*prompt, *answer], tools, date)
         start, end = turns.spans[-1]
         # A template may write a line break behind the end of a turn, which nobody generates.
         return turns.ids[:end], start
 
 
 def _conversation(record) -> tuple[Messages, Messages, Messages]:
-    found = []
-    for key in ("chosen", "rejected"):
-        messages = record.get(key)
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise RecordError(
-                f"has no list of messages under {key!r} but a JSON {json_type(messages)}; prompt, "
-                "chosen and rejected must be of one kind"
-            )
-        found.append(messages)
-    chosen, rejected = found
-    prompt = record.get("prompt")
-    if prompt is None:
-        prompt, chosen, rejected = chosen[:-1], chosen[-1:], rejected[-1:]
-        if prompt != found[1][:-1]:
-            raise RecordError(
-                "has no prompt, so its conversations must differ in their last message alone"
-            )
-    if not isinstance(prompt, list) or not prompt:
+    chosen, rejected = (
+        chats.messages_of(record.get(key), key, "assistant") for key in ("chosen", "rejected")
+    )
+    given = record.get("prompt")
+    prompt = [] if given is None else chats.messages_of(given, "prompt", "user")
+    before = chosen[:-1]
+    if before != rejected[:-1]:
+        raise RecordError("has conversations that must differ in their last message alone")
+    begins = prompt[0] in before if isinstance(given, str) else prompt in ([], before)
+    if before and not begins:
+        raise RecordError("has a prompt that is not what its conversations begin with")
+    before = before or prompt
+    if not before:
         raise RecordError("has no message in its prompt")
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        if [m.get("role") for m in messages] != ["assistant"]:
-            raise RecordError(f"must have one message of the assistant as its answer under {key!r}")
-        if not isinstance(messages[0].get("content"), str):
-            raise RecordError(f"has no text as the content of its answer under {key!r}")
-    if any(not isinstance(m, dict) or not isinstance(m.get("content"), str) for m in prompt):
-        raise RecordError("has a message without text in its prompt; pairs are of text alone")
-    return prompt, chosen, rejected
+        if messages[-1]["role"] != "assistant":
+            raise RecordError(f"must have a message of the assistant as its answer under {key!r}")
+    before = chats.with_system(before, record)
+    for message in (*before, chosen[-1], rejected[-1]):
+        message.pop("weight", None)  # of fine-tuning; here the answers alone are learnt
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+            raise RecordError("has a message without text; pairs are of text alone")
+    return before, chosen[-1:], rejected[-1:]

@@ -96,6 +96,15 @@ def test_control_tokens_in_messages_stay_text_in_a_template(parts):
     assert tokenizer.decode(ids) == jinja_trimmed
 
 
+def test_a_template_of_texts_is_given_the_text_of_parts():
+    """It would write the list of parts, as Python does."""
+    source = "{% for m in messages %}{{ m['content'] | trim }}{{ '<|eot|>' }}{% endfor %}"
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert shown(with_template(source), [{"role": "user", "content": parts}]) == "a b<|eot|>"
+    with pytest.raises(UserError, match="this tokenizer's chat format has no images"):
+        with_template(source).chat([{"role": "user", "content": [{"type": "image"}]}])
+
+
 ESCAPES = [
     "{{ ''.__class__ }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",

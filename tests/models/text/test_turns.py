@@ -116,6 +116,22 @@ def test_tool_calls_are_learnt():
     assert said == ['{"name": "weather", "arguments": {"city": "Cusco"}}', "No."]
 
 
+LOSES = [
+    ([{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}], None,
+     r"messages\[1\]: the chat template leaves out the call of 'f'"),
+    ([{"role": "assistant", "content": "b"}], [{"name": "f"}], "leaves out the tool 'f'"),
+    ([{"role": "assistant", "content": "b", "reasoning_content": "Hm."}], None,
+     r"messages\[1\]: the chat template leaves out its reasoning_content"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "tools", "reason"), LOSES)
+def test_what_a_template_has_no_place_for_is_refused(answer, tools, reason):
+    messages = [{"role": "user", "content": "a"}, *answer]
+    with pytest.raises(UserError, match=reason):
+        assistant_turns(tokenizer("chatml"), messages, tools)
+
+
 def test_a_control_name_in_a_message_changes_no_other_token(table, tmp_path):
     """A space before the first word of a whole text only, also where a message needs protection."""
     pytest.importorskip("sentencepiece")

@@ -37,12 +37,17 @@ def learnt(example):
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
         {"instruction": "a", "output": "b"},
         {"instruction": "a", "input": " ", "output": "b"},
+        {"instruction": "a", "context": "", "response": "b", "category": "c"},
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"prompt": [USER], "completion": "b"},
+        {"messages": None, "instruction": None, "conversations": [USER, ASSISTANT]},
+        {"messages": [{**USER, "from": None}, {"role": None, "from": "gpt", "value": "b"}]},
+        {"messages": json.dumps([USER, ASSISTANT])},
+        {"messages": [{**USER, "content": [{"type": "text", "text": "a"}]}, ASSISTANT],
+         "tools": None},
     ],
-)
+)  # fmt: skip
 def test_every_format_is_the_same_conversation(record):
-    assert chat_of(record).messages == [USER, ASSISTANT]
     t = transform_of()
     example = t.encode(t.parse(record, ""))
     assert example.ids.tolist() == BPE.chat([USER, ASSISTANT], add_generation_prompt=False)
@@ -73,6 +78,41 @@ def test_a_system_prompt_tools_and_calls():
     example = t.encode(t.parse(record, ""))
     text = BPE.decode(example.ids[example.weights > 0], show_special=True)
     assert text == "[f(x=1)]<|eom|>b<|eot|>"
+
+
+def test_calls_as_older_programs_write_them():
+    """OpenAI's first form, and ShareGPT's of several calls at once."""
+    f, g = ({"name": name, "arguments": "{}"} for name in "fg")
+    calls = [{"function": {"name": name, "arguments": {}}} for name in "fg"]
+    old = {"role": "assistant", "content": None, "function_call": f}
+    record = {"messages": [USER, old], "functions": [{"name": "f", "parameters": {}}]}
+    new = {"messages": [USER, {**ASSISTANT, "content": None, "tool_calls": calls[:1]}],
+           "tools": record["functions"]}  # fmt: skip
+    several = {"messages": [USER, {"from": "function_call", "value": json.dumps([f, g])}]}
+    wanted = {"messages": [USER, {"role": "assistant", "tool_calls": calls}]}
+    t = transform_of(900)
+    for one, other in ((record, new), (several, wanted)):
+        ids, others = (t.encode(t.parse(r, "")).ids.tolist() for r in (one, other))
+        assert ids == others
+
+
+def test_earlier_turns_of_alpaca():
+    record = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    t = transform_of()
+    example = t.encode(t.parse(record, ""))
+    text = BPE.decode(example.ids, show_special=True)
+    assert learnt(example) == ["b", "d"] and text.index("a<") < text.index("c<")
+
+
+@pytest.mark.parametrize("learn", ["assistant", "all"])
+def test_a_turn_of_weight_0_is_read_and_not_learnt(learn):
+    messages = [USER, {**ASSISTANT, "weight": 0}, USER, {**ASSISTANT, "content": "d", "weight": 1}]
+    t = transform_of(overrides=[f"sft.learn={learn}"])
+    example = t.encode(t.parse({"messages": messages}, ""))
+    text = BPE.decode(example.ids[example.weights == 0], show_special=True)
+    assert "b<|eot|>" in text and "d<|eot|>" not in text
+    if learn == "assistant":
+        assert learnt(example) == ["d"]
 
 
 def test_only_the_completion_of_a_conversation_is_learnt():
@@ -110,7 +150,20 @@ def test_a_long_conversation_ends_after_the_last_turn_that_fits():
         ({"messages": [USER, "x"]}, r"messages\[1\] must be a message, not a JSON string"),
         ({"messages": [USER, {"content": "x"}]}, r"messages\[1\] has no role"),
         ({"messages": [USER, ASSISTANT], "tools": "{"}, "tools that are not JSON"),
-        ({"instruction": "a"}, "no key 'output'"),
+        ({"instruction": "a"}, "has an instruction and no output or response"),
+        ({"instruction": "a", "output": " "}, "turn without text"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "list of pairs under 'history'"),
+        ({"messages": "a"}, "must have a list of messages under 'messages', not a string"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "weight=0.5, which must be 0 or 1"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "every assistant turn has weight 0"),
+        ({"messages": [USER, {**ASSISTANT, "content": [{"type": "text", "text": " "}]}]},
+         "turn without text"),
+        ({"messages": [USER, {**ASSISTANT, "content": "\ud800"}]}, "half a surrogate pair"),
+        ({"prompt": "a\ud800", "completion": "b"}, "half a surrogate pair under 'prompt'"),
+        ({"prompt": "a", "completion": "b", "system": "c"}, "a prompt and completion of text"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "completion of text"),
+        ({"messages": [{"role": "system", "content": "a"}, USER, ASSISTANT], "system": "b"},
+         "two system prompts"),
         ({"text": "a"}, r"has none of messages.*\(its keys: 'text'\)"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
          "has images, and the model reads none: model.vision.num_layers=0"),

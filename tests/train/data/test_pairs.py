@@ -90,6 +90,36 @@ def test_conversations_need_no_prompt(llama3):
     assert found.weights.tolist() == wanted.weights.tolist()
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        CHAT | {"chosen": "Mmm.", "rejected": "Woof."},
+        CHAT | {"chosen": CHAT["chosen"][0], "rejected": CHAT["rejected"][0]},
+        CHAT | {"prompt": QUESTION[1:], "system": "Be a llama."},
+        CHAT | {"prompt": "Hum?", "system": "Be a llama."},
+        {"prompt": "Hum?"} | {key: QUESTION + CHAT[key] for key in ("chosen", "rejected")},
+        CHAT | {key: QUESTION + CHAT[key] for key in ("chosen", "rejected")},
+        CHAT | {
+            "prompt": [QUESTION[0], {"from": "human", "value": "Hum?"}],
+            "chosen": {"from": "gpt", "value": "Mmm."},
+        },
+    ],
+)  # fmt: skip
+def test_every_form_is_the_same_pair(llama3, record):
+    transform = PairTransform(llama3, 300, "26 Jul 2024")
+    wanted, found = encode(transform, CHAT), encode(transform, record)
+    assert found.ids.tolist() == wanted.ids.tolist() and found.borders == wanted.borders
+
+
+def test_tools_and_calls_of_a_pair(llama3):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    record = CHAT | {"chosen": [call], "tools": [{"name": "f", "parameters": {}}]}
+    example = encode(PairTransform(llama3, 2000, "26 Jul 2024"), record)
+    (chosen, learnt), (rejected, _) = texts(example)
+    assert '"name": "f"' in llama3.decode(rejected) and '"name": "f"' in llama3.decode(learnt)
+    assert chosen != rejected
+
+
 def test_what_a_template_writes_behind_the_turn_is_not_learnt(made):
     template = (
         "{% for m in messages %}{{ m.role }}:{{ m.content }}<|eot_id|>\n{% endfor %}"
@@ -118,15 +148,20 @@ def test_what_a_template_writes_behind_the_turn_is_not_learnt(made):
             {"prompt": "a" * 90, "chosen": "b", "rejected": "c"},
             "has 93 . 93 tokens, more than data",
         ),
-        (CHAT | {"chosen": "Mmm."}, "has no list of messages under 'chosen' but a JSON string"),
-        (CHAT | {"prompt": []}, "has no message in its prompt"),
-        (CHAT | {"prompt": "Hum?"}, "has no message in its prompt"),
+        (CHAT | {"chosen": 3}, "a list of messages under 'chosen', not a number"),
+        (CHAT | {"prompt": []}, "a list of messages under 'prompt', not an empty array"),
+        (
+            {"prompt": "No?"} | {key: QUESTION + CHAT[key] for key in ("chosen", "rejected")},
+            "a prompt that is not what its conversations begin with",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "d"}, "has a system prompt or"),
+        ({"prompt": "a", "chosen": "\ud800", "rejected": "c"}, "half a surrogate pair"),
         (CHAT | {"chosen": CHAT["rejected"]}, "has the same answer under"),
-        (CHAT | {"chosen": [message("assistant", "")]}, "has an empty answer under 'chosen'"),
-        (CHAT | {"chosen": [message("user", "Mmm.")]}, "one message of the assistant"),
-        (CHAT | {"chosen": []}, "one message of the assistant as its answer under 'chosen'"),
-        (CHAT | {"chosen": [message("assistant", None)]}, "no text as the content of its answer"),
-        (CHAT | {"prompt": [message("user", [])]}, "a message without text in its prompt"),
+        (CHAT | {"chosen": [message("assistant", "")]}, "is an assistant turn without text"),
+        (CHAT | {"chosen": [message("user", "Mmm.")]}, "must have a message of the assistant"),
+        (CHAT | {"chosen": []}, "a list of messages under 'chosen', not an empty array"),
+        (CHAT | {"chosen": [message("assistant", None)]}, r"chosen\[0\] has no content"),
+        (CHAT | {"prompt": [message("user", [])]}, "has a message without text; pairs"),
         (CHAT | {"prompt": None}, "has no message in its prompt"),
         ({"chosen": QUESTION + CHAT["chosen"], "rejected": CHAT["rejected"]}, "must differ in"),
         (CHAT, "cannot be written: this tokenizer has no chat format"),
@@ -148,7 +183,7 @@ def test_an_answer_that_nothing_predicts_is_refused():
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=8))
 def test_a_pair_is_two_segments_of_one_row(lengths):
     transform = PairTransform(BYTES, 14, "26 Jul 2024")
-    pairs = [("p", "x" * a, "y" * b) for a, b in lengths]
+    pairs = [("p", "x" * a, "y" * b, None) for a, b in lengths]
     examples = [transform.encode(pair) for pair in pairs]
     cursor, found = Cursor(examples.__getitem__, 0, stop=len(examples)), []
     while (row := pack_row(cursor, Room(15)))["segment_ids"].any():
@@ -161,4 +196,4 @@ def test_a_pair_is_two_segments_of_one_row(lengths):
             # Every id of an answer is a target, in its own text.
             within = batch["segment_ids_BT"] == segment
             assert batch["weights_BT"][within].sum() == row["weights"][here].sum()
-    assert found == ["p" + answer for _, *answers in pairs for answer in answers]
+    assert found == ["p" + answer for _, *answers, _ in pairs for answer in answers]

@@ -40,7 +40,8 @@ class Ids:
 def batch(pairs, length):
     """Rows of pairs, made of texts of one character an id."""
     transform = PairTransform(Ids(), length + 1, "", ends=True)
-    examples = [transform.encode(tuple("".join(map(chr, x)) for x in pair)) for pair in pairs]
+    texts = [["".join(map(chr, x)) for x in pair] for pair in pairs]
+    examples = [transform.encode((*text, None)) for text in texts]
     cursor = Cursor(examples.__getitem__, 0, stop=len(examples))
     rows = [pack_row(cursor, Room(length + 1)) for _ in range(3)]
     return to_batch({key: np.stack([row[key] for row in rows]) for key in rows[0]})
