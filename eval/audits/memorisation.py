@@ -25,7 +25,7 @@ from ...models.text.tokenizer import load_tokenizer
 from ...models.transformer import Transformer
 from ...models.weights.load import load
 from ...train.data import sources
-from ...train.data.examples import RecordError, text_of
+from ...train.data.examples import OTHER_KEY, RecordError, text_of
 from ..scoring import score
 from ..tasks import statistics
 
@@ -116,7 +116,7 @@ def questions(found: Sequence[Passage], prefixes: Sequence[int], suffix: int) ->
 def _passages(source: str, seen: bool, text_key: str, tokenizer) -> Iterator[Passage]:
     for record in sources.iter_records(source):
         try:
-            text = text_of(record, text_key)
+            text = text_of(record, text_key, OTHER_KEY)
         except RecordError as error:
             raise UserError(f"{source}: a record {error}") from None
         repeats: Any = record.get("repeats", 1) if not isinstance(record, str) else 1

@@ -103,7 +103,7 @@ def render(
     if header:
         pieces = [Control("<|begin_of_text|>"), *pieces]
         pieces += _header(*header, "assistant") if add_generation_prompt else []
-    return template.Rendered(_ids(tokenizer, pieces), "".join(pieces), None)
+    return template.Rendered("".join(pieces), None, lambda: _ids(tokenizer, pieces))
 
 
 def _ids(tokenizer, pieces: list[str]) -> list[int]:

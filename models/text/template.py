@@ -12,6 +12,7 @@ character could undo the protection; the built-in formats of `chat.py` have no s
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,8 +23,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -40,16 +40,22 @@ _BOOT = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1]
 _ENVIRONMENT = ("TZ", "TZDIR", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
-class Rendered(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rendered:
     """A conversation as a model reads it.
 
-    ids: of the tokens. text: what they were made of. spans: (start, end) in the text of what a
-      template's generation blocks gave; None where it has none.
+    text: what its ids are made of. spans: (start, end) in the text of what a template's generation
+      blocks gave; None where it has none. encode: gives the ids.
     """
 
-    ids: list[int]
     text: str
     spans: list[tuple[int, int]] | None
+    encode: Callable[[], list[int]]
+
+    @functools.cached_property
+    def ids(self) -> list[int]:
+        """Of the tokens, made when they are first asked for."""
+        return self.encode()
 
 
 def encode(tokenizer, source: str, context: Mapping) -> Rendered:
@@ -71,7 +77,15 @@ def encode(tokenizer, source: str, context: Mapping) -> Rendered:
         raise UserError("chat_template: its messages or tools are nested too deeply") from None
     text, spans = render(source, context)
     if not mark.used:
-        return Rendered(tokenizer.encode(text, allow_special=True), text, spans)
+        return Rendered(text, spans, lambda: tokenizer.encode(text, allow_special=True))
+    if spans is not None:
+        spans = [tuple(at - text.count(mark.character, 0, at) for at in span) for span in spans]
+    return Rendered(
+        text.replace(mark.character, ""), spans, lambda: _ids_of_marked(tokenizer, mark, text)
+    )
+
+
+def _ids_of_marked(tokenizer, mark: "_Mark", text: str) -> list[int]:
     ids, start = [], 0
     for match in mark.names.finditer(text):
         part = text[start : match.start()].replace(mark.character, "")
@@ -79,9 +93,7 @@ def encode(tokenizer, source: str, context: Mapping) -> Rendered:
         ids.append(tokenizer.special[match.group()])
         start = match.end()
     ids += tokenizer.encode(text[start:].replace(mark.character, ""), continuation=start > 0)
-    if spans is not None:
-        spans = [tuple(at - text.count(mark.character, 0, at) for at in span) for span in spans]
-    return Rendered(ids, text.replace(mark.character, ""), spans)
+    return ids
 
 
 def render(source: str, context: Mapping) -> tuple[str, list[tuple[int, int]] | None]:

@@ -17,10 +17,14 @@ from . import chat
 
 
 class Turns(NamedTuple):
-    """ids: of the whole conversation. spans: (start, end) in `ids` of each assistant's turn."""
+    """ids: of the whole conversation. spans: (start, end) in `ids` of each assistant's turn.
+
+    messages: the number of each turn's message; empty where a template marks parts of turns.
+    """
 
     ids: list[int]
     spans: list[tuple[int, int]]
+    messages: list[int]
 
 
 def assistant_turns(
@@ -28,37 +32,50 @@ def assistant_turns(
     messages: list[dict],
     tools: list | None = None,
     variables: Mapping | None = None,
+    longest: int | None = None,
 ) -> Turns:
     """Return a conversation's ids and where in them the assistant speaks.
 
-    Args are those of `chat.render`; the first message is not the assistant's.
+    Args are those of `chat.render`; the first message is not the assistant's. longest: turns that
+    begin behind so many ids are not looked for: each takes the time of the whole text before it.
 
     Raises:
       UserError: a malformed conversation, or one whose turns cannot be told apart with certainty.
     """
     whole = chat.render(tokenizer, messages, tools, False, variables)
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    offsets = tokenizer.spans(whole.ids, whole.text)
+    starts, ends = offsets[:, 0].tolist(), offsets[:, 1].tolist()
     if whole.spans:
         found = list(whole.spans)
         marked = "".join(whole.text[start:end] for start, end in found)
         for i in said:
             _check_shown(i, messages[i], marked)
     else:
-        found = [_span(tokenizer, messages, i, tools, variables, whole.text) for i in said]
+        found = []
+        for i in said:
+            if longest is not None and longest < len(starts) and found:
+                if _bytes(whole.text, found[-1][1]) > starts[longest]:
+                    break
+            found.append(_span(tokenizer, messages, i, tools, variables, whole.text))
+        said = said[: len(found)]
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             _check_shown(i, message, whole.text)
     _check_offered(tools, whole.text)
     _check_thoughts(len(messages) - 1, messages[-1], whole.text)
-    offsets = tokenizer.spans(whole.ids, whole.text)
-    starts, ends = offsets[:, 0].tolist(), offsets[:, 1].tolist()
     spans = []
     for start, end in found:
-        start, end = (len(whole.text[:at].encode(errors="replace")) for at in (start, end))
+        start, end = (_bytes(whole.text, at) for at in (start, end))
         first = bisect.bisect_right(ends, start)
         last = bisect.bisect_left(starts, end)
         spans.append((first, _turn_end(tokenizer, whole.ids, first, last)))
-    return Turns(whole.ids, spans)
+    return Turns(whole.ids, spans, said if len(said) == len(spans) else [])
+
+
+def _bytes(text: str, at: int) -> int:
+    """Where in the bytes of a text the character `at` begins."""
+    return len(text[:at].encode(errors="replace"))
 
 
 def _span(tokenizer, messages, i, tools, variables, text: str) -> tuple[int, int]:
@@ -66,7 +83,8 @@ def _span(tokenizer, messages, i, tools, variables, text: str) -> tuple[int, int
     before = chat.render(tokenizer, messages[:i], tools, True, variables).text
     last = i + 1 == len(messages)
     upto = text if last else chat.render(tokenizer, messages[: i + 1], tools, False, variables).text
-    end = len(os.path.commonprefix([upto, text]))
+    # The usual case first: the other one goes character by character.
+    end = len(upto if text.startswith(upto) else os.path.commonprefix([upto, text]))
     if not text.startswith(before) or end <= len(before):
         raise UserError(
             f"messages[{i}]: the chat template writes earlier turns otherwise once this one is "
@@ -77,8 +95,9 @@ def _span(tokenizer, messages, i, tools, variables, text: str) -> tuple[int, int
     content = messages[i].get("content")
     if isinstance(content, str) and content.strip():
         header = text[len(before) : text.index(content.strip(), len(before))]
-        same = before == chat.render(tokenizer, messages[:i], tools, False, variables).text
-        if same and any(name in header for name in tokenizer.special):
+        if any(name in header for name in tokenizer.special) and (
+            before == chat.render(tokenizer, messages[:i], tools, False, variables).text
+        ):
             raise UserError(
                 f"messages[{i}]: the chat template ignores add_generation_prompt, so the "
                 "assistant's header cannot be told from what it said: mark that in the template "

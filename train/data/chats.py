@@ -22,7 +22,7 @@ import numpy as np
 
 from ...configs.errors import UserError
 from ...configs.schema import Config, ModelConfig
-from ...models.text.turns import Turns, assistant_turns
+from ...models.text.turns import assistant_turns
 from .examples import Example, Record, RecordError, json_type, shown_keys, text_of
 from .transforms import MediaReader
 
@@ -324,21 +324,18 @@ class Conversations:
 
     def _chat(self, chat: Chat) -> Example:
         turns = assistant_turns(
-            self.tokenizer, chat.messages, chat.tools, {"date_string": self.date}
+            self.tokenizer, chat.messages, chat.tools, {"date_string": self.date}, self.longest
         )
-        said = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        spans = turns.spans
-        if len(spans) == len(said):
-            each = list(zip(spans, said, strict=True))
+        spans, muted = turns.spans, []
+        if turns.messages:
+            each = list(zip(spans, turns.messages, strict=True))
             spans = [span for span, i in each if i >= chat.given and i not in chat.muted]
             muted = [span for span, i in each if i in chat.muted]
         elif chat.given or chat.muted:
             raise RecordError(
                 "has turns that are not learnt, and the chat template does not mark one part a turn"
             )
-        else:
-            muted = []
-        ids, weights, media, ends = self._expanded(chat, Turns(turns.ids, spans), muted)
+        ids, weights, media, ends = self._expanded(chat, turns.ids, spans, muted)
         if len(ids) <= self.longest:
             stop = len(ids)
         else:
@@ -354,23 +351,23 @@ class Conversations:
             whole=True, cut=len(ids) - stop,
         )  # fmt: skip
 
-    def _expanded(self, chat: Chat, turns: Turns, muted: list[tuple[int, int]]):
+    def _expanded(self, chat: Chat, read: list[int], spans: list, muted: list):
         """ids, weights, media and the ends of turns; a picture is the tokens that stand for it."""
-        learnt = np.full(len(turns.ids), float(self.learn_all))
-        for start, end in turns.spans:
+        learnt = np.full(len(read), float(self.learn_all))
+        for start, end in spans:
             learnt[start:end] = 1.0
         for start, end in muted:
             learnt[start:end] = 0.0
-        ends = {end for _, end in turns.spans}
+        ends = {end for _, end in spans}
         if not chat.media:
-            return turns.ids, learnt, [], sorted(ends)
+            return read, learnt, [], sorted(ends)
         assert self.media is not None
         place, waiting = self.tokenizer.special["<|image|>"], list(chat.media["image"])
         ids: list[int] = []
         weights: list[float] = []
         media: list = []
         moved = []
-        for at, (i, weight) in enumerate(zip(turns.ids, learnt.tolist(), strict=True)):
+        for at, (i, weight) in enumerate(zip(read, learnt.tolist(), strict=True)):
             if i == place:
                 self.media.add("image", waiting.pop(0), ids, media)
                 weights += [0.0] * (len(ids) - len(weights))

@@ -47,6 +47,9 @@ class Example:
     source: int = 0
 
 
+OTHER_KEY = "; set data.text_key"
+
+
 class RecordError(ValueError):
     """A record that cannot be an example; the message says why, not where."""
 
@@ -75,8 +78,11 @@ class Transform(Protocol):
         ...
 
 
-def text_of(record: Record, key: str) -> str:
+def text_of(record: Record, key: str, hint: str = "") -> str:
     """The text under a key of a record; a plain text is its own.
+
+    Args:
+      hint: what to do where there is no such key.
 
     Raises:
       RecordError: there is none.
@@ -84,7 +90,7 @@ def text_of(record: Record, key: str) -> str:
     if isinstance(record, str):
         return record
     if key not in record:
-        raise RecordError(f"has no key {key!r} (its keys: {shown_keys(record)}); set data.text_key")
+        raise RecordError(f"has no key {key!r} (its keys: {shown_keys(record)}){hint}")
     value = record[key]
     if not isinstance(value, str):
         raise RecordError(f"has no string under {key!r} but a JSON {json_type(value)}")

@@ -3,7 +3,8 @@
 A record has `prompt`, `chosen` and `rejected`: three texts, or messages in any of the forms of
 `chats.py`, with `tools` and `system` beside them. The answers are one message of the assistant, or
 whole conversations that differ in their last message; those begin with `prompt`, or have it among
-their messages where it is a text, or need none. Needs no JAX, as all that readers do.
+their messages where it is a text, or need none; `conversations` may stand for `prompt`.
+Needs no JAX, as all that readers do.
 """
 
 import dataclasses
@@ -110,6 +111,8 @@ def _conversation(record) -> tuple[Messages, Messages, Messages]:
         chats.messages_of(record.get(key), key, "assistant") for key in ("chosen", "rejected")
     )
     given = record.get("prompt")
+    if given is None and len(chosen) == 1:
+        given = record.get("conversations")
     prompt = [] if given is None else chats.messages_of(given, "prompt", "user")
     before = chosen[:-1]
     if before != rejected[:-1]:

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, Protocol
 from ...configs.errors import UserError
 from ...configs.files import write_json
 
-VERSION = 1  # of what an entry holds: raise it where a file would now be read differently
+VERSION = 2  # of what an entry holds: raise it where a file would now be read differently
 _KEPT_SECONDS = 30 * 24 * 3600.0
 _FLUSHED = 1 << 16  # numbers that are in memory before they are written
 _PIECE_BYTES = 1 << 20  # of a line or a file that are in memory at one time

@@ -12,7 +12,7 @@ import numpy as np
 from ...configs.errors import UserError
 from ...configs.schema import Config, ModelConfig
 from ...models.media import images, sound
-from .examples import Example, Media, Record, RecordError, text_of
+from .examples import OTHER_KEY, Example, Media, Record, RecordError, text_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Text:
         return (self.key,)
 
     def parse(self, record: Record, folder: str = "") -> str:
-        return text_of(record, self.key)
+        return text_of(record, self.key, OTHER_KEY)
 
     def encode(self, text: str) -> Example:
         ids = np.asarray(document_ids(self.tokenizer, self.tokenizer.encode(text)), np.int32)
@@ -131,7 +131,7 @@ class TextWithMedia:
         return (self.key, "image", "images", "audio", "audios")
 
     def parse(self, record: Record, folder: str = "") -> tuple[str, dict[str, list]]:
-        text = text_of(record, self.key)
+        text = text_of(record, self.key, OTHER_KEY)
         found = self.media.find(record, folder)
         for name, place in PLACES.items():
             if (places := text.count(place)) > len(found[name]):

@@ -9,6 +9,7 @@ import puna
 from puna.configs import schema
 from puna.configs.errors import UserError
 from puna.models.text.tokenizer import Tokenizer, train_bpe
+from puna.models.text.turns import assistant_turns
 from puna.train.data.chats import chat_of
 from puna.train.data.examples import RecordError
 from puna.train.data.preview import Preview
@@ -132,6 +133,9 @@ def test_a_long_conversation_ends_after_the_last_turn_that_fits():
     example = t.encode(t.parse({"messages": messages}, ""))
     assert example.ids.tolist() == half and example.cut == len(whole) - len(half)
     assert learnt(example) == ["b"] * 3
+    # What lies behind a row is not looked for: each turn takes the time of all before it.
+    found = assistant_turns(BPE, messages, longest=len(half) + 3)
+    assert found.messages == [1, 3, 5, 7] and found.ids == whole
     with pytest.raises(RecordError, match="its first assistant turn ends behind data.seq_len=5"):
         transform_of(5).encode(t.parse({"messages": messages}, ""))
 

@@ -99,6 +99,7 @@ def test_conversations_need_no_prompt(llama3):
         CHAT | {"prompt": "Hum?", "system": "Be a llama."},
         {"prompt": "Hum?"} | {key: QUESTION + CHAT[key] for key in ("chosen", "rejected")},
         CHAT | {key: QUESTION + CHAT[key] for key in ("chosen", "rejected")},
+        {"conversations": QUESTION, "chosen": CHAT["chosen"][0], "rejected": CHAT["rejected"][0]},
         CHAT | {
             "prompt": [QUESTION[0], {"from": "human", "value": "Hum?"}],
             "chosen": {"from": "gpt", "value": "Mmm."},

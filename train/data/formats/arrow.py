@@ -1,6 +1,7 @@
 """Arrow IPC: files, such as Feather, and streams, such as the `datasets` library saves."""
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -39,8 +40,9 @@ def lines(file: BinaryIO) -> Iterator[bytes]:
 def rows(batch) -> Iterator[bytes]:
     """The rows of a `pyarrow.RecordBatch`, of which few are Python objects at one time.
 
-    Bytes are written `data:;base64,...`, as transforms read pictures and clips; what JSON has no
-    word for (dates, decimals) as text.
+    Bytes are text where they are UTF-8, as writers without types of text keep it, and otherwise
+    `data:;base64,...`, as transforms read pictures and clips; what JSON has no word for (dates,
+    decimals) is written as text.
     """
     for start in range(0, batch.num_rows, 64):
         for row in batch.slice(start, 64).to_pylist():
@@ -54,5 +56,8 @@ def missing() -> UserError:
 
 def _as_text(value) -> str:
     if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            if b"\0" not in value:
+                return value.decode()
         return f"data:;base64,{base64.b64encode(value).decode()}"
     return str(value)

@@ -208,11 +208,13 @@ def test_tables_hold_bytes_dates_and_what_is_nested(tmp_path):
     row = {
         "text": "a", "image": {"bytes": b"\xff\0", "path": None}, "list": [1, None, 2.5],
         "day": datetime.date(2026, 1, 2), "price": decimal.Decimal("1.50"), "n": 2**60,
+        "bytes": "é".encode(),
     }  # fmt: skip
     path = tmp_path / "a.parquet"
     pq.write_table(pa.Table.from_pylist([row]), path)
     assert FileRecords([str(path)], 999)[0] == row | {
         "image": {"bytes": "data:;base64,/wA=", "path": None}, "day": "2026-01-02", "price": "1.50",
+        "bytes": "é",
     }  # fmt: skip
 
 
