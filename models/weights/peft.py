@@ -1,4 +1,5 @@
 """Adapters of PEFT (adapter_config.json and adapter_model.safetensors), read and written.
+Those of older versions, adapter_model.bin of `torch.save`, are read too.
 
 A LoRA of a Linear is A [r, in] and B [out, r], and DoRA adds the lengths [out] of its rows. The
 experts of a layer are one tensor and have one pair for all, in either of two layouts: since PEFT
@@ -22,11 +23,13 @@ from ...configs.errors import UserError
 from ...configs.files import write_json
 from ...configs.schema import ModelConfig
 from . import config as hf_config
-from . import huggingface
+from . import huggingface, torch_files
 from .huggingface import Leaf, Row, Source
 from .safetensors_files import open_file, read_json
+from .tensors import warn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BIN = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FUSED = "gate_up_proj"
 _LENGTH = "lora_magnitude_vector"
@@ -118,13 +121,16 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
     """
     values = read_json(path / CONFIG)
     _check_config(path / CONFIG, values)
-    if not (path / WEIGHTS).is_file():
+    file = next((path / name for name in (WEIGHTS, _BIN) if (path / name).is_file()), None)
+    if file is None:
         raise UserError(f"{path}: holds no {WEIGHTS}; save the adapter as safetensors")
     tensors = {}
-    for name, tensor in open_file(path / WEIGHTS).items():
+    for name, tensor in (torch_files.open_file if file.name == _BIN else open_file)(file).items():
         if not name.startswith(_PREFIX):
-            raise UserError(f"{path / WEIGHTS}: tensor {name} must begin with {_PREFIX}")
+            raise UserError(f"{file}: tensor {name} must begin with {_PREFIX}")
         tensors[name.removeprefix(_PREFIX).removeprefix("language_model.")] = tensor
+    if not tensors:
+        raise UserError(f"{file}: holds no tensor")
     if config.tie_embeddings and any("embed_tokens" in n or "lm_head" in n for n in tensors):
         config = dataclasses.replace(config, tie_embeddings=False)
     table = huggingface.leaves(config, kind=_kind(base, config))
@@ -145,7 +151,9 @@ def read(path: pathlib.Path, base: pathlib.Path, config: ModelConfig) -> Adapter
     known = {s.name for leaf in table.values() for s in leaf.sources}
     modules = {name.removesuffix(".weight") for name in known}
     for name in sorted({*pairs} - modules | {*whole} - known):
-        raise UserError(f"{path / WEIGHTS}: {name} is not a weight of the model at {base}")
+        raise UserError(f"{path}: {name} is not a weight of the model at {base}")
+    if odd := [n for n, ab in factors.items() if not all(np.isfinite(x).all() for x in ab)]:
+        warn(f"{file}: NaN or infinity in the adapter of {odd[0]}")
     return Adapter(factors, magnitudes, replaced, config)
 
 
@@ -171,8 +179,28 @@ def _check_config(where, values: Mapping[str, Any]) -> None:
             "plain LoRA as PEFT's documentation says"
         )
     for key in ("r", "lora_alpha"):
-        if not isinstance(values.get(key), int | float) or values[key] <= 0:
-            raise UserError(f"{where}: {key}={values.get(key)!r} must be a number above 0")
+        if not _positive(values.get(key)):
+            raise UserError(f"{where}: {key}={values.get(key)!r:.60} must be a number above 0")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = values.get(key) or {}
+        if not isinstance(patterns, Mapping) or not all(map(_positive, patterns.values())):
+            raise UserError(
+                f"{where}: {key}={patterns!r:.60} must be an object of patterns and numbers above 0"
+            )
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"{where}: {key}: {pattern!r:.60} is no pattern ({error})"
+                ) from None
+    asked = values.get("target_parameters") or []
+    if not isinstance(asked, list) or not all(isinstance(name, str) for name in asked):
+        raise UserError(f"{where}: target_parameters={asked!r:.60} must be a list of names")
+
+
+def _positive(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _sorted(path, tensors: Mapping[str, Any], values):
@@ -188,7 +216,7 @@ def _sorted(path, tensors: Mapping[str, Any], values):
             whole[name.replace(".base_layer.weight", ".weight")] = tensor
     for module, pair in found.items():
         if len(pair) < 2:
-            raise UserError(f"{path / WEIGHTS}: {module} has lora_A or lora_B alone")
+            raise UserError(f"{path}: {module} has lora_A or lora_B alone")
     for module in sorted(lengths.keys() ^ (found.keys() if values.get("use_dora") else ())):
         raise UserError(
             f"{path}: use_dora={bool(values.get('use_dora'))} in {CONFIG}, and {module} has "
@@ -221,7 +249,7 @@ def _whole(path, source: Source, tensor) -> np.ndarray:
 
 def _other_base(path, name, found, wanted) -> UserError:
     return UserError(
-        f"{path / WEIGHTS}: {name} has shape {tuple(found)} and must have {tuple(wanted)}: the "
+        f"{path}: {name} has shape {tuple(found)} and must have {tuple(wanted)}: the "
         "adapter is of another base"
     )
 

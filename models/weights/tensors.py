@@ -194,14 +194,16 @@ def check(
       UserError: a tensor is missing, left over, or of another shape.
     """
     wanted = {s.name: s.hf_shape for leaf in table.values() for s in leaf.sources}
+    problems = []
     for names, what in (
         (wanted.keys() - tensors.keys(), "is missing"),
         (tensors.keys() - wanted.keys() - ignored, "is not part of this architecture"),
     ):
         if names:
-            first = sorted(names)[0]
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{where}: tensor {first} {what}{more}")
+            problems.append(f"{sorted(names)[0]} {what}{more}")
+    if problems:  # both: names that begin otherwise show it
+        raise UserError(f"{where}: tensor {', and '.join(problems)}")
     for name, shape in wanted.items():
         if tuple(tensors[name].shape) != shape:
             raise UserError(

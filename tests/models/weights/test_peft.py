@@ -15,7 +15,7 @@ from puna.models import leaf
 from puna.models.adapters import detach, is_adapted
 from puna.models.quantize import Int8
 from puna.models.release.convert import convert
-from puna.models.weights import huggingface, peft
+from puna.models.weights import huggingface, peft, torch_files
 
 PREFIX = "base_model.model."
 RANK, ALPHA = 3, 6.0
@@ -254,6 +254,11 @@ def good(weights):
         ({"a_key_of_tomorrow": 7}, "a_key_of_tomorrow=7 is not what"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa has changed the base"),
         ({"r": 0}, "r=0 must be a number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan must be a number above 0"),
+        ({"alpha_pattern": {"k_proj": "8"}}, "alpha_pattern=.* must be an object of patterns and"),
+        ({"rank_pattern": ["k_proj"]}, "rank_pattern=.* must be an object of patterns and numbers"),
+        ({"rank_pattern": {"(": 3}}, r"rank_pattern: '\(' is no pattern \(missing \)"),
+        ({"target_parameters": 5}, "target_parameters=5 must be a list of names"),
         ({"r": 4}, "has rank 3 and adapter_config.json says 4"),
     ],
 )
@@ -271,6 +276,7 @@ def test_what_is_not_honoured_is_refused_in_one_line(dense, tmp_path, values, me
         (lambda t, k: {n.replace("layers.0", "layers.9"): x for n, x in t.items()},
          "model.layers.9.self_attn.k_proj is not a weight of the model"),
         (lambda t, k: {n.removeprefix(PREFIX): x for n, x in t.items()}, "must begin with base"),
+        (lambda t, k: {}, "holds no tensor"),
         (lambda t, k: t | {PREFIX + "lm_head.weight": zeros(5, 32)}, "of another base"),
         (lambda t, k: t | {PREFIX + "model.rotary.weight": zeros(3)}, "is not a weight"),
     ],
@@ -281,6 +287,23 @@ def test_an_adapter_of_another_base_is_one_line(dense, tmp_path, change, message
     tensors = {n: np.ascontiguousarray(x) for n, x in change(good(weights), key).items()}
     with pytest.raises(UserError, match=re.escape(message)):
         puna.load(base, adapter=write(tmp_path / "a", tensors))
+
+
+def test_an_adapter_of_torch_save_and_one_that_is_not_numbers(dense, tmp_path, capsys):
+    config, base, weights = dense
+    sums, tensors = dict(weights), {}
+    linear(tensors, sums, "model.layers.0.self_attn.k_proj.weight", np.random.default_rng(0))
+    folder = write(tmp_path / "a", tensors)
+    (folder / peft.WEIGHTS).unlink()
+    described = {name: (x.shape, x.dtype) for name, x in tensors.items()}
+    torch_files.write_file(folder / "adapter_model.bin", described, tensors.values())
+    _, params = puna.load(base, adapter=folder)
+    assert_sums(config, params, sums)
+    next(iter(tensors.values()))[0, 0] = np.nan
+    puna.load(base, adapter=write(tmp_path / "a", tensors))
+    assert "NaN or infinity in the adapter of blocks/layer_0/attention/wk_DKH" in (
+        capsys.readouterr().err
+    )
 
 
 class Stored:

@@ -69,6 +69,8 @@ def changed_tensors(weights, what):
         case "transposed":
             name = "model.embed_tokens.weight"
             return weights | {name: np.ascontiguousarray(weights[name].T)}
+        case "prefix":
+            return {f"_orig_mod.{k}": v for k, v in weights.items()}
         case "one layer more":
             more = {k.replace("layers.2.", "layers.3."): v for k, v in weights.items()}
             return weights | more
@@ -79,6 +81,8 @@ TENSORS = {
     "extra": "tensor model.layers.0.self_attn.q_proj.bias is not part of this architecture",
     "shape": f"tensor {NORM} has shape (31,), the architecture says (32,)",
     "transposed": "tensor model.embed_tokens.weight has shape (32, 64)",
+    "prefix": "lm_head.weight is missing (and 29 more), and _orig_mod.lm_head.weight is not part "
+    "of this architecture (and 29 more)",
     "one layer more": "is not part of this architecture (and 8 more)",
 }
 
