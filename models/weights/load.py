@@ -174,6 +174,11 @@ def _open(path) -> Weights:
         return _open(ggufs[0])
     if len(ggufs) > 1:
         raise UserError(f"{path}: holds {len(ggufs)} GGUF files: give one of them, as {ggufs[0]}")
+    if (path / peft.CONFIG).exists():
+        raise UserError(
+            f"{path}: is an adapter of PEFT alone: give the folder of its base, and this one as "
+            "--adapter; puna convert BASE MERGED --to=hf --adapter makes one model of both"
+        )
     if (path / "config.json").exists():
         return safetensors_files.open_directory(path)
     if (path / "params.json").exists() or list(path.glob("consolidated*.pth")):

@@ -264,6 +264,7 @@ def test_follows_the_links_of_a_download_cache(files, tiny, tmp_path):
         (lambda p: p / "nowhere", "no such file or directory"),
         (lambda p: p, "is neither a run of puna"),
         (lambda p: (p / "x.bin").write_bytes(b"x") and p / "x.bin", "is not a GGUF file"),
+        (lambda p: (p / "adapter_config.json").write_text("{}") and p, "an adapter of PEFT alone"),
         (lambda p: 7, "a path is text"),
     ],
 )
