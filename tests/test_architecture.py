@@ -56,7 +56,8 @@ TESTED_WITH = {
     "models/weights/test_meta.py": ["models/weights/torch_files.py"],
     "models/weights/test_safetensors_files.py": ["models/weights/tensors.py"],
     "train/data/formats/test_formats.py": [
-        "train/data/formats/compression.py", "train/data/formats/json_values.py",
+        "train/data/formats/arrow.py", "train/data/formats/compression.py",
+        "train/data/formats/json_values.py",
     ],
     "train/data/test_chats.py": ["train/data/preview.py"],
     "train/data/test_packing.py": ["train/data/examples.py"],
