@@ -181,11 +181,16 @@ def judge_of(name: str, **options) -> Judge:
       UserError: it is none of these.
     """
     kind, _, path = name.partition(":")
+    _check_judge(name)
     if name == "rules":
         return rules
-    if kind in ("model", "guard") and path:
-        return (Asked if kind == "model" else Guard)(open_model(path, **options))
-    raise UserError(f"--judge={name} must be rules, model:PATH or guard:PATH")
+    return (Asked if kind == "model" else Guard)(open_model(path, **options))
+
+
+def _check_judge(name: str) -> None:
+    kind, _, path = name.partition(":")
+    if name != "rules" and not (kind in ("model", "guard") and path):
+        raise UserError(f"--judge={name} must be rules, model:PATH or guard:PATH")
 
 
 def prompts_of(source: str, kind: str) -> list[str]:
@@ -193,9 +198,12 @@ def prompts_of(source: str, kind: str) -> list[str]:
     if not source:
         return tomllib.loads(PACKAGED.read_text(encoding="utf-8"))[kind]
     try:
-        return [text_of(record, "prompt") for record in sources.iter_records(source)]
+        found = [text_of(record, "prompt") for record in sources.iter_records(source)]
     except RecordError as error:
         raise UserError(f"--{kind}={source}: a record {error}") from None
+    if not found:
+        raise UserError(f"--{kind}={source} has no record")
+    return found
 
 
 def audit_safety(path, before="", *, harmful: str = "", benign: str = "", judge: str = "rules",
@@ -219,6 +227,9 @@ def audit_safety(path, before="", *, harmful: str = "", benign: str = "", judge:
     Raises:
       UserError: a model, a source or the judge is not there.
     """
+    _check_judge(judge)  # before models are loaded and asked
+    if max_tokens < 1:
+        raise UserError(f"--max_tokens={max_tokens} must be at least 1")
     asked = {"harmful": prompts_of(harmful, "harmful"), "benign": prompts_of(benign, "benign")}
     models = {"before": before, "after": path} if before else {"after": path}
     said: dict[str, dict[str, list[str]]] = {}

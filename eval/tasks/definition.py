@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import tomllib
 from collections.abc import Sequence
 from typing import Any
@@ -190,16 +191,23 @@ def _checked(path: pathlib.Path, told: dict, folder: pathlib.Path) -> Task:
             good = isinstance(value, list) and all(type(k) is int and k > 0 for k in value)
         else:
             good = isinstance(value, str)
+        if good and key == "filter":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise wrong(f"filter={value!r} is not a regular expression: {error}") from None
         if not good:
             raise wrong(f"{key}={value!r} must be {_RULES.get(key, 'a text')}")
     kind = told.get("kind")
-    if kind not in METRICS:
+    if not isinstance(kind, str) or kind not in METRICS:
         raise wrong(f"kind={kind!r} must be one of {', '.join(METRICS)}")
     metric = told.setdefault("metric", METRICS[kind][0])
     if metric not in METRICS[kind]:
         raise wrong(f"metric={metric!r} must be one of {', '.join(METRICS[kind])} with kind={kind}")
     if bool(told.get("data")) == bool(told.get("made")):
         raise wrong("a task has either data or made")
+    if metric == "reasoning_gym" and told.get("data"):
+        raise wrong("metric='reasoning_gym' needs made, with maker='reasoning_gym'")
     needed = {
         "choice": ("prompt", "choices", "target"), "generate": ("prompt", "target"),
         "code": ("prompt", "after"), "instructions": ("prompt",), "text": ("prompt",),

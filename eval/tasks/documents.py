@@ -239,10 +239,11 @@ def _fields(task: Task) -> set[str]:
 def _undeclared(name: str, source: str) -> set[str]:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=True)
     try:
-        tree = environment.parse(source)
+        # The second names filters that there are not.
+        found = jinja2.meta.find_undeclared_variables(environment.parse(source))
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{name}: a template is not Jinja: {error.message}") from None
-    return jinja2.meta.find_undeclared_variables(tree) - _GLOBALS
+    return found - _GLOBALS
 
 
 def fingerprint(found: Sequence[Document]) -> str:

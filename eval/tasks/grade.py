@@ -38,10 +38,13 @@ def prepare(task: Task, documents: Sequence[Document]) -> None:
         judge.check_isolation()
     for document in documents:
         if task.kind == "instructions":
-            _instructions("x", document)
+            try:
+                _instructions("x", document)
+            except UserError as error:
+                raise UserError(f"{task.name}: document {document.number}: {error}") from None
         elif task.kind == "tools":
             _calls("", document)
-        elif task.kind == "generate" and not document.target:
+        elif task.kind == "generate" and not document.target.strip():
             raise UserError(f"{task.name}: document {document.number} has an empty target")
         elif task.metric == "regex":
             metrics.regex("", document.target)

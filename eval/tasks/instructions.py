@@ -31,7 +31,8 @@ def follows(answer: str, name: str, kwargs: Mapping) -> bool:
     try:
         return bool(answer.strip()) and CHECKS[name](answer, **given)
     except TypeError as error:
-        raise UserError(f"instruction {name}: {str(error).partition('() ')[2]}") from None
+        said = str(error)
+        raise UserError(f"instruction {name}: {said.partition('() ')[2] or said}") from None
 
 
 def variants(answer: str) -> list[str]:
@@ -43,8 +44,19 @@ def variants(answer: str) -> list[str]:
 
 
 def scores(answer: str, names: Sequence[str], kwargs: Sequence[Mapping]) -> dict[str, float]:
-    """The four accuracies of IFEval for one prompt; those of instructions are means over them."""
-    kwargs = list(kwargs or [{}] * len(names))
+    """The four accuracies of IFEval for one prompt; those of instructions are means over them.
+
+    Raises:
+      UserError: these are no lists of names and of as many objects of arguments; see `follows`.
+    """
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise UserError(f"instruction_id_list={names!r} must be a list of names of instructions")
+    kwargs = [{}] * len(names) if kwargs is None else kwargs
+    if not isinstance(kwargs, list) or not all(isinstance(k, Mapping | None) for k in kwargs):
+        raise UserError(f"kwargs={kwargs!r} must be a list of objects")
+    kwargs = kwargs or [{}] * len(names)
+    if len(kwargs) != len(names):
+        raise UserError(f"kwargs has {len(kwargs)} objects for {len(names)} instructions")
     strict = [follows(answer, n, k or {}) for n, k in zip(names, kwargs, strict=True)]
     texts = variants(answer)
     loose = [

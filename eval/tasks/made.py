@@ -25,12 +25,19 @@ _PAINTS = {
 }  # fmt: skip
 _COLOURS = "red blue green grey white black brown yellow".split()
 
+# By kind, what the records must have besides prompt and target.
+_NEEDS = {
+    "choice": "choices", "tools": "tools", "instructions": "instruction_id_list", "code": "after",
+    "preference": "chosen",
+}  # fmt: skip
+
 
 def records(task: Task, tokenizer) -> list[dict]:
     """The records of a made task: "prompt", "target", "choices", "images" and what else there is.
 
     Raises:
-      UserError: there is no such maker, or it has no such key.
+      UserError: there is no such maker, it has no such key or value, or it makes nothing for the
+        kind of the task.
     """
     told = dict(task.made)
     maker, seed = told.pop("maker", None), told.pop("seed", 0)
@@ -40,14 +47,24 @@ def records(task: Task, tokenizer) -> list[dict]:
         "sums": _sums, "lookup": _lookup, "instructions": _instructions, "tools": _tools,
         "colours": _colours, "squares": _squares, "reasoning_gym": _reasoning_gym,
     }  # fmt: skip
-    if maker not in known:
+    if not isinstance(maker, str) or maker not in known:
         raise UserError(f"{task.name}: made.maker={maker!r} must be one of {', '.join(known)}")
     rng = random.Random(f"{maker} {seed}")
     try:
         found = list(known[maker](rng, **told))
-    except TypeError as error:
-        raise UserError(f"{task.name}: made: {str(error).partition('() ')[2]}") from None
+    except (TypeError, ValueError) as error:
+        said = str(error)
+        raise UserError(f"{task.name}: made: {said.partition('() ')[2] or said}") from None
     shots, count = task.shots, len(found)
+    if not count:
+        raise UserError(f"{task.name}: made gives no document: its counts must be at least 1")
+    needs = "dataset" if task.metric == "reasoning_gym" else _NEEDS.get(task.kind, "")
+    # The target of a record with choices is a number, no answer.
+    if needs not in ("", *found[0]) or (task.kind == "generate" and "choices" in found[0]):
+        raise UserError(
+            f"{task.name}: made.maker={maker!r} makes nothing for kind={task.kind} with "
+            f"metric={task.metric}"
+        )
     if shots >= count:
         raise UserError(f"{task.name}: shots={shots} must be less than its {count} documents")
     examples = found[:shots]
@@ -150,6 +167,8 @@ def _hay(rng, tokenizer, room: int) -> list[str]:
 
 def _sums(rng, count: int = 100, digits: int = 2) -> Iterator[dict]:
     """`a + b =` and `a - b =`."""
+    if not 1 <= digits <= 1000:
+        raise UserError(f"made: digits={digits} must be 1 to 1000")
     for _ in range(count):
         a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
         sign = rng.choice("+-")
@@ -158,6 +177,9 @@ def _sums(rng, count: int = 100, digits: int = 2) -> Iterator[dict]:
 
 def _lookup(rng, count: int = 100, people: int = 4) -> Iterator[dict]:
     """Who has what: a fact of the prompt is asked for; all choices stand in the prompt."""
+    most = min(len(_PEOPLE), len(_THINGS))
+    if not 2 <= people <= most:
+        raise UserError(f"made: people={people} must be 2 to {most}")
     for _ in range(count):
         who, what = rng.sample(_PEOPLE, people), rng.sample(_THINGS, people)
         told = [f"{w} has the {t}." for w, t in zip(who, what, strict=True)]
@@ -252,6 +274,8 @@ def _tools(rng, count: int = 60, offered: int = 3) -> Iterator[dict]:
         ("set_light", "Switch a lamp.", parameters(state={"type": "string", "enum": ["on", "off"]}),
          lambda a, n: ("It is dark: switch the lamp on.", {"state": "on"})),
     ]  # fmt: skip
+    if not 1 <= offered <= len(forms):
+        raise UserError(f"made: offered={offered} must be 1 to {len(forms)}")
     towns = "Arequipa Cusco Puno Juliaca Ayacucho Tacna".split()
     for _ in range(count):
         chosen = rng.sample(forms, offered)

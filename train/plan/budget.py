@@ -13,22 +13,67 @@ from ...configs.errors import UserError
 from .figures import Figure
 
 FACTS = pathlib.Path(__file__).with_name("facts.toml")
+_LAW = ("floor", "a", "alpha", "b", "beta")
+# Numbers of a section, or of each table in it.
+_NUMBERS: dict[str, tuple[str, ...]] = {
+    "pue": ("value",), "failures": ("interruptions", "days", "devices"),
+    "recovery": ("checkpoint_seconds", "restart_seconds"), "grid": (),
+}  # fmt: skip
+_NUMBERS_OF_EACH = {
+    "power": ("watts", "server_watts"), "price": ("dollars_per_hour",), "scaling": _LAW,
+    "trained": ("parameters", "tokens"),
+}  # fmt: skip
+_EXPERTS = ("delta", "gamma", "omega", "zeta", "start", "most")
 
 
 def read_facts(path: pathlib.Path = FACTS) -> dict:
     """The published numbers.
 
     Raises:
-      UserError: the file is not there, no TOML, or lacks a section of `facts.toml`.
+      UserError: the file is not there, no TOML, or lacks a section or a number of `facts.toml`.
     """
     try:
         facts = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise UserError(f"--facts={path} cannot be read as TOML: {e}") from e
-    wanted = {"power", "pue", "price", "failures", "recovery", "grid", "scaling", "trained"}
+    wanted = {*_NUMBERS, *_NUMBERS_OF_EACH}
     if missing := sorted(wanted - facts.keys()):
         raise UserError(f"--facts={path} must have the sections of {FACTS}; no {missing[0]} there")
+    try:
+        for section, keys in _NUMBERS.items():
+            _check_table(section, facts[section], keys)
+        for section, keys in _NUMBERS_OF_EACH.items():
+            for name, table in _table(section, facts[section]).items():
+                _check_table(f"{section}.{name}", table, keys)
+        experts = _table("scaling.experts", facts["scaling"].get("experts"))
+        for key in _EXPERTS:
+            _check_number("scaling.experts", experts, key, -math.inf)
+        for key in facts["grid"].keys() - {"source", "date"}:
+            _check_number("grid", facts["grid"], key)
+    except UserError as e:
+        raise UserError(f"--facts={path}: {e}") from None
     return facts
+
+
+def _table(name, found) -> dict:
+    if not isinstance(found, dict):
+        raise UserError(f"{name} must be a table, as in {FACTS}")
+    return found
+
+
+def _check_table(name, found, keys) -> None:
+    for key in ("source", "date"):
+        if key not in _table(name, found):
+            raise UserError(f"{name}.{key} is missing: every number says where it comes from")
+    for key in keys:
+        _check_number(name, found, key)
+
+
+def _check_number(name, found, key, above=0.0) -> None:
+    value = found.get(key)
+    if type(value) not in (int, float) or not above < value < math.inf:
+        rule = "a number" if above else "a number above 0"
+        raise UserError(f"{name}.{key}={value!r} must be {rule}")
 
 
 def footprint(device_hours: float, watts: float, pue: float, kg_per_kwh: float):
@@ -161,7 +206,7 @@ def intensity(country: str, facts: Mapping) -> float:
     Raises:
       UserError: the facts do not have the country.
     """
-    known = [name for name, value in facts["grid"].items() if isinstance(value, float)]
+    known = [name for name in facts["grid"] if name not in ("source", "date")]
     if country not in known:
         raise UserError(f"--country={country} must be one of {', '.join(known)}")
     return facts["grid"][country]

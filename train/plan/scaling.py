@@ -102,7 +102,12 @@ def answer(
     if not 0 <= flops < math.inf:
         raise UserError(f"--flops={flops:g} must be more than 0")
     if patterns:
-        folders = sorted(path for pattern in patterns for path in glob.glob(pattern))
+        found = {pattern: glob.glob(pattern) for pattern in patterns}
+        for pattern, of_it in found.items():
+            if not of_it:
+                raise UserError(f"--fit={pattern} names no folder that is here")
+        # A run that two patterns name is one run.
+        folders = sorted({path for of_it in found.values() for path in of_it})
         return {"fit": fitted(read_runs(folders), flops)}
     facts = budget.read_facts(pathlib.Path(file or budget.FACTS))
     experts = 0 if config is None else schema.from_dict(config).model.num_experts

@@ -215,6 +215,20 @@ GOOD = {"kind": "choice", "data": "a.jsonl", "prompt": "{{ q }}", "choices": ["a
         ({"at": [2]}, r"at=\[2\] needs kind=code"),
         ({"kind": "tools", "tools": "{{ q }}", "metric": ""}, "tools='what' must be JSON"),
         ({"made": {"maker": "sums", "n": 1}, "data": ""}, "made: got an unexpected keyword"),
+        ({"made": {"maker": "sums", "count": "x"}, "data": ""}, "made: 'str' object cannot be"),
+        ({"made": {"maker": "sums", "digits": 0}, "data": ""}, "digits=0 must be 1 to 1000"),
+        ({"made": {"maker": "sums", "count": 0}, "data": ""}, "made gives no document"),
+        ({"made": {"maker": "sums"}, "data": ""}, "maker='sums' makes nothing for kind=choice"),
+        ({"made": {"maker": ["sums"]}, "data": ""}, "made.maker=.'sums'. must be one of"),
+        ({"made": {"maker": "lookup", "people": 99}, "data": ""}, "people=99 must be 2 to 11"),
+        ({"made": {"maker": "tools", "offered": 9}, "data": ""}, "offered=9 must be 1 to 5"),
+        (
+            {"made": {"maker": "lookup"}, "data": "", "kind": "generate", "metric": ""},
+            "maker='lookup' makes nothing for kind=generate",
+        ),
+        ({"kind": "generate", "metric": "reasoning_gym"}, "needs made, with maker"),
+        ({"filter": "("}, "filter='.' is not a regular expression"),
+        ({"prompt": "{{ q | nothing }}"}, "No filter named 'nothing'"),
     ],
 )
 def test_mistakes_in_a_definition_are_one_line(tmp_path, change, reason):

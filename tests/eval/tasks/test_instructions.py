@@ -75,3 +75,21 @@ def test_what_is_no_instruction():
         instructions.follows("a", "x:y", {})
     with pytest.raises(UserError, match="keywords:existence: missing 1 required .* 'keywords'"):
         instructions.follows("a", "keywords:existence", {"keywords": None})
+
+
+@pytest.mark.parametrize(
+    ("names", "kwargs", "reason"),
+    [
+        ("x", None, "instruction_id_list='x' must be a list"),
+        (None, None, "instruction_id_list=None must be a list"),
+        ([], None, "must be a list of names"),
+        ([{}], None, "must be a list of names"),
+        (["punctuation:no_comma"], 3, "kwargs=3 must be a list of objects"),
+        (["punctuation:no_comma"], [{}, {}], "kwargs has 2 objects for 1 instructions"),
+        (["length_constraints:number_words"], [{"num_words": "five", "relation": "at least"}],
+         "number_words: '>=' not supported"),
+    ],
+)  # fmt: skip
+def test_records_that_are_no_instructions(names, kwargs, reason):
+    with pytest.raises(UserError, match=reason):
+        instructions.scores("a b", names, kwargs)

@@ -117,3 +117,30 @@ def test_every_published_number_has_a_source_and_a_date():
         entries += FACTS[section].values()
     for entry in entries:
         assert entry["source"] and entry["date"].year > 2000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("watts = 700", 'watts = "700"', "power.h100.watts='700' must be a number above 0"),
+        ("server_watts = 1275", "", "power.h100.server_watts=None must be"),
+        ("dollars_per_hour = 4.916", "dollars_per_hour = -4", "price.h100.dollars_per_hour=-4"),
+        ("france = 0.056", "france = '0.1'", "grid.france='0.1' must be"),
+        ("value = 1.1", "value = nan", "pue.value=nan must be"),
+        ("[scaling.experts]", "[scaling.others]", "scaling.experts must be a table"),
+        ("gamma = -0.0098", "gamma = inf", "scaling.experts.gamma=inf must be a number"),
+    ],
+)
+def test_a_number_of_the_facts_that_is_none_is_one_line(tmp_path, old, new, reason):
+    text = budget.FACTS.read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "facts.toml").write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        budget.read_facts(tmp_path / "facts.toml")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_grid_may_be_a_whole_number(tmp_path):
+    text = budget.FACTS.read_text(encoding="utf-8").replace("france = 0.056", "france = 1")
+    (tmp_path / "facts.toml").write_text(text, encoding="utf-8")
+    assert budget.intensity("france", budget.read_facts(tmp_path / "facts.toml")) == 1

@@ -83,7 +83,7 @@ def test_the_command_fits_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_mistakes(tmp_path):
-    with pytest.raises(UserError, match="0 runs, at least 6"):
+    with pytest.raises(UserError, match="nothing. names no folder"):
         cli._run(["plan", f"--fit={tmp_path}/nothing*"])
     with pytest.raises(UserError, match="3 different numbers of tokens"):
         scaling.fit([scaling.Run(n, 1e9, 3.0) for n in range(1, 8)])
