@@ -64,6 +64,8 @@ def audit_memorisation(path, passages: str, unseen: str, *, prefixes: Sequence[i
     path = storage.anywhere(path, "checkpoint")
     if not prefixes or min(prefixes) < 1 or suffix < 1:
         raise UserError(f"prefixes={list(prefixes)} and suffix={suffix} must be 1 or more")
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size} must be at least 1")
     tokenizer = load_tokenizer(path)
     need = max(prefixes) + suffix
     found: list[Passage] = []

@@ -87,6 +87,8 @@ def open_model(path, *, mesh_config=None, compute_dtype: str = "float32", quanti
                adapter: str = "", batch_size: int = 8) -> Model:  # fmt: skip
     """Load a model; arguments as of `evaluate_tasks`."""
     path = storage.anywhere(path, "checkpoint")
+    if batch_size < 1:
+        raise UserError(f"--batch_size={batch_size} must be at least 1")
     tokenizer = load_tokenizer(path)
     mesh = sharding.make_mesh(mesh_config or schema.MeshConfig())
     model, params = load(path, mesh=mesh, quantize=quantize, adapter=adapter)

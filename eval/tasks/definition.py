@@ -125,6 +125,8 @@ def load_tasks(names: Sequence[str], folder: str | None = None, shots: int | Non
     if twice:
         raise UserError(f"{key} names {twice[0]} twice")
     if shots is not None:
+        if shots < 0:
+            raise UserError(f"--num_fewshot={shots} must be at least 0")
         for task in tasks:
             if shots and not (task.shots_data or task.made):
                 raise UserError(f"--num_fewshot={shots}: {task.name} has no shots_data")

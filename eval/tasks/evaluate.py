@@ -207,6 +207,11 @@ def compare(first, second, workdir=None) -> Results:
                     f"--compare: document {x['document']} of {task} is not the same in {first} and "
                     f"{second}: other data, template or number of examples"
                 )
+            if x["scores"].keys() != y["scores"].keys():
+                raise UserError(
+                    f"--compare: {task} has {', '.join(x['scores'])} in {first} and "
+                    f"{', '.join(y['scores'])} in {second}: give both the same metric"
+                )
         tasks[task] = {
             metric: statistics.paired(
                 [x["scores"][metric] for x, _ in shared], [y["scores"][metric] for _, y in shared]
@@ -316,14 +321,19 @@ def _read(path: pathlib.Path) -> dict:
 
 
 def read_lines(path: pathlib.Path) -> list[dict]:
-    """The lines of a record.
+    """The lines of a record, `samples.jsonl` or `requests.jsonl`.
 
     Raises:
       UserError: it is not there, or damaged.
     """
+    needed = {"task", "document", "scores" if path.name == "samples.jsonl" else "answer"}
     try:
-        return [json.loads(line) for line in path.read_bytes().splitlines()]
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: is this a finished evaluation?") from None
     except ValueError:
         raise UserError(f"{path} is damaged: a line is not JSON") from None
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or not needed <= line.keys():
+            raise UserError(f"{path} is damaged: line {number} lacks {', '.join(sorted(needed))}")
+    return lines

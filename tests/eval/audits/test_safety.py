@@ -126,6 +126,7 @@ def test_a_model_and_a_guard_as_judges(asked, monkeypatch):
         (["--judge=nobody"], "--judge=nobody must be rules, model:PATH or guard:PATH"),
         (["--harmful=none.jsonl"], "none.jsonl: no such file"),
         (["--max_tokens=0"], "--max_tokens=0 must be at least 1"),
+        (["--batch_size=0"], "--batch_size=0 must be at least 1"),
         (["--passages=x"], "audit takes --passages, --corpus or --safety"),
     ],
 )

@@ -272,3 +272,8 @@ def test_a_needle_stands_where_it_should_in_a_prompt_of_its_length(depth):
     assert len(set(values)) == 3 and all(hay.count(value) == 1 for value in values)
     assert abs(hay.index(values[0]) / len(hay) - depth) < 0.15
     assert [document] == documents.documents(task, tokenizer)
+
+
+def test_a_negative_number_of_examples_is_refused():
+    with pytest.raises(UserError, match="--num_fewshot=-1 must be at least 0"):
+        definition.load_tasks(["sums"], shots=-1)

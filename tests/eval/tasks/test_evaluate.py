@@ -250,3 +250,15 @@ def test_a_chat_has_a_system_message_and_shots_as_turns():
     [request] = Asking(tokenizer, 500, False).requests(task, document)
     assert tokenizer.decode(request.context) == "1 + 1 = 2\n2 + 2 ="
     assert request.context[0] == tokenizer.bos_id
+
+
+def test_records_that_cannot_be_compared_are_one_line(tmp_path):
+    line = {"task": "a", "document": 0, "prompt": "p", "target": "t", "scores": {"exact": 1.0}}
+    lines = [line, line | {"scores": {"accuracy": 1.0}}, {"task": "a"}, 3]
+    for number, found in enumerate(lines):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "samples.jsonl").write_text(json.dumps(found) + "\n")
+    for other, reason in [(1, "give both the same metric"), (2, "line 1 lacks"),
+                          (3, "line 1 lacks")]:  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            evaluate.compare(tmp_path / "0", tmp_path / str(other))
