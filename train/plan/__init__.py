@@ -56,6 +56,9 @@ def plan(
     numbers = budget.read_facts(pathlib.Path(facts))
     if context and tokens:
         raise UserError("--context is of generation and --tokens of training: plan one at a time")
+    for name, value, default in (("batch", batch, 1), ("quantize", quantize, "none")):
+        if not context and value != default:
+            raise UserError(f"--{name}={value} is of generation: it needs --context")
     if not 0 < budget_s < 1e9:
         raise UserError(f"--budget_s={budget_s:g} must be more than 0")
     found: list = []

@@ -182,6 +182,8 @@ def test_the_command_writes_where_each_figure_comes_from(tmp_path, capsys):
         (["--topology=h100-8", "--no_compile", "--power_mw=1", "--days=0"], "--days=0 must be"),
         (["--topology=h100-8", "--search", "--budget_s=0"], "--budget_s=0 must be more than 0"),
         (["--topology=auto", "--context=8"], "--context needs a topology"),
+        (["--topology=h100-8", "--quantize=int4"], "--quantize=int4 is of generation"),
+        (["--topology=h100-8", "--batch=4"], "--batch=4 is of generation: it needs --context"),
         (["--topology=v9-auto"], "must name one of v5e, v5p"),
     ],
 )
