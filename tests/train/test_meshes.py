@@ -45,7 +45,7 @@ def test_what_once_failed(matrix, monkeypatch, name, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_the_matrix(matrix, name):
-    """The dense model on all meshes, each of the others on every sixth, none on the same as another.
+    """The dense model on all meshes, each of the others on every sixth, no two on the same.
 
     `benchmarks/mesh_matrix.py` runs all of all, which takes half an hour.
     """
