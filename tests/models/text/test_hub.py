@@ -80,6 +80,7 @@ def test_what_older_versions_saved_has_both_ends(tmp_path):
 
 
 def test_a_chatml_turn_ends(tmp_path):
+    pytest.importorskip("sentencepiece")
     table.chatml(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 700}')
     t = load_tokenizer(tmp_path)
@@ -91,6 +92,7 @@ def test_a_chatml_turn_ends(tmp_path):
 
 
 def test_an_added_token_out_of_order_is_refused(tmp_path):
+    pytest.importorskip("sentencepiece")
     table.sentencepiece(tmp_path, {})
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 703}')
     with pytest.raises(UserError, match="id 703, and 700 is the next"):

@@ -183,9 +183,8 @@ def test_weights_of_soft_and_hard_targets_change_over_the_steps(tiny, oracle):
         wanted, wanted_gradient = autograd.value_and_grad(mean)(student.weights, hard)
         close(value, wanted)
         assert numbers["hard"] == pytest.approx(hard, rel=1e-6)
-        gradient = student.by_name(jax.tree.map(np.asarray, gradient))
-        for name, w in wanted_gradient.items():
-            close(gradient[name], w)
+        apart = errors(student.by_name(jax.tree.map(np.asarray, gradient)), wanted_gradient)
+        assert max(apart.values()) < GRADIENT, apart
     (value, _), _ = run(rows)
     close(value, wanted)
     linear = objective_of(teacher.config, **settings | {"hard_schedule": "linear"})
