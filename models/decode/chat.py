@@ -22,8 +22,8 @@ from .toolbox import Tool
 from .tools import MARKS, Call, Calls
 
 HELP = (
-    "/reset forgets the conversation, /image FILE shows a picture with the next message, /audio "
-    "FILE plays a clip to it, /speed tells how fast the last answer was, /think shows or hides "
+    "/reset forgets the conversation, /image FILE sends a picture with the next message, /audio "
+    "FILE a clip, /speed tells how fast the last answer was, /think shows or hides "
     "what is thought, /exit or Ctrl-D ends; Ctrl-C stops an answer"
 )
 PROFILE_HELP = (
@@ -148,6 +148,7 @@ class Chat:
           UserError: it cannot be read, or the model reads none.
         """
         config, tokenizer = self.engine.config, self.engine.tokenizer
+        path = str(pathlib.Path(path).expanduser())
         place = check_place(config, tokenizer, kind)
         with_media(config, tokenizer, [place], [(kind, path)], self.engine.max_length)
         # The file may be another one at the next turn.

@@ -41,7 +41,7 @@ def json_schema(schema: dict | bool) -> str:
 def json_rule(schema: dict | bool) -> str:
     """The same inside a rule of `lark`."""
     try:
-        schema = _checked(schema)
+        schema = _simplified(schema)
         if isinstance(schema, dict):
             schema = {**schema, "x-guidance": _JSON}
         return f"%json {json.dumps(schema)}"
@@ -49,10 +49,10 @@ def json_rule(schema: dict | bool) -> str:
         raise UserError(f"the schema is not JSON: {error}") from None
 
 
-def _checked(schema):
-    """A schema without what asks for nothing, which the compiler would refuse."""
+def _simplified(schema):
+    """A schema without what constrains nothing, which the compiler would refuse."""
     if isinstance(schema, list):
-        return [_checked(inner) for inner in schema]
+        return [_simplified(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
     made = {}
@@ -61,7 +61,7 @@ def _checked(schema):
             isinstance(value, str) and value not in _FORMATS
         )  # fmt: skip
         if not idle:
-            made[key] = value if key in ("enum", "const") else _checked(value)
+            made[key] = value if key in ("enum", "const") else _simplified(value)
     return made
 
 

@@ -242,6 +242,8 @@ def grammar(tokenizer, functions: Sequence[dict], several: bool, free: bool,
       several: more than one call; Llama 3's form has one.
       free: a text that does not begin as a call does is allowed instead; where calls have tags it
         may also stand before and after.
+      answer: the grammar (`lark`) of a text that is allowed instead of calls, and then no other is,
+        whatever `free` says; empty for none.
 
     Raises:
       UserError: a name that cannot be written in that form.

@@ -315,7 +315,7 @@ def kind_of(data: bytes) -> type:
 
 
 def _ids(tokenizer, text: str) -> list[int]:
-    """Ids of a text. While a batch is encoded other threads go on, which a long text would halt."""
+    """Ids of a text. Only `encode_batch` releases the interpreter's lock, so long ones go there."""
     if len(text) < _LONG:
         return tokenizer.encode(text, add_special_tokens=False).ids
     return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -119,7 +119,7 @@ def test_a_model_without_sound_takes_none():
         clips.place_id(ModelConfig())
 
 
-def test_a_chat_keeps_its_clips(engine, tmp_path, capsys):
+def test_a_chat_keeps_its_clips(engine, tmp_path, capsys, monkeypatch):
     path = tmp_path / "a.wav"
     path.write_bytes(clip(3, 0.3))
     talk = chat.Chat(engine, max_tokens=4)
@@ -127,8 +127,9 @@ def test_a_chat_keeps_its_clips(engine, tmp_path, capsys):
         talk.attach(str(tmp_path / "b.wav"), "audio")
     with pytest.raises(UserError, match="reads no pictures"):
         talk.attach(str(path))
-    chat._attach(talk, f"/audio  {path}")
-    assert capsys.readouterr().out == f"the next message has {path} with it\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chat._attach(talk, "/audio  ~/a.wav")
+    assert capsys.readouterr().out == "the next message has ~/a.wav with it\n"
     first = "".join(talk.say("what is it"))
     path.write_bytes(clip(4, 0.3))  # what has been heard is not heard again as something else
     assert "".join(talk.say("and now")) == answer(
